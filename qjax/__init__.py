@@ -1,0 +1,24 @@
+"""qjax: post-training quantization of JAX networks as one function transformation."""
+
+from qjax.affine import QParams, dequantize, fake_quant, quantize_array, sqnr_db
+from qjax.layers import Layer, trace
+from qjax.quantize import Quantized, quantize
+from qjax.report import LayerReport, Report
+from qjax.spec import QuantSpec, Recipe, recipe
+
+__all__ = [
+    "Layer",
+    "LayerReport",
+    "QParams",
+    "QuantSpec",
+    "Quantized",
+    "Recipe",
+    "Report",
+    "dequantize",
+    "fake_quant",
+    "quantize",
+    "quantize_array",
+    "recipe",
+    "sqnr_db",
+    "trace",
+]

@@ -1,0 +1,345 @@
+"""Fitting the layers of a network one after the other, in dataflow order.
+
+Each layer is fitted on the input that its already quantized predecessors produce (the float input,
+unless `Recipe.sequential`) toward the output that the float network has there.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from qjax import interpret, observers, search
+from qjax.affine import QParams, affine_qparams, fake_quant, sqnr_db
+from qjax.emit import Activated, moved
+from qjax.fold import Folded
+from qjax.layers import Network, Site, keeps_codes
+from qjax.linear import Linear
+from qjax.progress import Progress
+from qjax.quantized import (
+    QuantizedLayer,
+    apply_linear,
+    dequantized_bias,
+    dequantized_kernel,
+    quantize_bias,
+)
+from qjax.rounding import round_nearest
+from qjax.spec import LayerRecipe, QuantSpec, Recipe
+from qjax.streams import Streams, cut
+
+SAMPLED_PATCHES = 4096  # per layer, over all calibration images: for the search of its input range
+SAMPLED_OUTPUTS = 2**20  # likewise, for the search of its output range
+PERCENT = 99.9  # of the values, that the `percentile` range keeps
+
+Arrays = list[jax.Array]  # one per calibration batch
+
+
+class Fit(NamedTuple):
+    """A fitted layer and how well it does.
+
+    Attributes:
+      layer: its quantized parameters.
+      weight_sqnr_db: of its kernel.
+      output_sqnr_db: of its output after the activation, against the float network's.
+      weight_clip: the clipping range's share of the range of the weights, mean over scales; None
+        in float.
+      input_clip: likewise of its input.
+      output_clip: likewise of its output.
+    """
+
+    layer: QuantizedLayer
+    weight_sqnr_db: float
+    output_sqnr_db: float
+    weight_clip: float | None
+    input_clip: float | None
+    output_clip: float | None
+
+
+def calibrate(
+    network: Network,
+    leaves: Sequence[jax.Array],
+    folded: Sequence[Folded],
+    batches: Iterable[Sequence[jax.Array]],
+    recipe: Recipe,
+    progress: Progress,
+) -> dict[str, Fit]:
+    """Quantizes every layer of a network.
+
+    Args:
+      network: the network, traced at the size of the batches.
+      leaves: the leaves of its params.
+      folded: kernel and bias of each layer.
+      batches: for each batch, the leaves of an input.
+      recipe: what to do.
+      progress: called with (layer name, layers done, layers).
+
+    Returns:
+      A `Fit` per layer, by name, in dataflow order.
+    """
+    names = [site.layer.name for site in network.sites]
+    recipes = recipe.by_layer(names)
+    by_name = dict(zip(names, folded, strict=True))
+    streams = Streams(network, leaves, batches, recipe.sequential)
+    grids: dict[core.Var, QParams] = {}
+    fits: dict[str, Fit] = {}
+    for segment in cut(network):
+        streams.advance(segment)
+        for equation in segment.equations:
+            _follow_grid(equation, grids)
+        match segment.step:
+            case Site(layer=layer) as site:
+                progress(layer.name, len(fits), len(names))
+                task = Task(site, recipes[layer.name], recipe.grid_size)
+                fits[layer.name] = _fit_layer(task, by_name[layer.name], streams, grids)
+            case Activated(site=site):
+                name = site.layer.name
+                task = Task(site, recipes[name], recipe.grid_size)
+                fits[name] = _fit_activated(task, fits[name], streams, grids)
+            case None:
+                progress("", len(names), len(names))
+    return fits
+
+
+def _follow_grid(equation: core.JaxprEqn, grids: dict[core.Var, QParams]) -> None:
+    """Records that an equation's result lies on the same grid of codes as its operand."""
+    for var in interpret.variables(equation.invars):
+        if var in grids and keeps_codes(equation, var, float(grids[var].range[1])):
+            grids[equation.outvars[0]] = grids[var]
+
+
+class Task(NamedTuple):
+    """One layer to fit.
+
+    Attributes:
+      site: where it stands.
+      recipe: what to do with it.
+      grid_size: candidates per search.
+    """
+
+    site: Site
+    recipe: LayerRecipe
+    grid_size: int
+
+
+def _fit_layer(task: Task, folded: Folded, streams: Streams, grids: dict[core.Var, QParams]) -> Fit:
+    """Fits a layer up to its pre-activation output and writes that to the streams."""
+    site, operation = task.site, task.site.layer.operation
+    x_float, x = streams.read(site.input)
+    target = [_apply_float(operation, folded, batch) for batch in x_float]
+    inputs, input_clip = _fit_input(task, x, folded, grids.get(site.input))
+    layer, weight_sqnr_db, weight_clip = _fit_kernel(task, x, folded, inputs)
+    actual = [_apply_linear(operation, layer, batch) for batch in x]
+    if task.recipe.bias_correction and (inputs is not None or layer.weights is not None):
+        error = _channel_means(operation, target) - _channel_means(operation, actual)
+        layer = _shift_bias(operation, layer, error)
+        actual = [_apply_linear(operation, layer, batch) for batch in x]
+    outputs, output_clip = _fit_output(task, target, actual)
+    if outputs is not None:
+        layer = dataclasses.replace(layer, outputs=outputs)
+        actual = [_fake_quant(batch, outputs) for batch in actual]
+        grids[site.output] = outputs
+    float_values = [moved(site, batch) for batch in target]
+    streams.write(site.output, float_values, [moved(site, batch) for batch in actual])
+    output_sqnr_db = _sqnr_db(_activation(site), target, actual)
+    return Fit(layer, weight_sqnr_db, output_sqnr_db, weight_clip, input_clip, output_clip)
+
+
+def _fit_input(
+    task: Task, x: Arrays, folded: Folded, grid: QParams | None
+) -> tuple[QParams | None, float | None]:
+    spec = task.recipe.inputs
+    if spec is None:
+        return None, None
+    if grid is not None and (grid.qmin, grid.qmax) == (spec.qmin, spec.qmax):
+        return grid, 1.0  # the values are codes of the output before: nothing is lost
+
+    def searched(extremes: search.Range) -> QParams:
+        patches = _sampled_patches(task.site.layer.operation, x)
+        method = task.recipe.range_method
+        return search.search_input(patches, folded.kernel, extremes, spec, method, task.grid_size)
+
+    extremes = observers.observe(observers.min_max(), x)
+    return _fit_range(task.recipe.range_method, spec, x, extremes, searched)
+
+
+def _fit_kernel(
+    task: Task, x: Arrays, folded: Folded, inputs: QParams | None
+) -> tuple[QuantizedLayer, float, float | None]:
+    """Rounds kernel and bias: (layer, SQNR of the kernel in dB, share of the range kept)."""
+    spec, operation = task.recipe.weights, task.site.layer.operation
+    if spec is None:
+        return QuantizedLayer(*folded, None, inputs, None, None), math.inf, None
+    seen = x if inputs is None else [_fake_quant(batch, inputs) for batch in x]
+    hessian = observers.observe(observers.moments(operation), seen).hessian
+    static = (operation, spec, task.recipe.range_method, task.grid_size)
+    layer, sqnr, clip = _round_layer(*static, folded, hessian, inputs)
+    return layer, float(sqnr), float(clip)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _round_layer(
+    operation: Linear,
+    spec: QuantSpec,
+    method: str,
+    grid_size: int,
+    folded: Folded,
+    hessian: jax.Array,
+    inputs: QParams | None,
+) -> tuple[QuantizedLayer, jax.Array, jax.Array]:
+    weights = search.search_weights(folded.kernel, hessian, spec, method, grid_size)
+    widest = search.search_weights(folded.kernel, hessian, spec, "absmax")
+    codes = round_nearest(folded.kernel, weights)
+    layer = QuantizedLayer(codes, folded.bias, weights, inputs, None, None)
+    layer = dataclasses.replace(layer, bias=quantize_bias(operation, layer, folded.bias))
+    sqnr = sqnr_db(folded.kernel, dequantized_kernel(layer))
+    return layer, sqnr, jnp.mean(weights.scale / widest.scale)
+
+
+@partial(jax.jit, static_argnums=0)
+def _shift_bias(operation: Linear, layer: QuantizedLayer, shift: jax.Array) -> QuantizedLayer:
+    bias = quantize_bias(operation, layer, dequantized_bias(operation, layer) + shift)
+    return dataclasses.replace(layer, bias=bias)
+
+
+def _fit_output(task: Task, target: Arrays, actual: Arrays) -> tuple[QParams | None, float | None]:
+    spec = task.recipe.outputs
+    if spec is None or task.recipe.output_position == "post_activation":
+        return None, None
+    low, high = observers.observe(observers.min_max(), actual)
+    sees_activation = task.recipe.range_method == "output_mse"
+    activation = _activation(task.site) if sees_activation else _identity
+    if activation in (jax.nn.relu, jax.nn.relu6):
+        low = jnp.zeros_like(low)
+    if activation is jax.nn.relu6:
+        high = jnp.minimum(high, 6)
+
+    def searched(extremes: search.Range) -> QParams:
+        # An activation of unknown form is only known at the shape of a whole batch.
+        is_pointwise = activation in (_identity, jax.nn.relu, jax.nn.relu6)
+        z, z_hat = [_sampled(v) if is_pointwise else v[0] for v in (target, actual)]
+        return search.search_output(z, z_hat, extremes, spec, activation, task.grid_size)
+
+    return _fit_range(task.recipe.range_method, spec, actual, (low, high), searched)
+
+
+def _activation(site: Site) -> Callable[[jax.Array], jax.Array]:
+    known = {"none": _identity, "relu": jax.nn.relu, "relu6": jax.nn.relu6}
+    return known.get(site.layer.activation) or partial(_activate, site)
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _activate(site: Site, z: jax.Array) -> jax.Array:
+    env = {site.output: moved(site, z)}
+    for equation in site.activation:
+        interpret.evaluate_equation(equation, env)
+    return env[site.activated]
+
+
+def _fit_activated(task: Task, fit: Fit, streams: Streams, grids: dict[core.Var, QParams]) -> Fit:
+    """Fits the range of a layer's output after its activation."""
+    spec, position = task.recipe.outputs, task.recipe.output_position
+    is_already_done = position == "both" and not task.site.activation
+    if spec is None or position == "pre_activation" or is_already_done:
+        return fit
+    floats, values = streams.read(task.site.activated)
+
+    def searched(extremes: search.Range) -> QParams:
+        samples = _sampled(floats), _sampled(values)
+        return search.search_output(*samples, extremes, spec, _identity, task.grid_size)
+
+    extremes = observers.observe(observers.min_max(), values)
+    activated, clip = _fit_range(task.recipe.range_method, spec, values, extremes, searched)
+    grids[task.site.activated] = activated
+    streams.write(task.site.activated, floats, [_fake_quant(v, activated) for v in values])
+    layer = dataclasses.replace(fit.layer, activated=activated)
+    return fit._replace(layer=layer, output_clip=fit.output_clip or clip)
+
+
+def _fit_range(
+    method: str,
+    spec: QuantSpec,
+    values: Arrays,
+    extremes: search.Range,
+    searched: Callable[[search.Range], QParams],
+) -> tuple[QParams, float]:
+    """Chooses a clipping range by `method`: (qparams, share of the extremes' range)."""
+    widest = affine_qparams(*extremes, spec)
+    match method:
+        case "absmax":
+            chosen = widest
+        case "percentile":
+            kept = observers.observe(observers.percentile(PERCENT, *extremes), values)
+            chosen = affine_qparams(*kept, spec)
+        case _:
+            chosen = searched(extremes)
+    return chosen, float(chosen.scale / widest.scale)
+
+
+def _coprime_stride(size: int, limit: int) -> int:
+    """The least stride that leaves at most `limit` of `size` elements and meets every channel."""
+    stride = max(1, math.ceil(size / limit))
+    while math.gcd(stride, size) != 1:
+        stride += 1
+    return stride
+
+
+def _sampled(values: Arrays) -> jax.Array:
+    stride = _coprime_stride(values[0].size, max(1, SAMPLED_OUTPUTS // len(values)))
+    return jnp.concatenate([batch.reshape(-1)[::stride] for batch in values])
+
+
+def _sampled_patches(operation: Linear, x: Arrays) -> jax.Array:
+    positions = jax.eval_shape(operation.patches, x[0]).shape[0]
+    stride = _coprime_stride(positions, max(1, SAMPLED_PATCHES // len(x)))
+    return jnp.concatenate([_strided_patches(operation, stride, batch) for batch in x])
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _strided_patches(operation: Linear, stride: int, x: jax.Array) -> jax.Array:
+    return operation.patches(x.astype(jnp.float32))[::stride]
+
+
+@partial(jax.jit, static_argnums=0)
+def _apply_float(operation: Linear, folded: Folded, x: jax.Array) -> jax.Array:
+    return apply_linear(
+        operation, QuantizedLayer(folded.kernel, folded.bias, None, None, None, None), x
+    )
+
+
+_apply_linear = jax.jit(apply_linear, static_argnums=0)
+_fake_quant = jax.jit(fake_quant)
+
+
+@partial(jax.jit, static_argnums=0)
+def _channel_sums(operation: Linear, y: jax.Array) -> jax.Array:
+    kept = {axis % y.ndim for axis in operation.channel_axes}
+    return y.sum([axis for axis in range(y.ndim) if axis not in kept]).reshape(-1)
+
+
+def _channel_means(operation: Linear, values: Arrays) -> jax.Array:
+    """The mean of each output channel, float32[groups * channels]."""
+    sums = sum(_channel_sums(operation, batch) for batch in values)
+    count = sum(batch.size for batch in values) // len(sums)
+    return sums / count
+
+
+@partial(jax.jit, static_argnums=0)
+def _energies(
+    activation: Callable[[jax.Array], jax.Array], target: jax.Array, actual: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    target, actual = activation(target), activation(actual)
+    return jnp.sum(jnp.square(target)), jnp.sum(jnp.square(target - actual))
+
+
+def _sqnr_db(activation: Callable[[jax.Array], jax.Array], target: Arrays, actual: Arrays) -> float:
+    energies = [_energies(activation, z, z_hat) for z, z_hat in zip(target, actual, strict=True)]
+    signal, noise = (math.fsum(map(float, column)) for column in zip(*energies, strict=True))
+    return 10 * math.log10(signal / noise) if noise and signal else math.inf

@@ -1,0 +1,176 @@
+"""Evaluating a network with other rules for its layers."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+from qjax import interpret
+from qjax.affine import fake_quant
+from qjax.layers import Network, Site, find_layers, path_names
+from qjax.quantized import QuantizedLayer, apply_layer
+
+
+class Activated(NamedTuple):
+    """The step right after a layer's activation."""
+
+    site: Site
+
+
+Step = core.JaxprEqn | Site | Activated
+ApplyLayer = Callable[[Any, QuantizedLayer, jax.Array], jax.Array]
+
+
+def schedule(network: Network) -> tuple[Step, ...]:
+    """Orders what is left to evaluate once every layer with its chain is a single step."""
+    ends = {site.chain[-1]: site for site in network.sites}
+    inside = {position for site in network.sites for position in site.chain}
+    activated = {site.activated: site for site in network.sites if site.activation}
+    steps: list[Step] = []
+    for position, equation in enumerate(network.flat.equations):
+        if position in ends:
+            site = ends[position]
+            steps += [site] if site.activation else [site, Activated(site)]
+        elif position not in inside:
+            steps.append(equation)
+            steps += [Activated(activated[v]) for v in equation.outvars if v in activated]
+    live = set(interpret.variables(network.flat.outputs))
+    kept = []
+    for step in reversed(steps):
+        if isinstance(step, Activated) or live.intersection(writes(step)):
+            kept.append(step)
+            live.update(reads(step))
+    return tuple(reversed(kept))
+
+
+def reads(step: Step) -> list[core.Var]:
+    """The variables that a step reads."""
+    match step:
+        case Site():
+            return [step.input]
+        case Activated():
+            return [step.site.activated]
+        case _:
+            return interpret.variables(step.invars)
+
+
+def writes(step: Step) -> list[core.Var]:
+    """The variables that a step writes."""
+    match step:
+        case Site():
+            return [step.output]
+        case Activated():
+            return [step.site.activated]
+        case _:
+            return list(step.outvars)
+
+
+def evaluate(
+    steps: Sequence[Step],
+    env: interpret.Env,
+    layers: Mapping[str, QuantizedLayer] | None = None,
+    apply: ApplyLayer = apply_layer,
+) -> None:
+    """Evaluates steps in order, reading and writing `env`.
+
+    Args:
+      steps: from `schedule`.
+      env: values by variable.
+      layers: the parameters of the layers among the steps, by name.
+      apply: how a layer is evaluated.
+    """
+    layers = layers or {}
+    for step in steps:
+        match step:
+            case Site(layer=layer):
+                y = apply(layer.operation, layers[layer.name], env[step.input])
+                env[step.output] = moved(step, y)
+            case Activated(site=site):
+                activated = layers[site.layer.name].activated
+                if activated is not None:
+                    env[site.activated] = fake_quant(env[site.activated], activated)
+            case _:
+                interpret.evaluate_equation(step, env)
+
+
+def moved(site: Site, y: jax.Array) -> jax.Array:
+    """Brings the output of a layer's operation to the shape and type that its readers expect."""
+    for equation in site.movement:
+        [y] = interpret.bind(equation, [y])
+    return y.astype(site.output.aval.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedFunction:
+    """A network with its layers replaced: call it with quantized params and an input.
+
+    Attributes:
+      apply_fn: the original function.
+      params: the shapes of its params, as `jax.ShapeDtypeStruct`.
+      apply_layer: how a layer is evaluated.
+      shapes: of every layer's kernel, by name, to notice a function that changed.
+    """
+
+    apply_fn: Callable[[Any, Any], Any]
+    params: Any
+    apply_layer: ApplyLayer
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __call__(self, params: Mapping[str, Any], x: Any) -> Any:
+        """Evaluates the quantized network, compiled once per shape of `x`.
+
+        Args:
+          params: `Quantized.params`: `layers`, a `QuantizedLayer` by name, and `rest`, the leaves
+            of the original params that are still read, by path.
+          x: an input like the ones of the original function, of any batch size.
+
+        Returns:
+          What the original function returns.
+
+        Raises:
+          ValueError: the function has other layers at this input's shape than were quantized.
+        """
+        return self._compiled(params, x)
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[[Any, Any], Any]:
+        return jax.jit(self._evaluate)
+
+    def _evaluate(self, params: Mapping[str, Any], x: Any) -> Any:
+        network = find_layers(self.apply_fn, self.params, jax.eval_shape(lambda x: x, x))
+        shapes = {site.layer.name: site.layer.kernel_shape for site in network.sites}
+        if shapes != dict(self.shapes):
+            raise ValueError(
+                "`x` leads `apply_fn` through other layers than were quantized: expected "
+                f"{dict(self.shapes)}, got {shapes}; quantize with an input of this shape."
+            )
+        flat = network.flat
+        by_path = dict(zip(path_names(self.params), flat.params, strict=True))
+        env = flat.constants | {by_path[path]: leaf for path, leaf in params["rest"].items()}
+        env.update(zip(flat.inputs, jax.tree.leaves(x), strict=True))
+        evaluate(schedule(network), env, params["layers"], self.apply_layer)
+        outputs = [interpret.read(env, atom) for atom in flat.outputs]
+        return jax.tree.unflatten(flat.out_tree, outputs)
+
+
+def rest_of_params(network: Network, params: Any) -> dict[str, jax.Array]:
+    """The leaves of `params` that are read outside of the layers, by path."""
+    live = {var for step in schedule(network) for var in reads(step)}
+    live.update(interpret.variables(network.flat.outputs))
+    leaves = zip(path_names(params), network.flat.params, jax.tree.leaves(params), strict=True)
+    return {path: leaf for path, var, leaf in leaves if var in live}
+
+
+def segments(steps: Sequence[Step]) -> Iterator[tuple[tuple[core.JaxprEqn, ...], Step | None]]:
+    """Cuts steps into runs of plain equations, each with the layer step that follows it."""
+    run: list[core.JaxprEqn] = []
+    for step in steps:
+        if isinstance(step, Site | Activated):
+            yield tuple(run), step
+            run = []
+        else:
+            run.append(step)
+    yield tuple(run), None

@@ -1,0 +1,204 @@
+"""Reading and evaluating jaxprs: one flat list of equations, and what each value depends on."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+CONTRACTIONS = ("conv_general_dilated", "dot_general")
+
+# Calls whose body may stand in place of the call, by the name of the parameter that holds it.
+_INLINED = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+}
+
+Atom = core.Var | core.Literal
+Env = dict[core.Var, Any]
+
+
+class FlatJaxpr(NamedTuple):
+    """A function as one list of equations.
+
+    Attributes:
+      equations: in order of evaluation; calls are inlined, except elementwise ones of one operand
+        (activations), which keep their own differentiation rule.
+      params: the variables of the leaves of the first argument.
+      inputs: the variables of the leaves of the second argument.
+      constants: values closed over, by variable.
+      outputs: one atom per output leaf.
+      out_tree: the structure of the output.
+    """
+
+    equations: tuple[core.JaxprEqn, ...]
+    params: tuple[core.Var, ...]
+    inputs: tuple[core.Var, ...]
+    constants: dict[core.Var, jax.Array]
+    outputs: tuple[Atom, ...]
+    out_tree: Any
+
+
+def is_literal(atom: Atom) -> bool:
+    """Whether the atom is a constant written into the equation."""
+    return isinstance(atom, core.Literal)
+
+
+def variables(atoms: Sequence[Atom]) -> list[core.Var]:
+    """The atoms that are variables."""
+    return [atom for atom in atoms if isinstance(atom, core.Var)]
+
+
+def body(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """The jaxpr that an inlinable call stands for, or None for any other equation."""
+    jaxpr = equation.params.get(_INLINED.get(equation.primitive.name, ""))
+    if isinstance(jaxpr, core.Jaxpr):
+        return core.ClosedJaxpr(jaxpr, ())
+    return jaxpr
+
+
+def subjaxprs(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """The jaxprs among an equation's parameters: bodies of loops, branches, calls."""
+    for value in equation.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
+
+
+def contains_contraction(equation: core.JaxprEqn) -> bool:
+    """Whether the equation is a convolution or a dot product, or has one inside."""
+    if equation.primitive.name in CONTRACTIONS:
+        return True
+    return any(contains_contraction(e) for jaxpr in subjaxprs(equation) for e in jaxpr.eqns)
+
+
+def _is_unary_call(equation: core.JaxprEqn) -> bool:
+    operands = variables(equation.invars)
+    if len(operands) != 1 or len(equation.outvars) != 1:
+        return False
+    return operands[0].aval.shape == equation.outvars[0].aval.shape
+
+
+def _is_inlined(equation: core.JaxprEqn) -> bool:
+    return body(equation) is not None and (
+        contains_contraction(equation)
+        or (equation.primitive.name != "custom_jvp_call" and not _is_unary_call(equation))
+    )
+
+
+def bind(equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation as it stands."""
+    params = equation.primitive.get_bind_params(equation.params)
+    answer = equation.primitive.bind(*values, **params)
+    return list(answer) if equation.primitive.multiple_results else [answer]
+
+
+def read(env: Env, atom: Atom) -> Any:
+    """The value of an atom."""
+    return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+
+def evaluate_equation(equation: core.JaxprEqn, env: Env) -> None:
+    """Evaluates one equation as it stands, reading its operands from `env` and writing there."""
+    values = [read(env, atom) for atom in equation.invars]
+    env.update(zip(equation.outvars, bind(equation, values), strict=True))
+
+
+def _evaluate_inlined(jaxpr: core.ClosedJaxpr, *args: Any) -> list[Any]:
+    env = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+    env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
+    for equation in jaxpr.jaxpr.eqns:
+        values = [read(env, atom) for atom in equation.invars]
+        inner = body(equation) if _is_inlined(equation) else None
+        results = bind(equation, values) if inner is None else _evaluate_inlined(inner, *values)
+        env.update(zip(equation.outvars, results, strict=True))
+    return [read(env, atom) for atom in jaxpr.jaxpr.outvars]
+
+
+def flatten(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> FlatJaxpr:
+    """Traces `apply_fn(params, x)` to one flat list of equations.
+
+    Args:
+      apply_fn: a pure function of a params pytree and an input pytree.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`.
+      x: pytree of arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The flat jaxpr of `apply_fn` at these shapes.
+    """
+    nested, out_shape = jax.make_jaxpr(apply_fn, return_shape=True)(params, x)
+    flat = jax.make_jaxpr(lambda *leaves: _evaluate_inlined(nested, *leaves))(*nested.in_avals)
+    count = len(jax.tree.leaves(params))
+    return FlatJaxpr(
+        equations=tuple(flat.jaxpr.eqns),
+        params=tuple(flat.jaxpr.invars[:count]),
+        inputs=tuple(flat.jaxpr.invars[count:]),
+        constants=dict(zip(flat.jaxpr.constvars, flat.consts, strict=True)),
+        outputs=tuple(flat.jaxpr.outvars),
+        out_tree=jax.tree.structure(out_shape),
+    )
+
+
+class Dependence(NamedTuple):
+    """What a value is computed from.
+
+    Attributes:
+      params: positions of the params leaves that reach it.
+      x: whether the network's input reaches it.
+      constant: whether a closed-over array reaches it.
+    """
+
+    params: frozenset[int] = frozenset()
+    x: bool = False
+    constant: bool = False
+
+    def __or__(self, other: "Dependence") -> "Dependence":
+        return Dependence(
+            self.params | other.params, self.x or other.x, self.constant or other.constant
+        )
+
+    @property
+    def params_only(self) -> bool:
+        """Whether params reach the value and the input does not."""
+        return bool(self.params) and not self.x
+
+
+def dependences(flat: FlatJaxpr) -> dict[core.Var, Dependence]:
+    """What each variable of a flat jaxpr is computed from."""
+    found = {var: Dependence(frozenset([i])) for i, var in enumerate(flat.params)}
+    found |= dict.fromkeys(flat.inputs, Dependence(x=True))
+    found |= dict.fromkeys(flat.constants, Dependence(constant=True))
+    for equation in flat.equations:
+        found |= dict.fromkeys(equation.outvars, depends_on(equation.invars, found))
+    return found
+
+
+def depends_on(atoms: Sequence[Atom], found: Mapping[core.Var, Dependence]) -> Dependence:
+    """The union of what the atoms are computed from."""
+    union = Dependence()
+    for atom in atoms:
+        if is_literal(atom):
+            union |= Dependence(constant=bool(jax.numpy.shape(atom.val)))
+        else:
+            union |= found.get(atom, Dependence())
+    return union
+
+
+def needed(flat: FlatJaxpr) -> set[int]:
+    """The positions of the equations that contribute to the outputs."""
+    live = set(variables(flat.outputs))
+    positions = set()
+    for position in reversed(range(len(flat.equations))):
+        equation = flat.equations[position]
+        if live.intersection(equation.outvars):
+            positions.add(position)
+            live.update(variables(equation.invars))
+    return positions

@@ -1,0 +1,160 @@
+"""The function transformation: a float network in, a quantized one out."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.calibrate import calibrate
+from qjax.emit import QuantizedFunction, rest_of_params
+from qjax.fold import fold
+from qjax.layers import find_layers, path_names
+from qjax.progress import Progress, progress_bar
+from qjax.quantized import apply_layer
+from qjax.report import Report, layer_report
+from qjax.spec import Recipe
+from qjax.spec import recipe as make_recipe
+
+BATCH_SIZE = 128  # calibration images that go through the network together
+
+
+class Quantized(NamedTuple):
+    """A quantized network.
+
+    Attributes:
+      apply_fn: a pure function of (params, x), compiled once per shape of x.
+      params: `layers`, a `QuantizedLayer` by name, and `rest`, the leaves of the float params that
+        are still read, by path.
+      report: a record per layer; `str(report)` is a table.
+    """
+
+    apply_fn: QuantizedFunction
+    params: dict[str, Any]
+    report: Report
+
+
+def quantize(
+    apply_fn: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Any,
+    recipe: Recipe | None = None,
+    *,
+    bits: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: bool | Progress = False,
+) -> Quantized:
+    """Quantizes a pretrained network without retraining it.
+
+    Args:
+      apply_fn: a pure inference function of (params, x).
+      params: pytree of arrays; for Flax Linen the whole dict of variables.
+      batches: calibration inputs: one array float[N, ...] (or a mapping of arrays, for a network
+        with several inputs), or any other iterable of such. They are held in memory and cut into
+        batches of equal size (the last is filled up with the first images), so the result does not
+        depend on how the same images are handed over.
+      recipe: what to do; by default 8 bits everywhere.
+      bits: short for `recipe=qjax.recipe(bits)`.
+      mesh: devices to spread the calibration images over, along its first axis.
+      progress: whether to show a progress bar on standard error (needs rich), or a function to
+        call with (layer name, layers done, layers).
+
+    Returns:
+      A `Quantized`.
+
+    Raises:
+      ValueError: the arguments contradict each other; no calibration image; NaN or infinity in the
+        images or the params; no layer, or one that cannot be rewritten; an override that matches no
+        layer.
+      TypeError: `recipe` is not a `Recipe`.
+    """
+    if recipe is not None and bits is not None:
+        raise ValueError("`recipe` and `bits` were both given; give one of them.")
+    recipe = make_recipe(8 if bits is None else bits) if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"`recipe` must be a qjax.Recipe; got {type(recipe).__name__}.")
+    images = _gather(batches)
+    _check_finite("params", params)
+    _check_finite("batches", images)
+    cut = _cut(images, 1 if mesh is None else mesh.devices.size)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), cut[0])
+    network = find_layers(apply_fn, params, shapes)
+    if not network.sites:
+        raise ValueError(
+            "`apply_fn` has no layer to quantize: no convolution or dot product of something in "
+            "`params` with something that depends on the input."
+        )
+    leaves = jax.tree.leaves(params)
+    placed = [jax.tree.leaves(_place(batch, mesh)) for batch in cut]
+    with _reporter(progress) as report_progress:
+        folded = fold(network, leaves)
+        fitted = calibrate(network, leaves, folded, placed, recipe, report_progress)
+    layers = [site.layer for site in network.sites]
+    records = [layer_report(layer, fitted[layer.name]) for layer in layers]
+    function = QuantizedFunction(
+        apply_fn,
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), params),
+        apply_layer,
+        {layer.name: layer.kernel_shape for layer in layers},
+    )
+    quantized = {
+        "layers": {name: fit.layer for name, fit in fitted.items()},
+        "rest": rest_of_params(network, params),
+    }
+    return Quantized(function, quantized, Report(records, recipe, network.skipped))
+
+
+def _reporter(progress: bool | Progress) -> contextlib.AbstractContextManager[Progress]:
+    if progress is True:
+        return progress_bar("quantizing")
+    return contextlib.nullcontext(progress or (lambda item, done, total: None))
+
+
+def _gather(batches: Any) -> Any:
+    """Joins calibration batches to one pytree of arrays with a leading axis of all images."""
+    is_one = isinstance(batches, Mapping) or hasattr(batches, "shape")
+    parts = [batches] if is_one else list(batches)
+    if not parts:
+        raise ValueError("`batches` is empty; pass at least one calibration image.")
+    images = jax.tree.map(lambda *leaves: np.concatenate([np.asarray(x) for x in leaves]), *parts)
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(images)}
+    if len(sizes) != 1:
+        raise ValueError(
+            "every array in `batches` must have the same leading axis of examples; got "
+            f"{sorted(sizes)} of them."
+        )
+    if sizes == {0}:
+        raise ValueError("`batches` holds no calibration image; pass at least one.")
+    return images
+
+
+def _check_finite(argument: str, tree: Any) -> None:
+    for path, leaf in zip(path_names(tree), jax.tree.leaves(tree), strict=True):
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        if is_float and not np.all(np.isfinite(np.asarray(leaf, np.float32))):
+            where = f" at {path!r}" if path else ""
+            raise ValueError(
+                f"`{argument}` must be finite; found NaN or infinity{where}. Check how it was made."
+            )
+
+
+def _cut(images: Any, devices: int) -> list[Any]:
+    """Cuts images into equal batches; the last one is filled up with the first images."""
+    total = len(jax.tree.leaves(images)[0])
+    count = -(-total // BATCH_SIZE)
+    size = -(-total // count)
+    size += -size % devices
+    order = np.arange(count * size) % total
+    return [
+        jax.tree.map(lambda x, part=part: x[part], images) for part in order.reshape(count, size)
+    ]
+
+
+def _place(batch: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+    automatic = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
+    spec = jax.sharding.PartitionSpec(mesh.axis_names)
+    return jax.device_put(batch, jax.sharding.NamedSharding(automatic, spec))

@@ -1,0 +1,199 @@
+"""What quantization did to each layer, as records and as a table."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import overload
+
+from qjax.affine import QParams
+from qjax.calibrate import Fit
+from qjax.layers import Layer, Skipped
+from qjax.spec import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer.
+
+    Attributes:
+      name: where its kernel lives in params.
+      kind: conv, depthwise_conv, grouped_conv, dense or grouped_dense.
+      activation: what follows its output.
+      kernel_shape: shape of the kernel as the operation sees it.
+      output_shape: shape of its output for one example.
+      weight_bits: width of the kernel's codes, None in float; likewise the next two.
+      input_bits: of its input.
+      output_bits: of its output.
+      weight_scale: least and greatest scale of the kernel, None in float.
+      input_scale: real units per code of the input, None in float.
+      input_zero_point: the input's code of 0, None in float.
+      output_scale: real units per code of the output, None in float.
+      output_zero_point: the output's code of 0, None in float.
+      weight_sqnr_db: signal to noise of the kernel.
+      output_sqnr_db: signal to noise of the output after the activation, against the float
+        network's, all earlier layers quantized too.
+      weight_clip: the clipping range's share of the range of the values; None in float.
+      input_clip: likewise of the input.
+      output_clip: likewise of the output.
+      macs: multiply-accumulate operations per example.
+      bytes_float: of kernel and bias in float32.
+      bytes_quantized: of codes at their true width, scales, zero points and bias.
+    """
+
+    name: str
+    kind: str
+    activation: str
+    kernel_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    weight_bits: int | None
+    input_bits: int | None
+    output_bits: int | None
+    weight_scale: tuple[float, float] | None
+    input_scale: float | None
+    input_zero_point: int | None
+    output_scale: float | None
+    output_zero_point: int | None
+    weight_sqnr_db: float
+    output_sqnr_db: float
+    weight_clip: float | None
+    input_clip: float | None
+    output_clip: float | None
+    macs: int
+    bytes_float: int
+    bytes_quantized: int
+
+
+def layer_report(layer: Layer, fit: Fit) -> LayerReport:
+    """Describes a fitted layer."""
+    quantized = fit.layer
+    outputs = quantized.outputs or quantized.activated
+    weights = quantized.weights
+    codes_bits = 32 if weights is None else weights.bits
+    qparams = [q for q in (weights, quantized.inputs, quantized.outputs, quantized.activated) if q]
+    return LayerReport(
+        name=layer.name,
+        kind=layer.kind,
+        activation=layer.activation,
+        kernel_shape=layer.kernel_shape,
+        output_shape=layer.output_shape[1:],
+        weight_bits=weights and weights.bits,
+        input_bits=quantized.inputs and quantized.inputs.bits,
+        output_bits=outputs and outputs.bits,
+        weight_scale=weights and (float(weights.scale.min()), float(weights.scale.max())),
+        input_scale=_scale(quantized.inputs),
+        input_zero_point=_zero_point(quantized.inputs),
+        output_scale=_scale(outputs),
+        output_zero_point=_zero_point(outputs),
+        weight_sqnr_db=fit.weight_sqnr_db,
+        output_sqnr_db=fit.output_sqnr_db,
+        weight_clip=fit.weight_clip,
+        input_clip=fit.input_clip,
+        output_clip=fit.output_clip,
+        macs=layer.macs,
+        bytes_float=4 * (quantized.kernel.size + quantized.bias.size),
+        bytes_quantized=math.ceil(quantized.kernel.size * codes_bits / 8)
+        + quantized.bias.nbytes
+        + sum(q.scale.nbytes + q.zero_point.nbytes for q in qparams),
+    )
+
+
+def _scale(qparams: QParams | None) -> float | None:
+    return None if qparams is None else float(qparams.scale)
+
+
+def _zero_point(qparams: QParams | None) -> int | None:
+    return None if qparams is None else int(qparams.zero_point)
+
+
+class Report(Sequence[LayerReport]):
+    """A record per layer in dataflow order; `str(report)` is a table of at most 100 columns.
+
+    Attributes:
+      recipe: what was asked for.
+      skipped: products that stayed in float, and why.
+    """
+
+    def __init__(
+        self, layers: Sequence[LayerReport], recipe: Recipe, skipped: Sequence[Skipped]
+    ) -> None:
+        self._layers = tuple(layers)
+        self.recipe = recipe
+        self.skipped = tuple(skipped)
+
+    @overload
+    def __getitem__(self, index: int) -> LayerReport: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LayerReport]: ...
+    def __getitem__(self, index: int | slice) -> LayerReport | Sequence[LayerReport]:
+        return self._layers[index]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Report) and vars(self) == vars(other)
+
+    def __str__(self) -> str:
+        rows = [_row(layer) for layer in self] + [self._total()]
+        widths = [max(map(len, column)) for column in zip(_HEADER, *rows, strict=True)]
+        widths[0] = min(widths[0], 98 - sum(widths[1:]) - 2 * (len(widths) - 1))
+        lines = [_line(row, widths) for row in (_HEADER, *rows)]
+        rule = "─" * len(lines[0])
+        lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        lines += [
+            f"in float: {skip.primitive} of {' and '.join(map(_shape, skip.shapes))}: {skip.reason}"
+            for skip in self.skipped
+        ]
+        return "\n".join(lines)
+
+    def _total(self) -> tuple[str, ...]:
+        sizes = [sum(getattr(layer, f"bytes_{kind}") for layer in self) for kind in _KINDS]
+        macs = sum(layer.macs for layer in self)
+        return (f"{len(self)} layers", *[""] * 6, _si(macs), " → ".join(map(_si, sizes)))
+
+
+_KINDS = ("float", "quantized")
+_HEADER = (
+    *("layer", "kind", "kernel", "bits w/i/o", "activation"),
+    *("w dB", "out dB", "MACs", "bytes"),
+)
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    widths = (layer.weight_bits, layer.input_bits, layer.output_bits)
+    return (
+        layer.name,
+        layer.kind,
+        _shape(layer.kernel_shape),
+        "/".join("–" if bits is None else str(bits) for bits in widths),
+        layer.activation,
+        _db(layer.weight_sqnr_db),
+        _db(layer.output_sqnr_db),
+        _si(layer.macs),
+        f"{_si(layer.bytes_float)} → {_si(layer.bytes_quantized)}",
+    )
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    name = row[0] if len(row[0]) <= widths[0] else f"…{row[0][1 - widths[0] :]}"
+    cells = [name.ljust(widths[0])]
+    for index, (cell, width) in enumerate(zip(row[1:], widths[1:], strict=True)):
+        cells.append(cell.ljust(width) if index < 4 else cell.rjust(width))
+    return "  ".join(cells)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _db(value: float) -> str:
+    return "∞" if math.isinf(value) else f"{value:.1f}"
+
+
+def _si(value: float) -> str:
+    """A number with three digits and a prefix: 123, 4.56k, 78.9M."""
+    for prefix in ("", "k", "M", "G"):
+        if value < 999.5:
+            break
+        value /= 1000
+    return f"{value:.3g}{prefix}"

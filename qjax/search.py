@@ -1,0 +1,237 @@
+"""Clipping ranges by grid search, the candidates under `jax.vmap` in chunks of bounded memory.
+
+The objective of `output_mse` is the mean squared error of the layer's output:
+
+* weights: E‖(ŵ_c − w_c)ᵀ x‖² = (ŵ_c − w_c)ᵀ H (ŵ_c − w_c) per output channel c, with H = E[x xᵀ];
+* inputs: E‖W·(x̂ − x)‖²;
+* outputs: E‖act(ẑ) − act(z)‖², which sees that a ReLU discards the negative half.
+
+`mse` is the error of the tensor itself.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.affine import QParams, affine_qparams, fake_quant
+from qjax.spec import QuantSpec
+
+CANDIDATE_BYTES = 2**27  # what the candidates evaluated at the same time may take
+
+Range = tuple[jax.Array, jax.Array]
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def patch_groups(patch: int, spec: QuantSpec) -> int:
+    """How many scales the elements of a patch share among them."""
+    return -(-patch // spec.group_size) if spec.granularity == "per_group" else 1
+
+
+def split_patch(kernel: jax.Array, groups: int) -> jax.Array:
+    """Splits the patch axis: [g, patch, m] to [g, groups, size, m], padded with zeros."""
+    size = -(-kernel.shape[1] // groups)
+    padding = groups * size - kernel.shape[1]
+    kernel = jnp.pad(kernel, [(0, 0), (0, padding), (0, 0)])
+    return kernel.reshape(kernel.shape[0], groups, size, kernel.shape[2])
+
+
+def join_patch(blocks: jax.Array, patch: int) -> jax.Array:
+    """Undoes `split_patch`: [g, groups, size, m] to [g, patch, m]."""
+    return blocks.reshape(blocks.shape[0], -1, blocks.shape[3])[:, :patch]
+
+
+def diagonal_blocks(hessian: jax.Array, groups: int) -> jax.Array:
+    """The blocks on the diagonal: [g, patch, patch] to [g, groups, size, size]."""
+    rows = split_patch(hessian, groups)
+    columns = split_patch(rows.reshape(-1, *rows.shape[2:]).transpose(0, 2, 1), groups)
+    columns = columns.reshape(rows.shape[0], groups, groups, *columns.shape[2:])
+    return jnp.moveaxis(jnp.diagonal(columns, axis1=1, axis2=2), -1, 1)
+
+
+def kernel_loss(error: jax.Array, hessian: jax.Array | None) -> jax.Array:
+    """The mean squared output error that a kernel error causes: eᵀ H e per output channel.
+
+    Args:
+      error: ŵ − w, float[groups, patch, channels].
+      hessian: E[x xᵀ], float[groups, patch, patch]; None stands for the identity.
+
+    Returns:
+      float[groups, channels].
+    """
+    weighted = error if hessian is None else jnp.matmul(hessian, error, precision="highest")
+    return jnp.sum(error * weighted, axis=-2)
+
+
+@partial(jax.jit, static_argnames=("spec", "method", "grid_size"))
+def search_weights(
+    kernel: jax.Array,
+    hessian: jax.Array,
+    spec: QuantSpec,
+    method: str = "output_mse",
+    grid_size: int = 100,
+) -> QParams:
+    """Chooses the clipping range of a kernel.
+
+    Candidates are α·[low, high] with α = 1/n, 2/n, … 1 and [low, high] the extremes, for every
+    channel on its own. Per group, the error that a group shares with the others is left out.
+
+    Args:
+      kernel: float[groups, patch, channels].
+      hessian: E[x xᵀ], float[groups, patch, patch]; read by `output_mse` only.
+      spec: the number format.
+      method: `absmax`, `percentile`, `mse` or `output_mse`.
+      grid_size: n, the number of candidates.
+
+    Returns:
+      Qparams of shape [groups, patch groups, channels], or [1, 1, 1] per tensor.
+    """
+    count = patch_groups(kernel.shape[1], spec)
+    blocks = split_patch(kernel.astype(jnp.float32), count)
+    axes = None if spec.granularity == "per_tensor" else 2
+    low = jnp.minimum(jnp.min(blocks, axes, keepdims=True), 0)
+    high = jnp.maximum(jnp.max(blocks, axes, keepdims=True), 0)
+    if method == "percentile":
+        magnitude = jnp.percentile(jnp.abs(blocks), 99.9, axes, keepdims=True)
+        low, high = jnp.maximum(low, -magnitude), jnp.minimum(high, magnitude)
+    best = jnp.ones_like(low)
+    if method in ("mse", "output_mse"):
+        metric = diagonal_blocks(hessian, count) if method == "output_mse" else None
+
+        def loss(alpha: jax.Array) -> jax.Array:
+            qparams = affine_qparams(alpha * low, alpha * high, spec)
+            losses = kernel_loss(fake_quant(blocks, qparams) - blocks, metric)[:, :, None]
+            return jnp.sum(losses, axes, keepdims=True) if axes is None else losses
+
+        alphas = jnp.arange(1, grid_size + 1, dtype=jnp.float32) / grid_size
+        best = alphas[jnp.argmin(map_candidates(loss, alphas, blocks.nbytes), axis=0)]
+    qparams = affine_qparams(best * low, best * high, spec)
+    return jax.tree.map(lambda leaf: leaf[:, :, 0], qparams)
+
+
+def map_candidates(
+    loss: Callable[[jax.Array], jax.Array], candidates: jax.Array, candidate_bytes: int
+) -> jax.Array:
+    """Evaluates a loss on every candidate, as many at a time as memory allows.
+
+    Args:
+      loss: of one candidate.
+      candidates: float[n, ...].
+      candidate_bytes: the size of the largest array that one candidate needs.
+
+    Returns:
+      The losses, float[n, ...].
+    """
+    count = len(candidates)
+    fitting = max(1, CANDIDATE_BYTES // max(4 * candidate_bytes, 1))
+    together = max(d for d in range(1, count + 1) if count % d == 0 and d <= fitting)
+    if together == count:
+        return jax.vmap(loss)(candidates)
+    return lax.map(loss, candidates, batch_size=together)
+
+
+def search_input(
+    patches: jax.Array,
+    kernel: jax.Array,
+    extremes: Range,
+    spec: QuantSpec,
+    method: str = "output_mse",
+    grid_size: int = 100,
+) -> QParams:
+    """Chooses the clipping range of a layer's input.
+
+    Args:
+      patches: a sample of the patches that the kernel meets, float[positions, groups, patch].
+      kernel: float[groups, patch, channels].
+      extremes: the least and the greatest value to represent, scalars.
+      spec: the number format.
+      method: `mse` (of the patches) or `output_mse` (of kernel times patches).
+      grid_size: candidates per end of the range.
+
+    Returns:
+      Scalar qparams.
+    """
+    kernel = kernel if method == "output_mse" else None
+    return _search_range(_input_loss, (patches, kernel), extremes, spec, grid_size, None)
+
+
+def search_output(
+    target: jax.Array,
+    actual: jax.Array,
+    extremes: Range,
+    spec: QuantSpec,
+    activation: Callable[[jax.Array], jax.Array],
+    grid_size: int = 100,
+) -> QParams:
+    """Chooses the clipping range of a layer's output: E‖act(q(ẑ)) − act(z)‖² over the range of q.
+
+    Args:
+      target: z, a sample of the float outputs, float[n].
+      actual: ẑ, the outputs there of the layer to be quantized, float[n].
+      extremes: the least and the greatest value to represent, scalars.
+      spec: the number format.
+      activation: act; the identity for the error of the tensor itself.
+      grid_size: candidates per end of the range.
+
+    Returns:
+      Scalar qparams.
+    """
+    data = (activation(target), actual)
+    return _search_range(_output_loss, data, extremes, spec, grid_size, activation)
+
+
+def _input_loss(data: tuple[jax.Array, ...], qparams: QParams, _: None) -> jax.Array:
+    patches, kernel = data
+    error = fake_quant(patches, qparams) - patches
+    if kernel is not None:
+        error = jnp.einsum("pgk,gkm->pgm", error, kernel)
+    return jnp.mean(jnp.square(error))
+
+
+def _output_loss(
+    data: tuple[jax.Array, ...], qparams: QParams, activation: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    target, actual = data
+    return jnp.mean(jnp.square(activation(fake_quant(actual, qparams)) - target))
+
+
+def _search_range(
+    loss: Callable[..., jax.Array],
+    data: tuple[jax.Array | None, ...],
+    extremes: Range,
+    spec: QuantSpec,
+    grid_size: int,
+    activation: Callable[[jax.Array], jax.Array] | None,
+) -> QParams:
+    """Searches the upper end of the range, then the lower one; a symmetric range as a whole."""
+    ends = (
+        ("both",) if spec.symmetric else ("high",) if float(extremes[0]) >= 0 else ("high", "low")
+    )
+    for end in ends:
+        extremes = _search_end(loss, data, extremes, spec, grid_size, activation, end)
+    return affine_qparams(*extremes, spec)
+
+
+@partial(jax.jit, static_argnames=("loss", "spec", "grid_size", "activation", "end"))
+def _search_end(
+    loss: Callable[..., jax.Array],
+    data: tuple[jax.Array | None, ...],
+    extremes: Range,
+    spec: QuantSpec,
+    grid_size: int,
+    activation: Callable[[jax.Array], jax.Array] | None,
+    end: str,
+) -> Range:
+    low, high = (jnp.asarray(extreme, jnp.float32) for extreme in extremes)
+    alphas = jnp.arange(1, grid_size + 1, dtype=jnp.float32) / grid_size
+
+    def shrunk(alpha: jax.Array) -> Range:
+        return (low if end == "high" else alpha * low), (high if end == "low" else alpha * high)
+
+    def loss_at(alpha: jax.Array) -> jax.Array:
+        return loss(data, affine_qparams(*shrunk(alpha), spec), activation)
+
+    size = max(leaf.nbytes for leaf in data if leaf is not None)
+    return shrunk(alphas[jnp.argmin(map_candidates(loss_at, alphas, size))])

@@ -1,0 +1,255 @@
+"""What to quantize and how: static, hashable descriptions with no arrays in them."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+Granularity = Literal["per_tensor", "per_channel", "per_group"]
+OutputPosition = Literal["pre_activation", "post_activation", "both"]
+RangeMethod = Literal["absmax", "percentile", "mse", "output_mse"]
+Rounding = Literal["nearest"]
+
+MIN_BITS, MAX_BITS = 2, 16
+
+
+def _check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{argument}` must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def _check_bits(argument: str, bits: object) -> None:
+    if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(
+            f"`{argument}` must be an integer from {MIN_BITS} to {MAX_BITS}; got {bits!r}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """The number format of one kind of tensor.
+
+    Attributes:
+      bits: width of a code, 2 to 16.
+      symmetric: signed codes −(2^(b−1)−1) … 2^(b−1)−1 around zero_point 0; otherwise unsigned codes
+        0 … 2^b−1 with a zero point.
+      granularity: one scale per tensor, per output channel, or per group of `group_size` input
+        elements of each output channel. Layer inputs and outputs are always per tensor.
+      group_size: input elements that share a scale; read only when `granularity` is per_group.
+
+    Raises:
+      ValueError: a field is outside its range.
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    granularity: Granularity = "per_channel"
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        _check_bits("bits", self.bits)
+        _check_choice("granularity", self.granularity, get_args(Granularity))
+        if self.group_size < 1:
+            raise ValueError(f"`group_size` must be at least 1; got {self.group_size}.")
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code, inclusive."""
+        return -(2 ** (self.bits - 1) - 1) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest code, inclusive."""
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+
+WEIGHTS = QuantSpec()
+ACTIVATIONS = QuantSpec(symmetric=False, granularity="per_tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRecipe:
+    """How one layer is quantized.
+
+    Attributes:
+      weights: format of the kernel, None to leave it in float.
+      inputs: format of the layer's input, None to leave it in float.
+      outputs: format of the layer's output, None to leave it in float.
+      output_position: where the output is quantized: before the activation, after it, or both.
+      range_method: how clipping ranges are chosen: `absmax` (the extremes), `percentile` (99.9 % of
+        the values), `mse` (least squared error of the tensor itself) or `output_mse` (least squared
+        error of the layer's output).
+      rounding: `nearest`, half to even.
+      bias_correction: shift each bias by the mean error that quantization leaves in its channel.
+
+    Raises:
+      ValueError: a field is outside its choices.
+    """
+
+    weights: QuantSpec | None = WEIGHTS
+    inputs: QuantSpec | None = ACTIVATIONS
+    outputs: QuantSpec | None = ACTIVATIONS
+    output_position: OutputPosition = "pre_activation"
+    range_method: RangeMethod = "output_mse"
+    rounding: Rounding = "nearest"
+    bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("output_position", self.output_position, get_args(OutputPosition))
+        _check_choice("range_method", self.range_method, get_args(RangeMethod))
+        _check_choice("rounding", self.rounding, get_args(Rounding))
+        for argument in ("inputs", "outputs"):
+            spec = getattr(self, argument)
+            if spec is not None and spec.granularity != "per_tensor":
+                raise ValueError(
+                    f"`{argument}` must have granularity per_tensor (a sum over channels of "
+                    f"different scales has no integer form); got {spec.granularity}."
+                )
+
+
+_WIDTHS = {"weight_bits": "weights", "input_bits": "inputs", "output_bits": "outputs"}
+_LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerRecipe))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(LayerRecipe):
+    """How a whole network is quantized: every layer's recipe, and what differs where.
+
+    Attributes:
+      sequential: fit each layer on the input that its already quantized predecessors produce,
+        rather than on the float network's.
+      grid_size: candidate clipping ranges per search.
+      overrides: `{"Conv_0": {"bits": 8}, "*fc*": {"weights": None}}`: a glob on layer names and the
+        fields that differ there. Keys are the fields of `LayerRecipe`, `weight_bits`, `input_bits`,
+        `output_bits` (None: float), and `bits` for all three that are not in float. The patterns
+        `@first` and `@last` stand for the first and the last layer. Later patterns win.
+
+    Raises:
+      ValueError: a field is outside its choices, or an override names an unknown field.
+    """
+
+    sequential: bool = True
+    grid_size: int = 100
+    overrides: Any = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grid_size < 2:
+            raise ValueError(f"`grid_size` must be at least 2 candidates; got {self.grid_size}.")
+        frozen = tuple((pattern, tuple(fields.items())) for pattern, fields in self._overrides())
+        object.__setattr__(self, "overrides", frozen)
+        for _, fields in self._overrides():
+            _override(self._base(), fields)
+
+    def _overrides(self) -> list[tuple[str, dict[str, Any]]]:
+        items = self.overrides
+        items = items.items() if isinstance(items, Mapping) else items
+        return [(pattern, dict(fields)) for pattern, fields in items]
+
+    def _base(self) -> LayerRecipe:
+        return LayerRecipe(**{field: getattr(self, field) for field in _LAYER_FIELDS})
+
+    def by_layer(self, names: Sequence[str]) -> dict[str, LayerRecipe]:
+        """Returns the recipe of each layer, overrides applied in order.
+
+        Args:
+          names: all layer names, in dataflow order.
+
+        Raises:
+          ValueError: a pattern matches no layer.
+        """
+        recipes = dict.fromkeys(names, self._base())
+        ends = {"@first": names[:1], "@last": names[-1:]}
+        for pattern, fields in self._overrides():
+            matched = ends.get(pattern) or fnmatch.filter(names, pattern)
+            if not matched:
+                raise ValueError(
+                    f"`overrides` pattern {pattern!r} matches no layer; the layers are "
+                    f"{', '.join(names)}."
+                )
+            for name in matched:
+                recipes[name] = _override(recipes[name], fields)
+        return recipes
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the recipe as JSON values; `from_json` is its inverse."""
+
+        def encode(value: Any) -> Any:
+            return dataclasses.asdict(value) if isinstance(value, QuantSpec) else value
+
+        fields = {field.name: encode(getattr(self, field.name)) for field in _recipe_fields()}
+        fields["overrides"] = [
+            [pattern, {key: encode(value) for key, value in changes.items()}]
+            for pattern, changes in self._overrides()
+        ]
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Recipe":
+        """Rebuilds a recipe from `to_json`'s output."""
+
+        def decode(items: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: QuantSpec(**v) if isinstance(v, Mapping) else v for k, v in items.items()}
+
+        overrides = [(pattern, decode(changes)) for pattern, changes in fields["overrides"]]
+        return cls(**decode(fields) | {"overrides": overrides})
+
+
+def _recipe_fields() -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(Recipe)
+
+
+def _override(base: LayerRecipe, fields: Mapping[str, Any]) -> LayerRecipe:
+    changes = {}
+    for key, value in fields.items():
+        if key == "bits":
+            for target in _WIDTHS.values():
+                if getattr(base, target) is not None:
+                    changes[target] = dataclasses.replace(getattr(base, target), bits=value)
+        elif key in _WIDTHS:
+            spec = getattr(base, _WIDTHS[key]) or getattr(LayerRecipe(), _WIDTHS[key])
+            changes[_WIDTHS[key]] = value and dataclasses.replace(spec, bits=value)
+        else:
+            _check_choice("overrides", key, ("bits", *_WIDTHS, *_LAYER_FIELDS))
+            changes[key] = value
+    return dataclasses.replace(base, **changes)
+
+
+def recipe(
+    bits: int = 8,
+    weight_bits: int | None = None,
+    input_bits: int | None = None,
+    output_bits: int | None = None,
+    first_last_bits: int | None = None,
+    **recipe_fields: Any,
+) -> Recipe:
+    """Builds a `Recipe` from bit widths.
+
+    Args:
+      bits: width of weights, inputs and outputs where nothing else is said.
+      weight_bits: width of the weights.
+      input_bits: width of the layer inputs.
+      output_bits: width of the layer outputs.
+      first_last_bits: width of all three in the first and in the last layer; an override that
+        `recipe_fields["overrides"]` may override again.
+      **recipe_fields: further fields of `Recipe`, e.g. `inputs=None`.
+
+    Returns:
+      A validated `Recipe`.
+
+    Raises:
+      ValueError: a width is outside 2 to 16, or a field is outside its choices.
+    """
+    widths = {"weight_bits": weight_bits, "input_bits": input_bits, "output_bits": output_bits}
+    specs = {}
+    for argument, width in widths.items():
+        target = _WIDTHS[argument]
+        width = bits if width is None else width
+        _check_bits(argument, width)
+        specs[target] = dataclasses.replace(getattr(LayerRecipe(), target), bits=width)
+    overrides = recipe_fields.pop("overrides", ())
+    if first_last_bits is not None:
+        _check_bits("first_last_bits", first_last_bits)
+        ends = {end: {"bits": first_last_bits} for end in ("@first", "@last")}
+        overrides = [*ends.items(), *dict(overrides).items()]
+    return Recipe(**specs | recipe_fields, overrides=overrides)
