@@ -90,7 +90,7 @@ def _round_straight_through(x: jax.Array) -> jax.Array:
 
 
 def float_codes(x: jax.Array, qparams: QParams) -> jax.Array:
-    """Codes relative to the zero point, as integers in float32: x ≈ scale * float_codes(x).
+    """Rounds to codes relative to the zero point, as integers in float32: x ≈ scale · codes.
 
     Differentiable: rounding passes the gradient through, clipping stops it.
 
@@ -106,8 +106,9 @@ def float_codes(x: jax.Array, qparams: QParams) -> jax.Array:
     """
     _check_rank(x, qparams)
     zero_point = qparams.zero_point.astype(jnp.float32)
-    codes = _round_straight_through(x.astype(jnp.float32) / qparams.scale)
-    return jnp.clip(codes, qparams.qmin - zero_point, qparams.qmax - zero_point)
+    codes = x.astype(jnp.float32) / qparams.scale
+    codes = jnp.clip(codes, qparams.qmin - zero_point, qparams.qmax - zero_point)
+    return _round_straight_through(codes)
 
 
 def quantize_array(x: jax.Array, qparams: QParams) -> jax.Array:
@@ -151,7 +152,7 @@ def dequantize(codes: jax.Array, qparams: QParams) -> jax.Array:
 
 
 def fake_quant(x: jax.Array, qparams: QParams) -> jax.Array:
-    """Rounds real values to representable ones: dequantize(quantize_array(x)), differentiably.
+    """Rounds real values to representable ones, differentiably.
 
     Args:
       x: float[...] in real units.
@@ -164,7 +165,7 @@ def fake_quant(x: jax.Array, qparams: QParams) -> jax.Array:
 
 
 def sqnr_db(reference: jax.Array, approximation: jax.Array) -> jax.Array:
-    """Signal to quantization noise ratio, 10 log10(Σ x² / Σ (x − x_hat)²).
+    """Measures signal to quantization noise, 10 log10 of Σ x² / Σ (x − x_hat)².
 
     Args:
       reference: float[...], the values before quantization.
@@ -175,4 +176,4 @@ def sqnr_db(reference: jax.Array, approximation: jax.Array) -> jax.Array:
     """
     signal = jnp.sum(jnp.square(reference))
     noise = jnp.sum(jnp.square(reference - approximation))
-    return 10 * jnp.log10(signal / noise)
+    return jnp.where(noise == 0, jnp.inf, 10 * jnp.log10(signal / noise))

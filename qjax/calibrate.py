@@ -221,7 +221,7 @@ def _fit_output(task: Task, target: Arrays, actual: Arrays) -> tuple[QParams | N
     def searched(extremes: search.Range) -> QParams:
         # An activation of unknown form is only known at the shape of a whole batch.
         is_pointwise = activation in (_identity, jax.nn.relu, jax.nn.relu6)
-        z, z_hat = [_sampled(v) if is_pointwise else v[0] for v in (target, actual)]
+        z, z_hat = (_sampled(v) if is_pointwise else v[0] for v in (target, actual))
         return search.search_output(z, z_hat, extremes, spec, activation, task.grid_size)
 
     return _fit_range(task.recipe.range_method, spec, actual, (low, high), searched)
@@ -276,8 +276,8 @@ def _fit_range(
         case "absmax":
             chosen = widest
         case "percentile":
-            kept = observers.observe(observers.percentile(PERCENT, *extremes), values)
-            chosen = affine_qparams(*kept, spec)
+            low, high = observers.observe(observers.percentile(PERCENT, *extremes), values)
+            chosen = affine_qparams(low, high, spec)
         case _:
             chosen = searched(extremes)
     return chosen, float(chosen.scale / widest.scale)
@@ -326,7 +326,7 @@ def _channel_sums(operation: Linear, y: jax.Array) -> jax.Array:
 
 def _channel_means(operation: Linear, values: Arrays) -> jax.Array:
     """The mean of each output channel, float32[groups * channels]."""
-    sums = sum(_channel_sums(operation, batch) for batch in values)
+    sums = jnp.sum(jnp.stack([_channel_sums(operation, batch) for batch in values]), axis=0)
     count = sum(batch.size for batch in values) // len(sums)
     return sums / count
 

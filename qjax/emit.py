@@ -100,7 +100,7 @@ def moved(site: Site, y: jax.Array) -> jax.Array:
     """Brings the output of a layer's operation to the shape and type that its readers expect."""
     for equation in site.movement:
         [y] = interpret.bind(equation, [y])
-    return y.astype(site.output.aval.dtype)
+    return y.astype(interpret.dtype(site.output))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,7 +164,9 @@ def rest_of_params(network: Network, params: Any) -> dict[str, jax.Array]:
     return {path: leaf for path, var, leaf in leaves if var in live}
 
 
-def segments(steps: Sequence[Step]) -> Iterator[tuple[tuple[core.JaxprEqn, ...], Step | None]]:
+def segments(
+    steps: Sequence[Step],
+) -> Iterator[tuple[tuple[core.JaxprEqn, ...], Site | Activated | None]]:
     """Cuts steps into runs of plain equations, each with the layer step that follows it."""
     run: list[core.JaxprEqn] = []
     for step in steps:

@@ -20,7 +20,7 @@ _INLINED = {
     "custom_jvp_call": "call_jaxpr",
 }
 
-Atom = core.Var | core.Literal
+Atom = Any  # a core.Var or a core.Literal
 Env = dict[core.Var, Any]
 
 
@@ -43,6 +43,16 @@ class FlatJaxpr(NamedTuple):
     constants: dict[core.Var, jax.Array]
     outputs: tuple[Atom, ...]
     out_tree: Any
+
+
+def shape(atom: Atom) -> tuple[int, ...]:
+    """The shape of an atom's value."""
+    return tuple(atom.aval.shape)
+
+
+def dtype(atom: Atom) -> Any:
+    """The type of an atom's elements."""
+    return atom.aval.dtype
 
 
 def is_literal(atom: Atom) -> bool:
@@ -84,7 +94,7 @@ def _is_unary_call(equation: core.JaxprEqn) -> bool:
     operands = variables(equation.invars)
     if len(operands) != 1 or len(equation.outvars) != 1:
         return False
-    return operands[0].aval.shape == equation.outvars[0].aval.shape
+    return shape(operands[0]) == shape(equation.outvars[0])
 
 
 def _is_inlined(equation: core.JaxprEqn) -> bool:

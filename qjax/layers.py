@@ -15,7 +15,7 @@ import jax
 from jax.extend import core
 
 from qjax import interpret
-from qjax.interpret import Atom, FlatJaxpr
+from qjax.interpret import Atom, FlatJaxpr, dtype, shape
 from qjax.linear import Linear, linear_operation
 
 Activation = Literal["none", "relu", "relu6", "other"]
@@ -164,7 +164,7 @@ def find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Net
     """Traces a network and finds where its layers stand; see `trace`."""
     flat = interpret.flatten(apply_fn, params, x)
     paths = path_names(params)
-    sizes = [math.prod(var.aval.shape) for var in flat.params]
+    sizes = [math.prod(shape(var)) for var in flat.params]
     found = interpret.dependences(flat)
     graph = _Graph(flat)
     live = interpret.needed(flat)
@@ -189,14 +189,14 @@ def find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Net
         elif any(operand.constant and not operand.x for operand in operands):
             raise ValueError(
                 f"the kernel of a {equation.primitive.name} of shape "
-                f"{tuple(equation.invars[1].aval.shape)} is closed over by `apply_fn` and not in "
+                f"{shape(equation.invars[1])} is closed over by `apply_fn` and not in "
                 "`params`, so it has no name; pass it in through `params`."
             )
         elif all(operand.x for operand in operands):
             skipped.append(_skip(equation, "a product of two activations"))
         else:
             skipped.append(_skip(equation, "its kernel is computed without params"))
-    batch = max((var.aval.shape[0] for var in flat.inputs if var.aval.shape), default=1)
+    batch = max((shape(var)[0] for var in flat.inputs if shape(var)), default=1)
     named = _with_names(sites, _layer_names(kernels, paths), max(batch, 1))
     return Network(flat, named, tuple(skipped))
 
@@ -210,8 +210,7 @@ def _refusal(equation: core.JaxprEqn, name: str) -> ValueError:
 
 
 def _skip(equation: core.JaxprEqn, reason: str) -> Skipped:
-    shapes = tuple(tuple(atom.aval.shape) for atom in equation.invars)
-    return Skipped(equation.primitive.name, shapes, reason)
+    return Skipped(equation.primitive.name, tuple(map(shape, equation.invars)), reason)
 
 
 def _with_names(sites: Sequence[Site], names: Sequence[str], batch: int) -> tuple[Site, ...]:
@@ -280,17 +279,18 @@ def _site(
         operation = linear_operation(equation, kernel_is_lhs)
     except ValueError as error:
         raise ValueError(f"layer {name!r} is {error}, which is not supported.") from error
-    kernel, x = equation.invars[:: 1 if kernel_is_lhs else -1]
+    operands: list[Any] = equation.invars[:: 1 if kernel_is_lhs else -1]
+    kernel, x = operands
     chain, affine, movement, output = _affine_chain(graph, found, position, operation)
     activation, steps, activated = _activation(graph, output)
     layer = Layer(
         name=name,
         kind=operation.kind,
         activation=activation,
-        kernel_shape=tuple(kernel.aval.shape),
-        input_shape=tuple(x.aval.shape),
-        output_shape=tuple(output.aval.shape),
-        macs=math.prod(equation.outvars[0].aval.shape) * operation.matrix_shape[1],
+        kernel_shape=shape(kernel),
+        input_shape=shape(x),
+        output_shape=shape(output),
+        macs=math.prod(shape(equation.outvars[0])) * operation.matrix_shape[1],
         operation=operation,
     )
     return Site(layer, x, kernel, chain, affine, movement, output, activated, steps)
@@ -307,7 +307,7 @@ def _affine_chain(
     Operations that only move elements are followed too, and kept if an affine one comes after.
     """
     var = graph.equations[position].outvars[0]
-    ndim = len(var.aval.shape)
+    ndim = len(shape(var))
     channel_axes = tuple(axis % ndim for axis in operation.channel_axes)
     chain, affine, movement = [position], [], []
     kept = ((position,), (), (), var)
@@ -345,17 +345,17 @@ def _affine_step(
         return None
     if interpret.depends_on([operand], found).x:
         return None
-    ndim = len(var.aval.shape)
-    if equation.outvars[0].aval.shape != var.aval.shape:
+    ndim = len(shape(var))
+    if shape(equation.outvars[0]) != shape(var):
         return None
-    source, axes = operand, tuple(range(len(operand.aval.shape)))
+    source: Any = operand
+    axes = tuple(range(len(shape(operand))))
     writer = None if interpret.is_literal(source) else graph.writer.get(source)
     if writer is not None and writer.primitive.name == "broadcast_in_dim":
         axes = tuple(writer.params["broadcast_dimensions"])
         source = writer.invars[0]
     per_channel = all(
-        size == 1 or axis in channel_axes
-        for axis, size in zip(axes, source.aval.shape, strict=True)
+        size == 1 or axis in channel_axes for axis, size in zip(axes, shape(source), strict=True)
     )
     return Affine(primitive, source, axes, channel_axes, ndim, is_reversed) if per_channel else None
 
@@ -365,10 +365,10 @@ def _moved_axes(equation: core.JaxprEqn, channel_axes: tuple[int, ...]) -> tuple
     name, params = equation.primitive.name, equation.params
     if name not in _MOVEMENT:
         return None
-    before = equation.invars[0].aval.shape
-    after = equation.outvars[0].aval.shape
+    before = shape(equation.invars[0])
+    after = shape(equation.outvars[0])
     if name in ("convert_element_type", "copy"):
-        is_float = jax.numpy.issubdtype(equation.outvars[0].aval.dtype, jax.numpy.floating)
+        is_float = jax.numpy.issubdtype(dtype(equation.outvars[0]), jax.numpy.floating)
         return channel_axes if is_float else None
     if name == "transpose":
         return tuple(params["permutation"].index(axis) for axis in channel_axes)
@@ -379,7 +379,8 @@ def _moved_axes(equation: core.JaxprEqn, channel_axes: tuple[int, ...]) -> tuple
     if params.get("dimensions") and name == "reshape":
         return None
     moved = [_reshaped_axis(before, after, axis) for axis in channel_axes]
-    return None if None in moved else tuple(moved)
+    found = tuple(axis for axis in moved if axis is not None)
+    return found if len(found) == len(moved) else None
 
 
 def _reshaped_axis(before: Sequence[int], after: Sequence[int], axis: int) -> int | None:
@@ -398,29 +399,30 @@ def _activation(
 ) -> tuple[Activation, tuple[core.JaxprEqn, ...], core.Var]:
     """Recognises what follows a layer's output by what it computes: clip(x, low, high) or more."""
     bounds: Bounds = (-math.inf, math.inf)
-    steps, kept, var = [], ((), output), output
+    steps: list[core.JaxprEqn] = []
+    clipping, activated, var = (), output, output
     while (reader := graph.only_reader(var)) is not None:
         equation = graph.equations[reader]
         result = _clip_bounds(equation, {var: bounds})
         if result is None:
-            if not kept[0] and _is_elementwise(equation, var):
+            if not clipping and _is_elementwise(equation, var):
                 return "other", (*steps, equation), equation.outvars[0]
             break
         steps.append(equation)
         var = equation.outvars[0]
         if result != bounds:
-            kept = (tuple(steps), var)
+            clipping, activated = tuple(steps), var
         bounds = result
     names: dict[Bounds, Activation] = {(-math.inf, math.inf): "none", (0.0, math.inf): "relu"}
     names[0.0, 6.0] = "relu6"
-    return names.get(bounds, "other"), *kept
+    return names.get(bounds, "other"), clipping, activated
 
 
 def _is_elementwise(equation: core.JaxprEqn, var: core.Var) -> bool:
     return (
         equation.primitive.name in _ELEMENTWISE
         and interpret.variables(equation.invars) == [var]
-        and [out.aval.shape for out in equation.outvars] == [var.aval.shape]
+        and [shape(out) for out in equation.outvars] == [shape(var)]
     )
 
 
@@ -475,7 +477,7 @@ def keeps_codes(equation: core.JaxprEqn, var: core.Var, high: float) -> bool:
         return False
     if equation.primitive.name in _SELECTIONS:
         return True
-    if equation.outvars[0].aval.dtype != var.aval.dtype:
+    if dtype(equation.outvars[0]) != dtype(var):
         return False
     bounds = _clip_bounds(equation, {var: (-math.inf, math.inf)})
     return bounds is not None and bounds[0] in (-math.inf, 0.0) and bounds[1] >= high

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from qjax.interpret import shape
+
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
@@ -163,7 +165,7 @@ class DotProduct:
 
     @property
     def channel_axes(self) -> tuple[int, ...]:
-        """The axes of the output that hold the output channels, the slowest first, ones negative."""
+        """The axes of the output that hold the output channels, the slowest first."""
         groups, free = len(self.batch[1]), len(self._free)
         free_axes = range(groups, groups + free) if self.kernel_is_lhs else range(-free, 0)
         return (*range(groups), *free_axes)
@@ -175,9 +177,11 @@ class DotProduct:
 
     def apply(self, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
         """Multiplies; `options` go to `lax.dot_general`."""
-        order = slice(None, None, -1 if self.kernel_is_lhs else 1)
-        dimensions = (self.contracting[order], self.batch[order])
-        return lax.dot_general(*(x, kernel)[order], dimensions, **options)
+        if self.kernel_is_lhs:
+            (x_axes, axes), (x_batch, batch) = self.contracting, self.batch
+            dimensions = ((axes, x_axes), (batch, x_batch))
+            return lax.dot_general(kernel, x, dimensions, **options)
+        return lax.dot_general(x, kernel, (self.contracting, self.batch), **options)
 
     def to_matrix(self, kernel: jax.Array) -> jax.Array:
         """Reorders a kernel to [groups, patch, channels]."""
@@ -212,16 +216,13 @@ def linear_operation(equation: core.JaxprEqn, kernel_is_lhs: bool) -> Linear:
       ValueError: a convolution whose kernel is its first operand, or with batch groups.
     """
     params = equation.params
-    kernel_shape = tuple(equation.invars[0 if kernel_is_lhs else 1].aval.shape)
+    kernel_shape = shape(equation.invars[0 if kernel_is_lhs else 1])
     if equation.primitive.name == "dot_general":
-        order = slice(None, None, -1 if kernel_is_lhs else 1)
-        contracting, batch = params["dimension_numbers"]
-        return DotProduct(
-            kernel_is_lhs,
-            tuple(tuple(axes) for axes in contracting[order]),
-            tuple(tuple(axes) for axes in batch[order]),
-            kernel_shape,
+        kernel, x = (0, 1) if kernel_is_lhs else (1, 0)
+        contracting, batch = (
+            (tuple(axes[x]), tuple(axes[kernel])) for axes in params["dimension_numbers"]
         )
+        return DotProduct(kernel_is_lhs, contracting, batch, kernel_shape)
     if kernel_is_lhs or params["batch_group_count"] != 1:
         raise ValueError("a convolution with the kernel as first operand or with batch groups")
     return Convolution(

@@ -16,7 +16,7 @@ class QuantizedLayer:
     """The parameters of one layer, its affine chain folded in.
 
     Attributes:
-      kernel: [groups, patch, channels], see `qjax.linear`: codes, or float32 where `weights` is None.
+      kernel: [groups, patch, channels], see `qjax.linear`: codes; float32 if `weights` is None.
       bias: [groups * channels]: int32 at scale s_w·s_x where the accumulator is an integer, else
         float32 in real units.
       weights: of the kernel: scale [groups or 1, patch groups, channels or 1].
@@ -62,13 +62,19 @@ def accumulator_scale(operation: Linear, layer: QuantizedLayer) -> jax.Array:
     return scale.reshape(-1)
 
 
+def relative_codes(layer: QuantizedLayer) -> jax.Array:
+    """The kernel's codes less their zero points, float32[groups, patch, channels]."""
+    if layer.weights is None:
+        return layer.kernel
+    zero_point = expand_groups(layer.weights.zero_point, layer.kernel.shape[1])
+    return (layer.kernel.astype(jnp.int32) - zero_point).astype(jnp.float32)
+
+
 def dequantized_kernel(layer: QuantizedLayer) -> jax.Array:
     """The kernel in real units, float32[groups, patch, channels]."""
     if layer.weights is None:
         return layer.kernel
-    return layer.kernel.astype(jnp.float32) * expand_groups(
-        layer.weights.scale, layer.kernel.shape[1]
-    )
+    return relative_codes(layer) * expand_groups(layer.weights.scale, layer.kernel.shape[1])
 
 
 def dequantized_bias(operation: Linear, layer: QuantizedLayer) -> jax.Array:
@@ -99,8 +105,8 @@ def quantize_bias(operation: Linear, layer: QuantizedLayer, bias: jax.Array) -> 
 def apply_linear(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.Array:
     """Evaluates a layer up to its output, before that is quantized.
 
-    The products are taken between codes and the sum is scaled once: y = s_w·s_x·(q_w * (q_x − z_x)
-    + q_b). Float32 holds the integers up to 2^24 exactly, so this is what integer arithmetic gives.
+    The products are taken between codes and the sum is scaled once: y = s_w·s_x·((q_w − z_w) *
+    (q_x − z_x) + q_b). Float32 holds the integers up to 2^24 exactly, so this is what integer arithmetic gives.
 
     Args:
       operation: the linear operation.
@@ -114,7 +120,7 @@ def apply_linear(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.
       Jacob et al., 2018, arXiv:1712.05877, eq. 3.
     """
     x = x.astype(jnp.float32) if layer.inputs is None else float_codes(x, layer.inputs)
-    kernel = dequantized_kernel(layer) if layer.is_per_group else layer.kernel.astype(jnp.float32)
+    kernel = dequantized_kernel(layer) if layer.is_per_group else relative_codes(layer)
     acc = operation.apply(x, operation.from_matrix(kernel), precision=lax.Precision.HIGHEST)
     bias = along_channels(operation, layer.bias.astype(jnp.float32), acc.ndim)
     scale = along_channels(operation, accumulator_scale(operation, layer), acc.ndim)

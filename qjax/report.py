@@ -192,8 +192,8 @@ def _db(value: float) -> str:
 
 def _si(value: float) -> str:
     """A number with three digits and a prefix: 123, 4.56k, 78.9M."""
-    for prefix in ("", "k", "M", "G"):
+    for prefix in ("", "k", "M"):
         if value < 999.5:
-            break
+            return f"{value:.3g}{prefix}"
         value /= 1000
-    return f"{value:.3g}{prefix}"
+    return f"{value:.3g}G"

@@ -153,8 +153,8 @@ def search_input(
     Returns:
       Scalar qparams.
     """
-    kernel = kernel if method == "output_mse" else None
-    return _search_range(_input_loss, (patches, kernel), extremes, spec, grid_size, None)
+    data = (patches, kernel if method == "output_mse" else None)
+    return _search_range(_input_loss, data, extremes, spec, grid_size, None)
 
 
 def search_output(
@@ -206,12 +206,11 @@ def _search_range(
     activation: Callable[[jax.Array], jax.Array] | None,
 ) -> QParams:
     """Searches the upper end of the range, then the lower one; a symmetric range as a whole."""
-    ends = (
-        ("both",) if spec.symmetric else ("high",) if float(extremes[0]) >= 0 else ("high", "low")
-    )
-    for end in ends:
+    is_one_sided = float(extremes[0]) >= 0
+    for end in ("both",) if spec.symmetric else ("high",) if is_one_sided else ("high", "low"):
         extremes = _search_end(loss, data, extremes, spec, grid_size, activation, end)
-    return affine_qparams(*extremes, spec)
+    low, high = extremes
+    return affine_qparams(low, high, spec)
 
 
 @partial(jax.jit, static_argnames=("loss", "spec", "grid_size", "activation", "end"))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
@@ -192,7 +192,8 @@ class Recipe(LayerRecipe):
             return {k: QuantSpec(**v) if isinstance(v, Mapping) else v for k, v in items.items()}
 
         overrides = [(pattern, decode(changes)) for pattern, changes in fields["overrides"]]
-        return cls(**decode(fields) | {"overrides": overrides})
+        arguments: dict[str, Any] = decode(fields) | {"overrides": overrides}
+        return cls(**arguments)
 
 
 def _recipe_fields() -> tuple[dataclasses.Field, ...]:
@@ -208,7 +209,8 @@ def _override(base: LayerRecipe, fields: Mapping[str, Any]) -> LayerRecipe:
                     changes[target] = dataclasses.replace(getattr(base, target), bits=value)
         elif key in _WIDTHS:
             spec = getattr(base, _WIDTHS[key]) or getattr(LayerRecipe(), _WIDTHS[key])
-            changes[_WIDTHS[key]] = value and dataclasses.replace(spec, bits=value)
+            changed = None if value is None else dataclasses.replace(spec, bits=value)
+            changes[_WIDTHS[key]] = changed
         else:
             _check_choice("overrides", key, ("bits", *_WIDTHS, *_LAYER_FIELDS))
             changes[key] = value
