@@ -1,6 +1,8 @@
 """qjax: post-training quantization of JAX networks as one function transformation."""
 
 from qjax.affine import QParams, dequantize, fake_quant, quantize_array, sqnr_db
+from qjax.evaluate import top1
+from qjax.io import load, save
 from qjax.layers import Layer, trace
 from qjax.quantize import Quantized, quantize
 from qjax.report import LayerReport, Report
@@ -16,9 +18,12 @@ __all__ = [
     "Report",
     "dequantize",
     "fake_quant",
+    "load",
     "quantize",
     "quantize_array",
     "recipe",
+    "save",
     "sqnr_db",
+    "top1",
     "trace",
 ]
