@@ -28,7 +28,7 @@ from qjax.quantized import (
     dequantized_kernel,
     quantize_bias,
 )
-from qjax.rounding import round_nearest
+from qjax.rounding import coordinate_sweeps, least_squares_shift, round_gptq, round_nearest
 from qjax.spec import LayerRecipe, QuantSpec, Recipe
 from qjax.streams import Streams, cut
 
@@ -94,11 +94,11 @@ def calibrate(
         match segment.step:
             case Site(layer=layer) as site:
                 progress(layer.name, len(fits), len(names))
-                task = Task(site, recipes[layer.name], recipe.grid_size)
+                task = Task(site, recipes[layer.name], recipe.grid_size, recipe.sequential)
                 fits[layer.name] = _fit_layer(task, by_name[layer.name], streams, grids)
             case Activated(site=site):
                 name = site.layer.name
-                task = Task(site, recipes[name], recipe.grid_size)
+                task = Task(site, recipes[name], recipe.grid_size, recipe.sequential)
                 fits[name] = _fit_activated(task, fits[name], streams, grids)
             case None:
                 progress("", len(names), len(names))
@@ -119,20 +119,23 @@ class Task(NamedTuple):
       site: where it stands.
       recipe: what to do with it.
       grid_size: candidates per search.
+      is_sequential: whether the kernel makes up for the error of its input.
     """
 
     site: Site
     recipe: LayerRecipe
     grid_size: int
+    is_sequential: bool
 
 
 def _fit_layer(task: Task, folded: Folded, streams: Streams, grids: dict[core.Var, QParams]) -> Fit:
     """Fits a layer up to its pre-activation output and writes that to the streams."""
     site, operation = task.site, task.site.layer.operation
     x_float, x = streams.read(site.input)
-    target = [_apply_float(operation, folded, batch) for batch in x_float]
+    float_output = [_apply_float(operation, folded, batch) for batch in x_float]
+    target = _with_shortcut_error(site, streams, float_output)
     inputs, input_clip = _fit_input(task, x, folded, grids.get(site.input))
-    layer, weight_sqnr_db, weight_clip = _fit_kernel(task, x, folded, inputs)
+    layer, weight_sqnr_db, weight_clip = _fit_kernel(task, x, target, folded, inputs)
     actual = [_apply_linear(operation, layer, batch) for batch in x]
     if task.recipe.bias_correction and (inputs is not None or layer.weights is not None):
         error = _channel_means(operation, target) - _channel_means(operation, actual)
@@ -143,10 +146,21 @@ def _fit_layer(task: Task, folded: Folded, streams: Streams, grids: dict[core.Va
         layer = dataclasses.replace(layer, outputs=outputs)
         actual = [_fake_quant(batch, outputs) for batch in actual]
         grids[site.output] = outputs
-    float_values = [moved(site, batch) for batch in target]
+    output_sqnr_db = _sqnr_db(_activation(site), float_output, actual)
+    float_values = [moved(site, batch) for batch in float_output]
     streams.write(site.output, float_values, [moved(site, batch) for batch in actual])
-    output_sqnr_db = _sqnr_db(_activation(site), target, actual)
     return Fit(layer, weight_sqnr_db, output_sqnr_db, weight_clip, input_clip, output_clip)
+
+
+def _with_shortcut_error(site: Site, streams: Streams, output: Arrays) -> Arrays:
+    """What a layer must put out for its sum with a shortcut to be the float network's.
+
+    The quantized network adds ŝ where the float one adds s, so the layer's share is z + s − ŝ.
+    """
+    if site.shortcut is None or site.movement or not streams.holds(site.shortcut):
+        return output
+    pairs = zip(*streams.read(site.shortcut), strict=True)
+    return [z + (s - s_hat) for z, (s, s_hat) in zip(output, pairs, strict=True)]
 
 
 def _fit_input(
@@ -168,32 +182,55 @@ def _fit_input(
 
 
 def _fit_kernel(
-    task: Task, x: Arrays, folded: Folded, inputs: QParams | None
+    task: Task, x: Arrays, target: Arrays, folded: Folded, inputs: QParams | None
 ) -> tuple[QuantizedLayer, float, float | None]:
     """Rounds kernel and bias: (layer, SQNR of the kernel in dB, share of the range kept)."""
-    spec, operation = task.recipe.weights, task.site.layer.operation
-    if spec is None:
+    if task.recipe.weights is None:
         return QuantizedLayer(*folded, None, inputs, None, None), math.inf, None
+    operation = task.site.layer.operation
     seen = x if inputs is None else [_fake_quant(batch, inputs) for batch in x]
-    hessian = observers.observe(observers.moments(operation), seen).hessian
-    static = (operation, spec, task.recipe.range_method, task.grid_size)
-    layer, sqnr, clip = _round_layer(*static, folded, hessian, inputs)
+    moments = observers.observe(observers.moments(operation), seen)
+    missing = None
+    if task.is_sequential:
+        residuals = [
+            z - _apply_float(operation, folded, batch)
+            for batch, z in zip(seen, target, strict=True)
+        ]
+        pairs = zip(seen, residuals, strict=True)
+        missing = observers.observe(observers.cross_moments(operation), pairs)
+    static = (operation, task.recipe, task.grid_size)
+    layer, sqnr, clip = _round_layer(*static, folded, moments, missing, inputs)
     return layer, float(sqnr), float(clip)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _round_layer(
     operation: Linear,
-    spec: QuantSpec,
-    method: str,
+    recipe: LayerRecipe,
     grid_size: int,
     folded: Folded,
-    hessian: jax.Array,
+    moments: observers.Moments,
+    missing: observers.CrossMoments | None,
     inputs: QParams | None,
 ) -> tuple[QuantizedLayer, jax.Array, jax.Array]:
-    weights = search.search_weights(folded.kernel, hessian, spec, method, grid_size)
-    widest = search.search_weights(folded.kernel, hessian, spec, "absmax")
-    codes = round_nearest(folded.kernel, weights)
+    assert recipe.weights is not None
+    kernel, hessian = folded.kernel, moments.hessian
+    mean = moments.mean[:, :, None]
+    if recipe.bias_correction:  # the bias takes up the means, the kernel answers for the rest
+        hessian = hessian - mean * mean.transpose(0, 2, 1)
+    if missing is not None:
+        cross = missing.cross
+        if recipe.bias_correction:
+            cross = cross - mean * missing.residual_mean[:, None, :]
+        kernel = kernel + least_squares_shift(hessian, cross)
+    weights = search.search_weights(kernel, hessian, recipe.weights, recipe.range_method, grid_size)
+    widest = search.search_weights(kernel, hessian, recipe.weights, "absmax")
+    if recipe.rounding == "gptq":
+        codes = round_gptq(kernel, hessian, weights)
+    else:
+        codes = round_nearest(kernel, weights)
+    if recipe.sweeps:
+        codes, weights = coordinate_sweeps(codes, kernel, hessian, weights, recipe.sweeps)
     layer = QuantizedLayer(codes, folded.bias, weights, inputs, None, None)
     layer = dataclasses.replace(layer, bias=quantize_bias(operation, layer, folded.bias))
     sqnr = sqnr_db(folded.kernel, dequantized_kernel(layer))

@@ -107,6 +107,7 @@ class Site(NamedTuple):
       output: the pre-activation output.
       activated: the value after the activation (`output` where there is none).
       activation: the equations between the two.
+      shortcut: the other operand of the sum that `output` goes into, if that is all that reads it.
     """
 
     layer: Layer
@@ -118,6 +119,7 @@ class Site(NamedTuple):
     output: core.Var
     activated: core.Var
     activation: tuple[core.JaxprEqn, ...]
+    shortcut: core.Var | None
 
 
 class Skipped(NamedTuple):
@@ -293,7 +295,19 @@ def _site(
         macs=math.prod(shape(equation.outvars[0])) * operation.matrix_shape[1],
         operation=operation,
     )
-    return Site(layer, x, kernel, chain, affine, movement, output, activated, steps)
+    shortcut = _shortcut(graph, found, output)
+    return Site(layer, x, kernel, chain, affine, movement, output, activated, steps, shortcut)
+
+
+def _shortcut(
+    graph: _Graph, found: Mapping[core.Var, interpret.Dependence], output: core.Var
+) -> core.Var | None:
+    reader = graph.only_reader(output)
+    if reader is None or graph.equations[reader].primitive.name != "add":
+        return None
+    others = [atom for atom in graph.equations[reader].invars if atom is not output]
+    is_value = len(others) == 1 and interpret.depends_on(others, found).x
+    return others[0] if is_value and shape(others[0]) == shape(output) else None
 
 
 def _affine_chain(

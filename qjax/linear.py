@@ -205,6 +205,16 @@ class DotProduct:
 Linear = Convolution | DotProduct
 
 
+def output_matrix(operation: Linear, y: jax.Array) -> jax.Array:
+    """Reorders an output to [positions, groups, channels], positions as in `patches`."""
+    channel_axes = [axis % y.ndim for axis in operation.channel_axes]
+    is_convolution = isinstance(operation, Convolution)
+    order = operation.dimension_numbers.out_spec if is_convolution else range(y.ndim)
+    positions = [axis for axis in order if axis not in channel_axes]
+    groups, _, channels = operation.matrix_shape
+    return y.transpose(*positions, *channel_axes).reshape(-1, groups, channels)
+
+
 def linear_operation(equation: core.JaxprEqn, kernel_is_lhs: bool) -> Linear:
     """Reads the operation of a contraction equation.
 

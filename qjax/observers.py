@@ -5,12 +5,13 @@ same result however the same values are split into batches, up to the rounding o
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from qjax.linear import Linear
+from qjax.linear import Linear, output_matrix
 
 
 class Observer(NamedTuple):
@@ -98,7 +99,8 @@ def histogram(low: float | jax.Array, high: float | jax.Array, bins: int = 2048)
     width = jnp.maximum((high - low) / bins, jnp.finfo(jnp.float32).tiny)
 
     def update(counts: jax.Array, x: jax.Array) -> jax.Array:
-        indices = jnp.clip(jnp.floor((x - low) / width), 0, bins - 1).astype(jnp.int32)
+        places = jnp.floor((x.astype(jnp.float32) - low) / width)
+        indices = jnp.clip(places, 0, bins - 1).astype(jnp.int32)
         return counts + jnp.bincount(indices.ravel(), length=bins).astype(jnp.float32)
 
     def final(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -168,25 +170,70 @@ def moments(operation: Linear) -> Observer:
     """
     groups, patch, _ = operation.matrix_shape
 
-    def init() -> tuple[jax.Array, Moments]:
-        zeros = Moments(jnp.zeros((groups, patch)), jnp.zeros((groups, patch, patch)))
-        return jnp.zeros(()), zeros
-
-    def final(state: tuple[jax.Array, Moments]) -> Moments:
-        count, sums = state
-        return Moments(sums.mean / count, sums.hessian / count)
-
     def update(state: tuple[jax.Array, Moments], x: jax.Array) -> tuple[jax.Array, Moments]:
         return _add_patches(state, x, operation)
 
-    return Observer(init, update, final)
+    zeros = Moments(jnp.zeros((groups, patch)), jnp.zeros((groups, patch, patch)))
+    return Observer(lambda: (jnp.zeros(()), zeros), update, _mean)
 
 
-@jax.jit(static_argnames="operation")
+class CrossMoments(NamedTuple):
+    """Moments of a residual r of a layer's output with its input patches x.
+
+    Attributes:
+      residual_mean: E[r], float32[groups, channels].
+      cross: E[x rᵀ], float32[groups, patch, channels].
+    """
+
+    residual_mean: jax.Array
+    cross: jax.Array
+
+
+def cross_moments(operation: Linear) -> Observer:
+    """The moments that tell which change of a layer's kernel makes up for a residual best.
+
+    Args:
+      operation: the layer's linear operation.
+
+    Returns:
+      An observer whose batches are pairs (layer input, residual of the operation's output) and
+      whose statistic is a `CrossMoments`.
+    """
+    groups, patch, channels = operation.matrix_shape
+
+    def update(
+        state: tuple[jax.Array, CrossMoments], pair: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, CrossMoments]:
+        return _add_residual(state, *pair, operation)
+
+    zeros = CrossMoments(jnp.zeros((groups, channels)), jnp.zeros((groups, patch, channels)))
+    return Observer(lambda: (jnp.zeros(()), zeros), update, _mean)
+
+
+def _mean(state: tuple[jax.Array, Any]) -> Any:
+    count, sums = state
+    return jax.tree.map(lambda total: total / count, sums)
+
+
+_product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+@partial(jax.jit, static_argnames="operation")
 def _add_patches(
     state: tuple[jax.Array, Moments], x: jax.Array, operation: Linear
 ) -> tuple[jax.Array, Moments]:
     count, sums = state
     patches = operation.patches(x.astype(jnp.float32))
-    second = jnp.einsum("pgk,pgl->gkl", patches, patches, precision=jax.lax.Precision.HIGHEST)
-    return count + patches.shape[0], Moments(sums.mean + patches.sum(0), sums.hessian + second)
+    hessian = sums.hessian + _product("pgk,pgl->gkl", patches, patches)
+    return count + patches.shape[0], Moments(sums.mean + patches.sum(0), hessian)
+
+
+@partial(jax.jit, static_argnames="operation")
+def _add_residual(
+    state: tuple[jax.Array, CrossMoments], x: jax.Array, residual: jax.Array, operation: Linear
+) -> tuple[jax.Array, CrossMoments]:
+    count, sums = state
+    patches = operation.patches(x.astype(jnp.float32))
+    missing = output_matrix(operation, residual)
+    cross = sums.cross + _product("pgk,pgm->gkm", patches, missing)
+    return count + patches.shape[0], CrossMoments(sums.residual_mean + missing.sum(0), cross)

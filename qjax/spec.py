@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 OutputPosition = Literal["pre_activation", "post_activation", "both"]
 RangeMethod = Literal["absmax", "percentile", "mse", "output_mse"]
-Rounding = Literal["nearest"]
+Rounding = Literal["nearest", "gptq"]
 
 MIN_BITS, MAX_BITS = 2, 16
 
@@ -79,7 +79,9 @@ class LayerRecipe:
       range_method: how clipping ranges are chosen: `absmax` (the extremes), `percentile` (99.9 % of
         the values), `mse` (least squared error of the tensor itself) or `output_mse` (least squared
         error of the layer's output).
-      rounding: `nearest`, half to even.
+      rounding: `nearest` (half to even) or `gptq` (each rounding error made up for by the elements
+        of the same output channel that are still to be rounded).
+      sweeps: coordinate sweeps over codes and scales after rounding.
       bias_correction: shift each bias by the mean error that quantization leaves in its channel.
 
     Raises:
@@ -91,13 +93,16 @@ class LayerRecipe:
     outputs: QuantSpec | None = ACTIVATIONS
     output_position: OutputPosition = "pre_activation"
     range_method: RangeMethod = "output_mse"
-    rounding: Rounding = "nearest"
+    rounding: Rounding = "gptq"
+    sweeps: int = 2
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("output_position", self.output_position, get_args(OutputPosition))
         _check_choice("range_method", self.range_method, get_args(RangeMethod))
         _check_choice("rounding", self.rounding, get_args(Rounding))
+        if self.sweeps < 0:
+            raise ValueError(f"`sweeps` must be at least 0; got {self.sweeps}.")
         for argument in ("inputs", "outputs"):
             spec = getattr(self, argument)
             if spec is not None and spec.granularity != "per_tensor":
@@ -117,7 +122,7 @@ class Recipe(LayerRecipe):
 
     Attributes:
       sequential: fit each layer on the input that its already quantized predecessors produce,
-        rather than on the float network's.
+        toward the output that the float network has there, rather than on the float input alone.
       grid_size: candidate clipping ranges per search.
       overrides: `{"Conv_0": {"bits": 8}, "*fc*": {"weights": None}}`: a glob on layer names and the
         fields that differ there. Keys are the fields of `LayerRecipe`, `weight_bits`, `input_bits`,
@@ -244,6 +249,7 @@ def recipe(
     """
     widths = {"weight_bits": weight_bits, "input_bits": input_bits, "output_bits": output_bits}
     specs = {}
+    _check_bits("bits", bits)
     for argument, width in widths.items():
         target = _WIDTHS[argument]
         width = bits if width is None else width

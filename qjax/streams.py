@@ -97,6 +97,10 @@ class Streams:
         ]
         return values[0], values[1]
 
+    def holds(self, var: core.Var) -> bool:
+        """Whether the variable has a value on every batch by now."""
+        return var in self._fixed or var in self._floats[0]
+
     def write(
         self, var: core.Var, floats: Sequence[jax.Array], quantized: Sequence[jax.Array]
     ) -> None:
