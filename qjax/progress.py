@@ -27,7 +27,7 @@ def progress_bar(stage: str) -> Iterator[Progress]:
             "function as `progress`."
         ) from error
     columns = (
-        progress.TextColumn("{task.description:<12}"),
+        progress.TextColumn("{task.description:<20}"),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
