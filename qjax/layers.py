@@ -305,7 +305,7 @@ def _shortcut(
     reader = graph.only_reader(output)
     if reader is None or graph.equations[reader].primitive.name != "add":
         return None
-    others = [atom for atom in graph.equations[reader].invars if atom is not output]
+    others: list[Any] = [a for a in graph.equations[reader].invars if a is not output]
     is_value = len(others) == 1 and interpret.depends_on(others, found).x
     return others[0] if is_value and shape(others[0]) == shape(output) else None
 

@@ -19,16 +19,16 @@ class Observer(NamedTuple):
 
     Attributes:
       init: () -> state.
-      update: (state, batch float[...]) -> state.
+      update: (state, batch) -> state; a batch is float[...] where nothing else is said.
       final: state -> statistic.
     """
 
     init: Callable[[], Any]
-    update: Callable[[Any, jax.Array], Any]
+    update: Callable[[Any, Any], Any]
     final: Callable[[Any], Any]
 
 
-def observe(observer: Observer, batches: Iterable[jax.Array]) -> Any:
+def observe(observer: Observer, batches: Iterable[Any]) -> Any:
     """Runs an observer over batches and returns its statistic."""
     state = observer.init()
     for batch in batches:

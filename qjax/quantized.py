@@ -105,8 +105,9 @@ def quantize_bias(operation: Linear, layer: QuantizedLayer, bias: jax.Array) -> 
 def apply_linear(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.Array:
     """Evaluates a layer up to its output, before that is quantized.
 
-    The products are taken between codes and the sum is scaled once: y = s_w·s_x·((q_w − z_w) *
-    (q_x − z_x) + q_b). Float32 holds the integers up to 2^24 exactly, so this is what integer arithmetic gives.
+    The products are taken between codes and the sum is scaled once:
+    y = s_w·s_x·((q_w − z_w) * (q_x − z_x) + q_b). Float32 holds the integers up to 2^24 exactly, so
+    this is what integer arithmetic gives.
 
     Args:
       operation: the linear operation.

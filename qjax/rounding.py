@@ -40,7 +40,8 @@ def damped(hessian: jax.Array, damping: float = DAMPING) -> jax.Array:
     """Adds `damping` times the mean of the diagonal to it: float[..., k, k]."""
     diagonal = jnp.diagonal(hessian, axis1=-2, axis2=-1)
     extra = damping * jnp.mean(diagonal, axis=-1) + jnp.finfo(jnp.float32).tiny
-    return hessian + extra[..., None, None] * jnp.eye(hessian.shape[-1])
+    identity = jnp.broadcast_to(jnp.eye(hessian.shape[-1]), hessian.shape)
+    return hessian + extra[..., None, None] * identity
 
 
 def least_squares_shift(hessian: jax.Array, cross: jax.Array) -> jax.Array:
@@ -91,9 +92,9 @@ def _gptq_matrix(kernel: jax.Array, hessian: jax.Array, qparams: QParams) -> jax
     size = min(BLOCK, patch)
     padding = -patch % size
     inverse_factor = _inverse_factor(damped(hessian[order][:, order]))
-    inverse_factor = jnp.pad(inverse_factor, (0, padding))
-    inverse_factor = inverse_factor + jnp.diag((jnp.arange(patch + padding) >= patch) * 1.0)
     columns = jnp.arange(patch + padding)
+    inverse_factor = jnp.pad(inverse_factor, (0, padding))
+    inverse_factor = inverse_factor + jnp.diag((columns >= patch).astype(jnp.float32))
 
     def padded(rows: jax.Array) -> jax.Array:
         return jnp.pad(rows[order], ((0, padding), (0, 0)), mode="edge")
