@@ -1,0 +1,59 @@
+"""Reference models with their weights, datasets and training recipes."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+
+from pretrained import cards
+from pretrained.models import build
+from pretrained.preprocessing import Preprocessing
+
+FOLDER = Path(__file__).parent
+
+
+class Pretrained(NamedTuple):
+    """A trained network, ready for inference.
+
+    Attributes:
+      name: of the model.
+      apply_fn: a pure function of (params, float32[N, H, W, C]) that returns logits float32[N, K].
+      params: the Flax variables.
+      preprocess: maps uint8[N, H, W, C] to the network's input.
+      dataset: the dataset it was trained on, see `datasets.load`.
+      card: how it was trained and how well it does.
+    """
+
+    name: str
+    apply_fn: Callable[[chex.ArrayTree, jax.Array], jax.Array]
+    params: chex.ArrayTree
+    preprocess: Preprocessing
+    dataset: str
+    card: Mapping[str, Any]
+
+
+def names() -> tuple[str, ...]:
+    """The names of the models whose weights are here."""
+    return tuple(sorted(path.parent.name for path in FOLDER.glob("*/card.json")))
+
+
+def load(name: str) -> Pretrained:
+    """Loads a model with its weights.
+
+    Args:
+      name: one of `names()`.
+
+    Raises:
+      ValueError: if there is no such model, or its weights are not the ones of its card.
+    """
+    if name not in names():
+        raise ValueError(f"`name` must be one of {', '.join(names())}; got {name!r}.")
+    params, card = cards.read(FOLDER / name)
+    preprocess = Preprocessing(
+        card["preprocessing"]["scale"],
+        *(tuple(card["preprocessing"][field]) for field in ("mean", "std")),
+    )
+    model = build(card["architecture"])
+    return Pretrained(name, model.apply, params, preprocess, card["dataset"], card)

@@ -1,0 +1,91 @@
+"""A trained model as files: `model.safetensors`, `card.json` for machines and `README.md` for people."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import chex
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load, save
+
+README = """\
+# {name}
+
+{family} trained on {dataset}: **{accuracy:.2f} %** of {test_images} held-out images. {parameters} parameters.
+
+| | |
+|---|---|
+| Trained with | `{command}` |
+| Seed, epochs, batch size | {seed}, {epochs}, {batch_size} |
+| Training time | {minutes:.0f} min on {device} |
+| Input | float32, (pixel / {scale:g} - {mean}) / {std} |
+| Selection | none: the averaged weights after the last step |
+| sha256 of `model.safetensors` | `{sha256}` |
+
+Made from `card.json`, which holds the whole recipe and the accuracy by epoch.
+"""
+
+
+def write(folder: Path, variables: chex.ArrayTree, card: Mapping[str, Any]) -> None:
+    """Writes the three files of a model; the checksum and the number of parameters are added to the card.
+
+    Args:
+      folder: made if it does not exist.
+      variables: nested dicts of arrays.
+      card: JSON-ready.
+    """
+    leaves = flatten_dict(variables, sep="/")
+    weights = save({name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()})
+    parameters = sum(leaf.size for name, leaf in leaves.items() if name.startswith("params/"))
+    card = {**card, "parameters": parameters, "sha256": hashlib.sha256(weights).hexdigest()}
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "model.safetensors", weights)
+    _replace(folder / "card.json", (json.dumps(card, indent=1) + "\n").encode())
+    _replace(folder / "README.md", _readme(card).encode())
+
+
+def read(folder: Path) -> tuple[chex.ArrayTree, dict[str, Any]]:
+    """Reads the variables and the card of a model.
+
+    Args:
+      folder: holds `model.safetensors` and `card.json`.
+
+    Returns:
+      The variables as nested dicts of arrays, and the card.
+
+    Raises:
+      ValueError: if the weights are not the ones that the card was written for.
+    """
+    card = json.loads((folder / "card.json").read_text())
+    weights = (folder / "model.safetensors").read_bytes()
+    sha256 = hashlib.sha256(weights).hexdigest()
+    if sha256 != card["sha256"]:
+        raise ValueError(
+            f"`model.safetensors` in {folder} must have the sha256 {card['sha256']} of its card, got {sha256}: "
+            "the file is damaged, incomplete or from another training. Fetch it again, or train it again with "
+            f"`{card['command']}`."
+        )
+    return unflatten_dict(load(weights), sep="/"), card
+
+
+def _readme(card: Mapping[str, Any]) -> str:
+    """The model card for people."""
+    recipe = card["recipe"]
+    return README.format(
+        **{k: v for k, v in card.items() if k != "recipe"},
+        **{k: recipe[k] for k in ("seed", "epochs", "batch_size")},
+        **card["preprocessing"],
+        family=card["architecture"]["family"],
+        minutes=card["seconds"] / 60,
+    )
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Writes `file` whole or not at all."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)

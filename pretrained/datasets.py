@@ -1,0 +1,165 @@
+"""Labelled image datasets as plain arrays: scikit-learn's digits and every TFDS dataset with `image` and `label`.
+
+TFDS datasets are read from array_record files, without TensorFlow. Decoded arrays are cached under the user's cache
+folder, keyed by name, version and split.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+HINT = """\
+Prepare it once where there is a network and TensorFlow:
+  pip install 'qjax[all,prepare]'
+  python -c "import tensorflow_datasets as tfds; \
+tfds.data_source('{name}'{data_dir})"
+then point TFDS_DATA_DIR (or `data_dir`) at the folder that holds it."""
+
+
+class Dataset(NamedTuple):
+    """Images uint8[N, H, W, C] with their labels int32[N], and the dataset's name."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    name: str
+
+
+def load(
+    name: str, split: str, data_dir: str | os.PathLike | None = None, cache: bool = True
+) -> Dataset:
+    """Loads one split of a dataset.
+
+    Args:
+      name: `digits` (8x8, values 0 to 16, shipped with scikit-learn) or a TFDS name such as `mnist`, `cifar10`,
+        `emnist/digits`.
+      split: `train`, `test`, or another split that the dataset has.
+      data_dir: where TFDS datasets are; by default the environment variable TFDS_DATA_DIR, then TFDS's own default.
+      cache: keep the decoded arrays on disk, under XDG_CACHE_HOME or ~/.cache.
+
+    Returns:
+      The images in the order of their TFDS ids where they have ids (the official order), else in record order.
+
+    Raises:
+      ValueError: if the split does not exist or the dataset has no images with labels.
+      ImportError: if TFDS, or TensorFlow to prepare a dataset for the first time, is missing.
+      RuntimeError: if the dataset is neither prepared nor can be prepared.
+    """
+    if name == "digits":
+        return _load_digits(split)
+    builder = _builder(name, data_dir)
+    if split not in builder.info.splits:
+        raise ValueError(
+            f"`split` must be one of {sorted(builder.info.splits)} for {name!r}, got {split!r}."
+        )
+    folder = cache_dir() / "datasets" / name / str(builder.version)
+    files = [folder / f"{split}_{part}.npy" for part in ("images", "labels")]
+    if cache and all(file.is_file() for file in files):
+        return Dataset(*(np.load(file) for file in files), name)
+    dataset = _decode(builder, name, split)
+    if cache:
+        for file, array in zip(files, dataset[:2], strict=True):
+            _save(file, array)
+    return dataset
+
+
+def calibration_draw(images: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Draws `size` different images, the same ones for the same seed.
+
+    Args:
+      images: [N, ...], a training split.
+      size: how many to draw, 1 to N.
+      seed: of the draw.
+
+    Returns:
+      [size, ...].
+
+    Raises:
+      ValueError: if `size` is not between 1 and N.
+    """
+    if not 1 <= size <= len(images):
+        raise ValueError(
+            f"`size` must be between 1 and {len(images)}, the number of images, got {size}."
+        )
+    return images[np.random.default_rng(seed).choice(len(images), size, replace=False)]
+
+
+def cache_dir() -> Path:
+    """Returns the user's cache folder for this package: $XDG_CACHE_HOME/qjax, by default ~/.cache/qjax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qjax"
+
+
+def _load_digits(split: str) -> Dataset:
+    """The 1,797 embedded digits, split once and for all: 500 stratified held-out images are `test`."""
+    if split not in ("train", "test"):
+        raise ValueError(f"`split` must be 'train' or 'test' for 'digits', got {split!r}.")
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ImportError("`digits` needs scikit-learn: pip install 'qjax[all]'.") from error
+    images, labels = load_digits(return_X_y=True)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=500, stratify=labels, random_state=0
+    )
+    rows = np.sort(train if split == "train" else test)
+    return Dataset(
+        images[rows].reshape(-1, 8, 8, 1).astype(np.uint8), labels[rows].astype(np.int32), "digits"
+    )
+
+
+def _builder(name: str, data_dir: str | os.PathLike | None):
+    """The TFDS builder of a dataset that is prepared as array_record files, preparing it if need be."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            f"`{name}` needs tensorflow-datasets: pip install 'qjax[all]'."
+        ) from error
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
+    hint = HINT.format(name=name, data_dir=f", data_dir={str(data_dir)!r}" if data_dir else "")
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(f"`name` must be 'digits' or a TFDS dataset, got {name!r}.") from error
+    if not builder.is_prepared():
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except ImportError as error:
+            raise ImportError(
+                f"`{name}` is not prepared under {builder.data_dir}, and TensorFlow is missing.\n{hint}"
+            ) from error
+        except Exception as error:
+            raise RuntimeError(
+                f"`{name}` is not prepared under {builder.data_dir}, and preparing it failed: {error}\n{hint}"
+            ) from error
+    return builder
+
+
+def _decode(builder, name: str, split: str) -> Dataset:
+    """Decodes all images of a split, ordered by id where records have one."""
+    features = builder.info.features
+    if not {"image", "label"} <= set(features):
+        raise ValueError(
+            f"`name` must be a dataset with `image` and `label`, got {name!r} with {sorted(features)}."
+        )
+    records = list(builder.as_data_source(split=split))
+    if "id" in features:
+        records.sort(key=lambda record: record["id"])
+    try:
+        images = np.stack([record["image"] for record in records])
+    except ValueError as error:
+        raise ValueError(
+            f"`name` must be a dataset of equally large images, got {name!r}."
+        ) from error
+    return Dataset(images, np.array([record["label"] for record in records], np.int32), name)
+
+
+def _save(file: Path, array: np.ndarray) -> None:
+    """Writes `file` whole or not at all, whoever else is writing it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npy", delete=False) as temporary:
+        np.save(temporary, array)
+    os.replace(temporary.name, file)

@@ -1,0 +1,360 @@
+"""Training the reference models: SGD with Nesterov momentum in plain JAX, resumable, blind to the test split.
+
+The weights that come out are the exponential moving average at the last step, with batch statistics taken anew for
+them. No checkpoint is ever chosen by its accuracy. Steps run in chunks, each one call of a jitted `lax.scan`, after
+which the whole state goes to disk.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import lax
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from pretrained import augmentation, fast_resnet
+from pretrained.datasets import Dataset
+from pretrained.fast_convolution import conv_general_dilated
+from pretrained.models import LeNet5, describe
+from pretrained.recipes import Recipe
+from pretrained.resnet import BATCH_NORM_MOMENTUM
+
+CHUNK = 50
+STATISTICS_BATCHES = 40
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class State:
+    """What one step hands to the next.
+
+    Attributes:
+      params: the weights at which gradients are taken.
+      velocity: of the momentum, like `params`.
+      average: exponential moving average of `params`.
+      batch_stats: running statistics of batch norm; {} in a model without.
+      step: int32[], steps done.
+    """
+
+    params: chex.ArrayTree
+    velocity: chex.ArrayTree
+    average: chex.ArrayTree
+    batch_stats: chex.ArrayTree
+    step: jax.Array
+
+
+class Progress(NamedTuple):
+    """Where training stands: steps done and in all, the mean loss of the last chunk, seconds of training so far."""
+
+    step: int
+    steps: int
+    loss: float
+    seconds: float
+
+
+class Entry(NamedTuple):
+    """One line of the log: epochs done, mean training loss since the last entry, accuracy, seconds of training."""
+
+    epoch: float
+    loss: float
+    accuracy: float
+    seconds: float
+
+
+class Trained(NamedTuple):
+    """The result: `variables` as Flax takes them, the log, and the seconds of training, all sessions added."""
+
+    variables: chex.ArrayTree
+    log: list[Entry]
+    seconds: float
+
+
+def train(
+    recipe: Recipe,
+    data: Dataset,
+    held_out: Dataset,
+    state_file: Path,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_entry: Callable[[Entry], None] = lambda _: None,
+) -> Trained:
+    """Trains a recipe to its end, from its start or from where `state_file` left off.
+
+    Args:
+      recipe: what to train.
+      data: the training split.
+      held_out: the split whose accuracy is logged and steers nothing.
+      state_file: where the state is kept, replaced after every chunk of steps.
+      on_progress: called after every chunk.
+      on_entry: called with every new line of the log.
+
+    Returns:
+      The trained variables and how it went.
+
+    Raises:
+      ValueError: if `state_file` belongs to another recipe or another version of it.
+    """
+    epoch_steps = len(data.images) / recipe.batch_size
+    chunks = round(recipe.epochs * epoch_steps / CHUNK)
+    chunks = max(chunks, 1)
+    steps = chunks * CHUNK
+    images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
+    state = initial_state(recipe, data.images.shape[1:])
+    log: list[Entry] = []
+    seconds, losses, variables = 0.0, [], None
+    if state_file.exists():
+        state, log, seconds = _read_state(state_file, recipe, state)
+    for chunk in range(int(state.step) // CHUNK, chunks):
+        start = time.perf_counter()
+        rows, epochs = _order(recipe, len(images), chunk)
+        small = recipe.small_crop and chunk < round(recipe.small_crop_until * chunks)
+        size = recipe.small_crop if small else images.shape[1]
+        state, loss = _run_chunk(recipe, steps, size, state, images, labels, rows, epochs)
+        losses.append(float(loss.mean()))
+        seconds += time.perf_counter() - start
+        on_progress(Progress((chunk + 1) * CHUNK, steps, losses[-1], seconds))
+        period = recipe.evaluate_every * epoch_steps
+        if chunk + 1 == chunks or (chunk + 1) * CHUNK // period > chunk * CHUNK // period:
+            start = time.perf_counter()
+            variables = _final_variables(recipe, state, images)
+            accuracy = evaluate(recipe, variables, held_out)
+            seconds += time.perf_counter() - start
+            epoch = (chunk + 1) * CHUNK / epoch_steps
+            log.append(Entry(round(epoch, 2), float(np.mean(losses)), accuracy, seconds))
+            losses = []
+            on_entry(log[-1])
+        _write_state(state_file, recipe, state, log, seconds)
+    if variables is None:
+        variables = _final_variables(recipe, state, images)
+    return Trained(variables, log, seconds)
+
+
+def evaluate(
+    recipe: Recipe, variables: chex.ArrayTree, data: Dataset, batch_size: int = 500
+) -> float:
+    """Returns the percentage of the images of `data` that are classified correctly."""
+    predict = jax.jit(lambda v, x: recipe.model.apply(v, recipe.preprocessing(x)).argmax(axis=-1))
+    hits = 0
+    for i in range(0, len(data.images), batch_size):
+        images, labels = data.images[i : i + batch_size], data.labels[i : i + batch_size]
+        hits += int((predict(variables, images) == labels).sum())
+    return 100 * hits / len(data.images)
+
+
+def initial_state(recipe: Recipe, image_shape: tuple[int, ...]) -> State:
+    """Returns the state before the first step, for images of shape (H, W, C)."""
+    image = jnp.zeros((1, *image_shape))
+    variables = recipe.model.init(jax.random.key(recipe.seed), image)
+    params = variables["params"]
+    return State(
+        params=params,
+        velocity=jax.tree.map(jnp.zeros_like, params),
+        average=jax.tree.map(jnp.copy, params),
+        batch_stats=variables.get("batch_stats", {}),
+        step=jnp.zeros((), jnp.int32),
+    )
+
+
+def learning_rate(recipe: Recipe, steps: int, step: jax.Array) -> jax.Array:
+    """A linear rise to the peak, then half a cosine down to 0.
+
+    Args:
+      recipe: gives the peak and the fraction that rises.
+      steps: in all.
+      step: int32[], steps done.
+
+    Returns:
+      float32[].
+    """
+    done = (step + 1) / steps
+    rise = done / max(recipe.warmup, 1 / steps)
+    fall = 0.5 * (1 + jnp.cos(jnp.pi * (done - recipe.warmup) / (1 - recipe.warmup)))
+    return recipe.learning_rate * jnp.where(done < recipe.warmup, rise, fall)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """Mean over the batch of -sum_k t_k log softmax(z)_k with t = (1 - smoothing) onehot + smoothing / K.
+
+    Args:
+      logits: float[N, K].
+      labels: int32[N].
+      smoothing: 0 to 1.
+
+    Returns:
+      float[].
+    """
+    log_p = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_p, labels[:, None], axis=1)
+    return -((1 - smoothing) * picked.mean() + smoothing * log_p.mean())
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _run_chunk(
+    recipe: Recipe,
+    steps: int,
+    size: int,
+    state: State,
+    images: jax.Array,
+    labels: jax.Array,
+    rows: jax.Array,
+    epochs: jax.Array,
+) -> tuple[State, jax.Array]:
+    """Runs one step for every row of `rows` int32[CHUNK, B]; returns the state and the losses float[CHUNK]."""
+    key = jax.random.key(recipe.seed)
+    mirrored_first = jax.random.bernoulli(key, shape=images.shape[:1])
+
+    def loss_fn(params, batch_stats, x, y):
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, batch_stats = training_pass(recipe.model, variables, x)
+        return cross_entropy(logits, y, recipe.label_smoothing), batch_stats
+
+    def step_fn(state: State, batch):
+        rows, epochs = batch
+        x = augmentation.shift_and_crop(
+            jax.random.fold_in(key, state.step), images[rows], recipe.shift, size
+        )
+        if recipe.flip:
+            x = augmentation.mirror(x, mirrored_first[rows] ^ (epochs % 2 == 1))
+        (loss, batch_stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, state.batch_stats, recipe.preprocessing(x), labels[rows]
+        )
+        rate = learning_rate(recipe, steps, state.step)
+        decay = jnp.minimum(recipe.average_decay, (1 + state.step) / (10 + state.step))
+
+        def update(p, g, v, a):
+            g = g + (recipe.weight_decay * p if p.ndim > 1 else 0)
+            v = recipe.momentum * v + g
+            p = p - rate * (g + recipe.momentum * v)
+            return p, v, decay * a + (1 - decay) * p
+
+        updated = jax.tree.map(update, state.params, gradient, state.velocity, state.average)
+        params, velocity, average = jax.tree.transpose(
+            jax.tree.structure(state.params), jax.tree.structure((0, 0, 0)), updated
+        )
+        return State(
+            params=params,
+            velocity=velocity,
+            average=average,
+            batch_stats=batch_stats,
+            step=state.step + 1,
+        ), loss
+
+    return lax.scan(step_fn, state, (rows, epochs))
+
+
+def training_pass(
+    model: nn.Module, variables: chex.ArrayTree, x: jax.Array
+) -> tuple[jax.Array, chex.ArrayTree]:
+    """The forward pass in training mode, on a CPU by way of `fast_convolution`.
+
+    Args:
+      model: the module.
+      variables: `params` and, with batch norm, `batch_stats`.
+      x: preprocessed images float[N, H, W, C].
+
+    Returns:
+      Logits float[N, K] and the updated `batch_stats`, {} in a model without.
+    """
+    if jax.default_backend() == "cpu":
+        if fast_resnet.supports(model):
+            return fast_resnet.apply(model, variables, x)
+        if isinstance(model, LeNet5):
+            model = model.copy(conv_general_dilated=conv_general_dilated)
+    logits, new = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    return logits, new.get("batch_stats", {})
+
+
+def _order(recipe: Recipe, n: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """The images of one chunk, int32[CHUNK, B], and the epoch that each belongs to, of the same shape.
+
+    Epochs follow each other without a gap, each in an order of its own, so that no image is left out.
+    """
+    length = CHUNK * recipe.batch_size
+    positions = np.arange(chunk * length, (chunk + 1) * length)
+    epochs = positions // n
+    rows = np.concatenate(
+        [
+            np.random.default_rng((recipe.seed, epoch)).permutation(n)[
+                positions[epochs == epoch] % n
+            ]
+            for epoch in np.unique(epochs)
+        ]
+    )
+    shape = (CHUNK, recipe.batch_size)
+    return rows.reshape(shape).astype(np.int32), epochs.reshape(shape).astype(np.int32)
+
+
+def _final_variables(recipe: Recipe, state: State, images: jax.Array) -> chex.ArrayTree:
+    """The averaged weights, with batch statistics measured for them on training images."""
+    if not state.batch_stats:
+        return {"params": state.average}
+    batch = min(250, len(images))
+    rows = np.random.default_rng(recipe.seed).permutation(len(images))
+    rows = rows[: batch * min(STATISTICS_BATCHES, len(images) // batch)].reshape(-1, batch)
+
+    @jax.jit
+    def measure(params, images, rows):
+        def body(total, rows):
+            # From zero, the running mean after one batch is (1 - momentum) times the batch's own.
+            zeros = jax.tree.map(jnp.zeros_like, total)
+            _, new = training_pass(
+                recipe.model,
+                {"params": params, "batch_stats": zeros},
+                recipe.preprocessing(images[rows]),
+            )
+            return jax.tree.map(jnp.add, total, new), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.batch_stats)
+        total, _ = lax.scan(body, zeros, rows)
+        return jax.tree.map(lambda t: t / (len(rows) * (1 - BATCH_NORM_MOMENTUM)), total)
+
+    return {
+        "params": state.average,
+        "batch_stats": measure(state.average, images, jnp.asarray(rows)),
+    }
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    """All that decides the result, as text: a state file of another recipe must not be taken up."""
+    fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    return json.dumps({**fields, "model": describe(recipe.model)}, sort_keys=True)
+
+
+def _write_state(
+    file: Path, recipe: Recipe, state: State, log: list[Entry], seconds: float
+) -> None:
+    """Writes `file` whole or not at all."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    tensors = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(fields).items()}
+    metadata = {"recipe": _fingerprint(recipe), "log": json.dumps(log), "seconds": str(seconds)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}")
+    save_file(tensors, temporary, metadata)
+    os.replace(temporary, file)
+
+
+def _read_state(file: Path, recipe: Recipe, like: State) -> tuple[State, list[Entry], float]:
+    """Reads what `_write_state` wrote."""
+    with safe_open(file, "np") as f:
+        metadata = f.metadata()
+        flat = {tuple(name.split("/")): jnp.asarray(f.get_tensor(name)) for name in f.keys()}
+    if metadata["recipe"] != _fingerprint(recipe):
+        raise ValueError(
+            f"`state_file` {file} holds another version of the recipe {recipe.name!r}: "
+            "delete it (`--restart`) to train from the start, or restore the recipe."
+        )
+    fields = {"batch_stats": {}, **unflatten_dict(flat)}
+    state = State(**fields)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
+    log = [Entry(*entry) for entry in json.loads(metadata["log"])]
+    return state, log, float(metadata["seconds"])
