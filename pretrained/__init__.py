@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import chex
 import jax
 
-from pretrained import cards
+from pretrained import cards, converters
 from pretrained.models import build
-from pretrained.preprocessing import Preprocessing
+from pretrained.preprocessing import IMAGENET, Preprocessing
 
 FOLDER = Path(__file__).parent
 
@@ -43,13 +43,22 @@ def load(name: str) -> Pretrained:
     """Loads a model with its weights.
 
     Args:
-      name: one of `names()`.
+      name: one of `names()`; or PyTorch weights of a ResNet (see `converters`): the path of a
+        safetensors file, or `hf-hub:owner/name`. These take ImageNet's preprocessing, and CIFAR-10
+        as their dataset where they have ten classes.
 
     Raises:
       ValueError: if there is no such model, or its weights are not the ones of its card.
     """
+    if name.endswith(".safetensors") or name.startswith("hf-hub:"):
+        model, params = converters.convert_resnet(converters.read_torch(name))
+        dataset = "cifar10" if model.num_classes == 10 else "imagenet2012"
+        return Pretrained(name, model.apply, params, IMAGENET, dataset, {})
     if name not in names():
-        raise ValueError(f"`name` must be one of {', '.join(names())}; got {name!r}.")
+        raise ValueError(
+            f"`name` must be one of {', '.join(names())}, or the path of a safetensors file with "
+            f"PyTorch weights of a ResNet; got {name!r}."
+        )
     params, card = cards.read(FOLDER / name)
     preprocess = Preprocessing(
         card["preprocessing"]["scale"],

@@ -127,9 +127,9 @@ def _im2col(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.A
 def _winograd(transform: Transform, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves 3x3 with stride 1 and padding 1, for H divisible by m."""
     m, (_, h, w, n), features = len(transform.outputs), x.shape, kernel.shape[-1]
-    u = jnp.einsum("ai,ijco->ajco", jnp.asarray(transform.kernel, x.dtype), kernel)
-    u = u.reshape(m + 2, -1, features)
-    products = [u_a.T @ v_a for u_a, v_a in zip(u, _tiles(transform, x), strict=True)]
+    u = jnp.einsum("ai,ijco->aojc", jnp.asarray(transform.kernel, x.dtype), kernel)
+    u = u.reshape(m + 2, features, -1)
+    products = [u_a @ v_a for u_a, v_a in zip(u, _tiles(transform, x), strict=True)]
     rows = [row.reshape(features, h // m, w, n) for row in _combine(transform.outputs, products)]
     return jnp.stack(rows, axis=2).reshape(features, h, w, n)
 

@@ -44,7 +44,7 @@ class Fit(NamedTuple):
 
     Attributes:
       layer: its quantized parameters.
-      weight_sqnr_db: of its kernel.
+      weight_sqnr_db: of its kernel, against the one that was rounded.
       output_sqnr_db: of its output after the activation, against the float network's.
       weight_clip: the clipping range's share of the range of the weights, mean over scales; None
         in float.
@@ -233,7 +233,7 @@ def _round_layer(
         codes, weights = coordinate_sweeps(codes, kernel, hessian, weights, recipe.sweeps)
     layer = QuantizedLayer(codes, folded.bias, weights, inputs, None, None)
     layer = dataclasses.replace(layer, bias=quantize_bias(operation, layer, folded.bias))
-    sqnr = sqnr_db(folded.kernel, dequantized_kernel(layer))
+    sqnr = sqnr_db(kernel, dequantized_kernel(layer))
     return layer, sqnr, jnp.mean(weights.scale / widest.scale)
 
 

@@ -102,9 +102,22 @@ def _add_quantize(commands: Any) -> None:
     choose("--range-method", RangeMethod, Recipe.range_method, "how clipping ranges are chosen")
     choose("--output-position", OutputPosition, Recipe.output_position, "where outputs are rounded")
     choose("--rounding", Rounding, Recipe.rounding, "of the weights")
+    add(
+        "--sweeps",
+        type=int,
+        default=Recipe.sweeps,
+        metavar="N",
+        help="coordinate sweeps after rounding (%(default)s)",
+    )
     add("--no-bias-correction", action="store_true", help="keep the mean error of each channel")
+    add("--no-sequential", action="store_true", help="fit every layer on float inputs")
 
     add = parser.add_argument_group("what to write").add_argument
+    add(
+        "--baseline",
+        action="store_true",
+        help="also quantize naively (absmax ranges, nearest rounding, no correction)",
+    )
     add("--out", metavar="DIR", help="save the quantized model for qjax.load")
     add("--json", action="store_true", help="end standard output with the results as one JSON line")
     add("--quiet", action="store_true", help="no progress bars")
@@ -160,6 +173,14 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
         float_top1 = measure(model.apply_fn, model.params, progress=progress)
     with stage("evaluating quantized") as progress:
         quantized_top1 = measure(q.apply_fn, q.params, progress=progress)
+    naive_top1 = None
+    if arguments.baseline:
+        with stage("quantizing naively") as progress:
+            naive = quantize(
+                model.apply_fn, model.params, calibration, wanted.naive(), progress=progress
+            )
+        with stage("evaluating naive") as progress:
+            naive_top1 = measure(naive.apply_fn, naive.params, progress=progress)
     if arguments.out is not None:
         io.save(arguments.out, q)
     result = {
@@ -170,6 +191,7 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
         "test_images": len(test.images),
         "float_top1": float_top1,
         "quantized_top1": quantized_top1,
+        "naive_top1": naive_top1,
         "bytes_float": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
         "bytes_quantized": io.stored_bytes(q),
         "seconds": seconds,
@@ -195,6 +217,8 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         range_method=arguments.range_method,
         output_position=arguments.output_position,
         rounding=arguments.rounding,
+        sweeps=arguments.sweeps,
+        sequential=not arguments.no_sequential,
         bias_correction=not arguments.no_bias_correction,
         overrides=dict(arguments.override),
         **fields,
@@ -233,11 +257,13 @@ def _load(arguments: argparse.Namespace, progress: Progress) -> tuple[Any, np.nd
 
 def _summary(result: dict[str, Any]) -> str:
     before, after = result["float_top1"], result["quantized_top1"]
+    naive = result["naive_top1"]
+    beside = "" if naive is None else f", {naive:.2f} % naively ({naive - before:+.2f})"
     size, small = result["bytes_float"], result["bytes_quantized"]
     return "\n".join(
         (
-            f"top-1        {before:.2f} % float, {after:.2f} % quantized ({after - before:+.2f}), "
-            f"{result['test_images']:,} test images of {result['dataset']}",
+            f"top-1        {before:.2f} % float, {after:.2f} % quantized ({after - before:+.2f})"
+            f"{beside}, {result['test_images']:,} test images of {result['dataset']}",
             f"parameters   {size:,} bytes float, {small:,} quantized ({size / small:.2f}x smaller)",
             f"calibration  {result['seconds']:.1f} s on {result['calibration_images']:,} training "
             f"images, without labels (seed {result['seed']})",

@@ -176,6 +176,17 @@ class Recipe(LayerRecipe):
                 recipes[name] = _override(recipes[name], fields)
         return recipes
 
+    def naive(self) -> "Recipe":
+        """The same formats with ranges from the extremes, nearest rounding and no correction."""
+        return dataclasses.replace(
+            self,
+            range_method="absmax",
+            rounding="nearest",
+            sweeps=0,
+            bias_correction=False,
+            sequential=False,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Returns the recipe as JSON values; `from_json` is its inverse."""
 
