@@ -133,7 +133,10 @@ def _fit_layer(task: Task, folded: Folded, streams: Streams, grids: dict[core.Va
     site, operation = task.site, task.site.layer.operation
     x_float, x = streams.read(site.input)
     float_output = [_apply_float(operation, folded, batch) for batch in x_float]
-    target = _with_shortcut_error(site, streams, float_output)
+    shortcut = _read_shortcut(site, streams)
+    target = float_output
+    if shortcut is not None:  # the layer's share of the float sum z + s, where the other one is ŝ
+        target = [z + (s - s_hat) for z, s, s_hat in zip(target, *shortcut, strict=True)]
     inputs, input_clip = _fit_input(task, x, folded, grids.get(site.input))
     layer, weight_sqnr_db, weight_clip = _fit_kernel(task, x, target, folded, inputs)
     actual = [_apply_linear(operation, layer, batch) for batch in x]
@@ -141,7 +144,7 @@ def _fit_layer(task: Task, folded: Folded, streams: Streams, grids: dict[core.Va
         error = _channel_means(operation, target) - _channel_means(operation, actual)
         layer = _shift_bias(operation, layer, error)
         actual = [_apply_linear(operation, layer, batch) for batch in x]
-    outputs, output_clip = _fit_output(task, target, actual)
+    outputs, output_clip = _fit_output(task, target, actual, shortcut and shortcut[1])
     if outputs is not None:
         layer = dataclasses.replace(layer, outputs=outputs)
         actual = [_fake_quant(batch, outputs) for batch in actual]
@@ -152,15 +155,11 @@ def _fit_layer(task: Task, folded: Folded, streams: Streams, grids: dict[core.Va
     return Fit(layer, weight_sqnr_db, output_sqnr_db, weight_clip, input_clip, output_clip)
 
 
-def _with_shortcut_error(site: Site, streams: Streams, output: Arrays) -> Arrays:
-    """What a layer must put out for its sum with a shortcut to be the float network's.
-
-    The quantized network adds ŝ where the float one adds s, so the layer's share is z + s − ŝ.
-    """
-    if site.shortcut is None or site.movement or not streams.holds(site.shortcut):
-        return output
-    pairs = zip(*streams.read(site.shortcut), strict=True)
-    return [z + (s - s_hat) for z, (s, s_hat) in zip(output, pairs, strict=True)]
+def _read_shortcut(site: Site, streams: Streams) -> tuple[Arrays, Arrays] | None:
+    """What a layer's output is added to, where that is known by now: (float, quantized)."""
+    if site.shortcut is None or site.movement or not streams.holds(site.shortcut.value):
+        return None
+    return streams.read(site.shortcut.value)
 
 
 def _fit_input(
@@ -243,34 +242,46 @@ def _shift_bias(operation: Linear, layer: QuantizedLayer, shift: jax.Array) -> Q
     return dataclasses.replace(layer, bias=bias)
 
 
-def _fit_output(task: Task, target: Arrays, actual: Arrays) -> tuple[QParams | None, float | None]:
-    spec = task.recipe.outputs
+def _fit_output(
+    task: Task, target: Arrays, actual: Arrays, shortcut: Arrays | None
+) -> tuple[QParams | None, float | None]:
+    spec, method = task.recipe.outputs, task.recipe.range_method
     if spec is None or task.recipe.output_position == "post_activation":
         return None, None
     low, high = observers.observe(observers.min_max(), actual)
-    sees_activation = task.recipe.range_method == "output_mse"
-    activation = _activation(task.site) if sees_activation else _identity
-    if activation in (jax.nn.relu, jax.nn.relu6):
+    activation = _identity
+    if method == "output_mse":
+        activation = _activation(task.site) if shortcut is None else _summed_activation(task.site)
+    if shortcut is None and activation in (jax.nn.relu, jax.nn.relu6):
         low = jnp.zeros_like(low)
-    if activation is jax.nn.relu6:
+    if shortcut is None and activation is jax.nn.relu6:
         high = jnp.minimum(high, 6)
 
     def searched(extremes: search.Range) -> QParams:
         # An activation of unknown form is only known at the shape of a whole batch.
         is_pointwise = activation in (_identity, jax.nn.relu, jax.nn.relu6)
         z, z_hat = (_sampled(v) if is_pointwise else v[0] for v in (target, actual))
-        return search.search_output(z, z_hat, extremes, spec, activation, task.grid_size)
+        added = None if shortcut is None else _sampled(shortcut)
+        return search.search_output(z, z_hat, extremes, spec, activation, task.grid_size, added)
 
-    return _fit_range(task.recipe.range_method, spec, actual, (low, high), searched)
+    return _fit_range(method, spec, actual, (low, high), searched)
 
 
 def _activation(site: Site) -> Callable[[jax.Array], jax.Array]:
-    known = {"none": _identity, "relu": jax.nn.relu, "relu6": jax.nn.relu6}
-    return known.get(site.layer.activation) or partial(_activate, site)
+    return _KNOWN.get(site.layer.activation) or partial(_activate, site)
+
+
+def _summed_activation(site: Site) -> Callable[[jax.Array], jax.Array]:
+    """What follows the sum of a layer's output and its shortcut; the identity if unknown."""
+    assert site.shortcut is not None
+    return _KNOWN.get(site.shortcut.activation, _identity)
 
 
 def _identity(x: jax.Array) -> jax.Array:
     return x
+
+
+_KNOWN = {"none": _identity, "relu": jax.nn.relu, "relu6": jax.nn.relu6}
 
 
 def _activate(site: Site, z: jax.Array) -> jax.Array:

@@ -230,7 +230,7 @@ def _no_bar(stage: str) -> Iterator[Progress]:
     yield lambda item, done, total: None
 
 
-def _load(arguments: argparse.Namespace, progress: Progress) -> tuple[Any, np.ndarray, Any]:
+def _load(arguments: argparse.Namespace, progress: Progress) -> tuple[Any, Any, Any]:
     """Loads (model, calibration inputs, test split)."""
     progress("model", 0, 3)
     model = pretrained.load(arguments.model)

@@ -94,6 +94,18 @@ class Affine(NamedTuple):
     is_reversed: bool
 
 
+class Shortcut(NamedTuple):
+    """What the output of a layer is added to, if that is all that reads the output.
+
+    Attributes:
+      value: the other operand of the sum.
+      activation: what follows the sum.
+    """
+
+    value: core.Var
+    activation: Activation
+
+
 class Site(NamedTuple):
     """Where a layer stands in the flat jaxpr.
 
@@ -107,7 +119,7 @@ class Site(NamedTuple):
       output: the pre-activation output.
       activated: the value after the activation (`output` where there is none).
       activation: the equations between the two.
-      shortcut: the other operand of the sum that `output` goes into, if that is all that reads it.
+      shortcut: what its output is added to, None if it goes anywhere else.
     """
 
     layer: Layer
@@ -119,7 +131,7 @@ class Site(NamedTuple):
     output: core.Var
     activated: core.Var
     activation: tuple[core.JaxprEqn, ...]
-    shortcut: core.Var | None
+    shortcut: Shortcut | None
 
 
 class Skipped(NamedTuple):
@@ -301,13 +313,16 @@ def _site(
 
 def _shortcut(
     graph: _Graph, found: Mapping[core.Var, interpret.Dependence], output: core.Var
-) -> core.Var | None:
+) -> Shortcut | None:
     reader = graph.only_reader(output)
     if reader is None or graph.equations[reader].primitive.name != "add":
         return None
     others: list[Any] = [a for a in graph.equations[reader].invars if a is not output]
     is_value = len(others) == 1 and interpret.depends_on(others, found).x
-    return others[0] if is_value and shape(others[0]) == shape(output) else None
+    if not is_value or shape(others[0]) != shape(output):
+        return None
+    activation, _, _ = _activation(graph, graph.equations[reader].outvars[0])
+    return Shortcut(others[0], activation)
 
 
 def _affine_chain(

@@ -164,21 +164,24 @@ def search_output(
     spec: QuantSpec,
     activation: Callable[[jax.Array], jax.Array],
     grid_size: int = 100,
+    shortcut: jax.Array | None = None,
 ) -> QParams:
-    """Chooses the clipping range of a layer's output: E‖act(q(ẑ)) − act(z)‖² over the range of q.
+    """Chooses the clipping range of a layer's output: E‖act(q(ẑ) + s) − act(z + s)‖².
 
     Args:
-      target: z, a sample of the float outputs, float[n].
+      target: z, a sample of the outputs to be had, float[n].
       actual: ẑ, the outputs there of the layer to be quantized, float[n].
       extremes: the least and the greatest value to represent, scalars.
       spec: the number format.
       activation: act; the identity for the error of the tensor itself.
       grid_size: candidates per end of the range.
+      shortcut: s, what is added to the output before the activation, float[n]; None for 0.
 
     Returns:
       Scalar qparams.
     """
-    data = (activation(target), actual)
+    added = jnp.zeros(()) if shortcut is None else shortcut
+    data = (activation(target + added), actual, added)
     return _search_range(_output_loss, data, extremes, spec, grid_size, activation)
 
 
@@ -193,8 +196,8 @@ def _input_loss(data: tuple[jax.Array, ...], qparams: QParams, _: None) -> jax.A
 def _output_loss(
     data: tuple[jax.Array, ...], qparams: QParams, activation: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    target, actual = data
-    return jnp.mean(jnp.square(activation(fake_quant(actual, qparams)) - target))
+    target, actual, added = data
+    return jnp.mean(jnp.square(activation(fake_quant(actual, qparams) + added) - target))
 
 
 def _search_range(
