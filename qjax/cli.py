@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, get_args
 
 import jax
-import numpy as np
 
 import pretrained
 from pretrained import datasets

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import overload
 
@@ -140,10 +141,10 @@ class Report(Sequence[LayerReport]):
         lines = [_line(row, widths) for row in (_HEADER, *rows)]
         rule = "─" * len(lines[0])
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
-        lines += [
-            f"in float: {skip.primitive} of {' and '.join(map(_shape, skip.shapes))}: {skip.reason}"
-            for skip in self.skipped
-        ]
+        for skip in self.skipped:
+            shapes = " and ".join(map(_shape, skip.shapes))
+            line = f"in float: {skip.primitive} of {shapes}: {skip.reason}"
+            lines += textwrap.wrap(line, 98, subsequent_indent="  ")
         return "\n".join(lines)
 
     def _total(self) -> tuple[str, ...]:
