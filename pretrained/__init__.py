@@ -4,9 +4,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import chex
-import jax
-
 from pretrained import cards, converters
 from pretrained.models import build
 from pretrained.preprocessing import IMAGENET, Preprocessing
@@ -27,8 +24,8 @@ class Pretrained(NamedTuple):
     """
 
     name: str
-    apply_fn: Callable[[chex.ArrayTree, jax.Array], jax.Array]
-    params: chex.ArrayTree
+    apply_fn: Callable[..., Any]
+    params: Any
     preprocess: Preprocessing
     dataset: str
     card: Mapping[str, Any]

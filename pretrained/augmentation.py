@@ -1,29 +1,30 @@
-"""Random crops and mirror images, on device, for a batch of stored pixels."""
+"""Random shifts and mirror images, on device, for a batch of stored pixels."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-def shift_and_crop(key: jax.Array, images: jax.Array, shift: int, size: int) -> jax.Array:
-    """Cuts a random window out of every image, which may stick out by `shift` pixels on each side.
+def shift(key: jax.Array, images: jax.Array, pixels: int) -> jax.Array:
+    """Moves every image by up to `pixels` pixels up or down, left or right.
 
     Args:
       key: of the draw.
-      images: [N, H, H, C]; beyond the border they go on as in a mirror.
-      shift: pixels of border.
-      size: side of the window, at most H.
+      images: [N, H, W, C]; what moves in is the mirror image of the border.
+      pixels: the largest shift.
 
     Returns:
-      [N, size, size, C].
+      [N, H, W, C].
     """
-    n, side, _, channels = images.shape
-    border = ((0, 0), (shift, shift), (shift, shift), (0, 0))
-    padded = jnp.pad(images, border, mode="reflect") if shift else images
-    corners = jax.random.randint(key, (n, 2), 0, side + 2 * shift - size + 1)
-    return jax.vmap(
-        lambda image, corner: lax.dynamic_slice(image, (*corner, 0), (size, size, channels))
-    )(padded, corners)
+    if pixels == 0:
+        return images
+    n, *shape = images.shape
+    around = (pixels, pixels)
+    padded = jnp.pad(images, ((0, 0), around, around, (0, 0)), mode="reflect")
+    corners = jax.random.randint(key, (n, 2), 0, 2 * pixels + 1)
+    return jax.vmap(lambda image, corner: lax.dynamic_slice(image, (*corner, 0), shape))(
+        padded, corners
+    )
 
 
 def mirror(images: jax.Array, chosen: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A trained model as files: `model.safetensors`, `card.json` for machines and `README.md` for people."""
+"""A trained model on disk: `model.safetensors`, `card.json` for machines, `README.md` to read."""
 
 import hashlib
 import json
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import chex
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load, save
@@ -15,7 +14,8 @@ from safetensors.numpy import load, save
 README = """\
 # {name}
 
-{family} trained on {dataset}: **{accuracy:.2f} %** of {test_images} held-out images. {parameters} parameters.
+{family} with {parameters:,} parameters, trained on {dataset}:
+**{accuracy:.2f} %** of {test_images:,} held-out images.
 
 | | |
 |---|---|
@@ -30,15 +30,15 @@ Made from `card.json`, which holds the whole recipe and the accuracy by epoch.
 """
 
 
-def write(folder: Path, variables: chex.ArrayTree, card: Mapping[str, Any]) -> None:
-    """Writes the three files of a model; the checksum and the number of parameters are added to the card.
+def write(folder: Path, variables: Any, card: Mapping[str, Any]) -> None:
+    """Writes the three files of a model, adding checksum and number of parameters to the card.
 
     Args:
       folder: made if it does not exist.
       variables: nested dicts of arrays.
       card: JSON-ready.
     """
-    leaves = flatten_dict(variables, sep="/")
+    leaves: Any = flatten_dict(variables, sep="/")
     weights = save({name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()})
     parameters = sum(leaf.size for name, leaf in leaves.items() if name.startswith("params/"))
     card = {**card, "parameters": parameters, "sha256": hashlib.sha256(weights).hexdigest()}
@@ -48,7 +48,7 @@ def write(folder: Path, variables: chex.ArrayTree, card: Mapping[str, Any]) -> N
     _replace(folder / "README.md", _readme(card).encode())
 
 
-def read(folder: Path) -> tuple[chex.ArrayTree, dict[str, Any]]:
+def read(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Reads the variables and the card of a model.
 
     Args:
@@ -65,9 +65,9 @@ def read(folder: Path) -> tuple[chex.ArrayTree, dict[str, Any]]:
     sha256 = hashlib.sha256(weights).hexdigest()
     if sha256 != card["sha256"]:
         raise ValueError(
-            f"`model.safetensors` in {folder} must have the sha256 {card['sha256']} of its card, got {sha256}: "
-            "the file is damaged, incomplete or from another training. Fetch it again, or train it again with "
-            f"`{card['command']}`."
+            f"`model.safetensors` in {folder} must have the sha256 {card['sha256']} of its card, "
+            f"got {sha256}: the file is damaged or from another training. Fetch it again, or train "
+            f"it again with `{card['command']}`."
         )
     return unflatten_dict(load(weights), sep="/"), card
 

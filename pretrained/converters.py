@@ -8,8 +8,8 @@ like is read off the names and shapes.
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +44,7 @@ def read_torch(source: str) -> dict[str, np.ndarray]:
     path = Path(source)
     if source.startswith("hf-hub:"):
         try:
-            from huggingface_hub import hf_hub_download
+            from huggingface_hub import hf_hub_download  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError(
                 f"{source!r} needs huggingface_hub: pip install huggingface_hub, or download the "
@@ -59,7 +59,7 @@ def read_torch(source: str) -> dict[str, np.ndarray]:
         raise ValueError(f"`source` must be a safetensors file; {source!r}: {error}.") from error
 
 
-def convert_resnet(tensors: Mapping[str, np.ndarray]) -> tuple[ResNet, chex.ArrayTree]:
+def convert_resnet(tensors: Mapping[str, np.ndarray]) -> tuple[ResNet, Any]:
     """Converts PyTorch weights of a ResNet.
 
     Args:
@@ -77,7 +77,7 @@ def convert_resnet(tensors: Mapping[str, np.ndarray]) -> tuple[ResNet, chex.Arra
             converted[_path(name)] = _in_flax_layout(tensor)
     model = _describe(tensors)
     image = jax.ShapeDtypeStruct((1, 64, 64, converted["params/stem/kernel"].shape[2]), jnp.float32)
-    expected = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image), sep="/")
+    expected: Any = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image), sep="/")
     shapes = {path: tensor.shape for path, tensor in converted.items()}
     wrong = {path for path in shapes.keys() | expected if not _agrees(path, shapes, expected)}
     if wrong:
@@ -90,7 +90,7 @@ def convert_resnet(tensors: Mapping[str, np.ndarray]) -> tuple[ResNet, chex.Arra
     return model, unflatten_dict(converted, sep="/")
 
 
-def _agrees(path: str, shapes: Mapping[str, tuple], expected: Mapping[str, chex.Array]) -> bool:
+def _agrees(path: str, shapes: Mapping[str, tuple], expected: Mapping[str, Any]) -> bool:
     return path in shapes and path in expected and shapes[path] == expected[path].shape
 
 

@@ -1,7 +1,7 @@
-"""Labelled image datasets as plain arrays: scikit-learn's digits and every TFDS dataset with `image` and `label`.
+"""Image datasets as plain arrays: scikit-learn's digits, any TFDS one with `image` and `label`.
 
-TFDS datasets are read from array_record files, without TensorFlow. Decoded arrays are cached under the user's cache
-folder, keyed by name, version and split.
+TFDS datasets are read from array_record files, without TensorFlow. Decoded arrays are cached under
+the user's cache folder, keyed by name, version and split.
 """
 
 import os
@@ -33,14 +33,16 @@ def load(
     """Loads one split of a dataset.
 
     Args:
-      name: `digits` (8x8, values 0 to 16, shipped with scikit-learn) or a TFDS name such as `mnist`, `cifar10`,
-        `emnist/digits`.
+      name: `digits` (8x8, values 0 to 16, shipped with scikit-learn) or a TFDS name such as
+        `mnist`, `cifar10`, `emnist/digits`.
       split: `train`, `test`, or another split that the dataset has.
-      data_dir: where TFDS datasets are; by default the environment variable TFDS_DATA_DIR, then TFDS's own default.
+      data_dir: where TFDS datasets are; by default the environment variable TFDS_DATA_DIR, then
+        TFDS's own default.
       cache: keep the decoded arrays on disk, under XDG_CACHE_HOME or ~/.cache.
 
     Returns:
-      The images in the order of their TFDS ids where they have ids (the official order), else in record order.
+      The images in the order of their TFDS ids where they have ids (the official order), else in
+      record order.
 
     Raises:
       ValueError: if the split does not exist or the dataset has no images with labels.
@@ -57,7 +59,8 @@ def load(
     folder = cache_dir() / "datasets" / name / str(builder.version)
     files = [folder / f"{split}_{part}.npy" for part in ("images", "labels")]
     if cache and all(file.is_file() for file in files):
-        return Dataset(*(np.load(file) for file in files), name)
+        images, labels = map(np.load, files)
+        return Dataset(images, labels, name)
     dataset = _decode(builder, name, split)
     if cache:
         for file, array in zip(files, dataset[:2], strict=True):
@@ -87,12 +90,12 @@ def calibration_draw(images: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 
 def cache_dir() -> Path:
-    """Returns the user's cache folder for this package: $XDG_CACHE_HOME/qjax, by default ~/.cache/qjax."""
+    """Returns this package's cache folder: $XDG_CACHE_HOME/qjax, by default ~/.cache/qjax."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qjax"
 
 
 def _load_digits(split: str) -> Dataset:
-    """The 1,797 embedded digits, split once and for all: 500 stratified held-out images are `test`."""
+    """The 1,797 embedded digits, split once and for all: 500 stratified images are `test`."""
     if split not in ("train", "test"):
         raise ValueError(f"`split` must be 'train' or 'test' for 'digits', got {split!r}.")
     try:
@@ -111,7 +114,7 @@ def _load_digits(split: str) -> Dataset:
 
 
 def _builder(name: str, data_dir: str | os.PathLike | None):
-    """The TFDS builder of a dataset that is prepared as array_record files, preparing it if need be."""
+    """The TFDS builder of a dataset, prepared as array_record files."""
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -129,11 +132,11 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
             builder.download_and_prepare(file_format="array_record")
         except ImportError as error:
             raise ImportError(
-                f"`{name}` is not prepared under {builder.data_dir}, and TensorFlow is missing.\n{hint}"
+                f"{name!r} is not prepared in {builder.data_dir} and TensorFlow is missing.\n{hint}"
             ) from error
         except Exception as error:
             raise RuntimeError(
-                f"`{name}` is not prepared under {builder.data_dir}, and preparing it failed: {error}\n{hint}"
+                f"{name!r} is not prepared in {builder.data_dir} and cannot be: {error}\n{hint}"
             ) from error
     return builder
 
@@ -143,7 +146,7 @@ def _decode(builder, name: str, split: str) -> Dataset:
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise ValueError(
-            f"`name` must be a dataset with `image` and `label`, got {name!r} with {sorted(features)}."
+            f"`name` must be a dataset with `image` and `label`; {name!r} has {sorted(features)}."
         )
     records = list(builder.as_data_source(split=split))
     if "id" in features:

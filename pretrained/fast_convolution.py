@@ -1,13 +1,15 @@
 """Convolution as a few large matrix products, for training on a CPU.
 
-XLA's CPU backend differentiates small convolutions slowly, and far more slowly inside `lax.scan`. Here images lie as
-[C, H, W, N]: every shift is then a copy of long runs and every elementwise loop vectorizes over the batch. Rows of a
-3x3 convolution go through the Winograd form F(m, 3), columns through shifted copies (im2col), which leaves m + 2
-products of (C_out, 3 * C_in) by (3 * C_in, H / m * W * N) for every m rows of output:
+XLA's CPU backend differentiates small convolutions slowly, and far more slowly inside `lax.scan`.
+Here images lie as [C, H, W, N]: every shift is then a copy of long runs and every elementwise loop
+vectorizes over the batch. Rows of a 3x3 convolution go through the Winograd form F(m, 3), columns
+through shifted copies (im2col), which leaves m + 2 products of (C_out, 3 * C_in) by
+(3 * C_in, H / m * W * N) for every m rows of output:
 
   Y = A^T [ sum_j (G w_j)^T (B^T x_{.+j}) ]
 
-Both gradients are products of the same kind. Values equal those of `lax.conv_general_dilated` up to rounding.
+Both gradients are products of the same kind. Values equal those of `lax.conv_general_dilated` up to
+rounding.
 
 References:
   Lavin and Gray, 2016, arXiv:1509.09308, section 4.
@@ -88,13 +90,13 @@ def conv_general_dilated(
     feature_group_count: int = 1,
     **kwargs,
 ) -> jax.Array:
-    """Stands in for `lax.conv_general_dilated` in `nn.Conv`: undilated, ungrouped, one padding for all sides.
+    """Stands in for `lax.conv_general_dilated` in an undilated, ungrouped `nn.Conv`.
 
     Args:
       lhs: images float[N, H, W, C_in].
       rhs: kernel float[r, r, C_in, C_out].
       window_strides: of rows and columns, equal.
-      padding: (before, after) of rows and columns, all equal.
+      padding: (before, after) of rows and columns, all four equal.
       dimension_numbers: ignored: always NHWC and HWIO, as `nn.Conv` has them.
       feature_group_count: must be 1.
       **kwargs: ignored: `nn.Conv` also passes dilations of 1 and the precision.
@@ -109,7 +111,7 @@ def conv_general_dilated(
 
 
 def _im2col(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """Convolves by one product of the kernel with unfolded patches float[r * r * C_in, H' * W' * N]."""
+    """Convolves by one product with unfolded patches float[r * r * C_in, H' * W' * N]."""
     size, _, channels, features = kernel.shape
     x = _pad(x, padding)
     h, w = ((side - size) // stride + 1 for side in x.shape[1:3])
@@ -139,7 +141,7 @@ def _winograd_forward(transform: Transform, x: jax.Array, kernel: jax.Array):
 
 
 def _winograd_backward(transform: Transform, residuals, gradient: jax.Array):
-    """dx convolves dY with the turned kernel; dw_j = G^T [ (B^T x_{.+j}) (A dY)^T ]."""
+    """Dx convolves dY with the turned kernel; dw_j = G^T [ (B^T x_{.+j}) (A dY)^T ]."""
     x, kernel = residuals
     dx = _winograd(transform, gradient, kernel[::-1, ::-1].swapaxes(2, 3))
     m, features = len(transform.outputs), kernel.shape[-1]

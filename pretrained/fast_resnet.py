@@ -1,8 +1,8 @@
-"""The training pass of a `ResNet` with basic blocks in the layout of `fast_convolution`, on the same variables."""
+"""The training pass of a `ResNet` with basic blocks, in the layout of `fast_convolution`."""
 
-import chex
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
@@ -10,14 +10,12 @@ from pretrained.fast_convolution import convolve
 from pretrained.resnet import BATCH_NORM_EPSILON, BATCH_NORM_MOMENTUM, ResNet, pad_shortcut
 
 
-def supports(model: nn.Module) -> bool:
-    """Whether `apply` computes `model`: a `ResNet` with basic blocks and the small stem."""
-    return isinstance(model, ResNet) and not model.bottleneck and not model.large_stem
+def supports(model: ResNet) -> bool:
+    """Whether `apply` computes `model`: one with basic blocks and the small stem."""
+    return not model.bottleneck and not model.large_stem
 
 
-def apply(
-    model: ResNet, variables: chex.ArrayTree, images: jax.Array
-) -> tuple[jax.Array, chex.ArrayTree]:
+def apply(model: ResNet, variables: Any, images: jax.Array) -> tuple[jax.Array, Any]:
     """Computes what `model.apply(variables, images, train=True, mutable=["batch_stats"])` does.
 
     Args:
@@ -42,12 +40,11 @@ def apply(
             x, new_stats[layer][block] = _block(
                 x, params[layer][block], stats[layer][block], stride
             )
-    return x.mean(axis=(1, 2)).T @ params["head"]["kernel"] + params["head"]["bias"], new_stats
+    head = params["head"]
+    return x.mean(axis=(1, 2)).T @ head["kernel"] + head["bias"][None], new_stats
 
 
-def _block(
-    x: jax.Array, params: chex.ArrayTree, stats: chex.ArrayTree, stride: int
-) -> tuple[jax.Array, chex.ArrayTree]:
+def _block(x: jax.Array, params: Any, stats: Any, stride: int) -> tuple[jax.Array, Any]:
     """One basic block on float[C, H, W, N]; returns its output and updated statistics."""
     new_stats = {}
     y, new_stats["bn1"] = _conv_norm(x, params["conv1"], params["bn1"], stats["bn1"], stride)
@@ -62,9 +59,9 @@ def _block(
 
 
 def _conv_norm(
-    x: jax.Array, conv: chex.ArrayTree, norm: chex.ArrayTree, stats: chex.ArrayTree, stride: int
-) -> tuple[jax.Array, chex.ArrayTree]:
-    """A convolution and batch norm by the statistics of the batch, which also move the running ones."""
+    x: jax.Array, conv: Any, norm: Any, stats: Any, stride: int
+) -> tuple[jax.Array, Any]:
+    """A convolution and batch norm by the batch's statistics, which also move the running ones."""
     y = convolve(x, conv["kernel"], stride, conv["kernel"].shape[0] // 2)
     mean = y.mean(axis=(1, 2, 3))
     var = (y * y).mean(axis=(1, 2, 3)) - mean**2

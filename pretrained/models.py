@@ -88,7 +88,9 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     Raises:
       ValueError: if the family is unknown.
     """
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items()}
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in description.items()
+    }
     family = fields.pop("family", None)
     if family not in FAMILIES:
         raise ValueError(f"`family` must be one of {sorted(FAMILIES)}, got {family!r}.")

@@ -25,11 +25,10 @@ class Recipe:
       momentum: of Nesterov's SGD.
       weight_decay: L2 on kernels; biases and batch norm are left alone.
       label_smoothing: mass moved from the label to the uniform distribution.
-      average_decay: per step, of the exponential moving average of the weights that is finally taken.
+      average_decay: per step, of the moving average of the weights that is finally taken.
       shift: images are moved by up to this many pixels, mirrored at the border.
       flip: mirror half of the images, every image in every second epoch.
-      small_crop: side of the random crops that the first steps see; 0 for whole images throughout.
-      small_crop_until: fraction of the steps that see small crops.
+      sizes: (fraction, side) pairs: until this fraction of the steps, images shrink to this side.
       evaluate_every: epochs between two entries in the log.
       seed: of the weights, the order and the augmentation.
     """
@@ -48,8 +47,7 @@ class Recipe:
     average_decay: float = 0.995
     shift: int = 0
     flip: bool = False
-    small_crop: int = 0
-    small_crop_until: float = 0.0
+    sizes: tuple[tuple[float, int], ...] = ()
     evaluate_every: int = 1
     seed: int = 0
 
@@ -93,22 +91,25 @@ RECIPES = {
             dataset="mnist",
             model=resnet_cifar(20),
             preprocessing=MNIST,
-            epochs=10,
+            epochs=8,
+            batch_size=64,
+            learning_rate=0.05,
             shift=2,
+            sizes=((0.4, 16),),
         ),
         Recipe(
             name="resnet20-cifar10",
             dataset="cifar10",
             model=resnet_cifar(20, shortcut="projection"),
             preprocessing=CIFAR10,
-            epochs=64,
-            learning_rate=0.15,
-            average_decay=0.998,
+            epochs=60,
+            batch_size=64,
+            learning_rate=0.08,
+            average_decay=0.999,
             shift=4,
             flip=True,
-            small_crop=24,
-            small_crop_until=0.4,
-            evaluate_every=2,
+            sizes=((0.25, 16), (0.6, 24)),
+            evaluate_every=5,
         ),
         Recipe(
             name="resnet18-cifar10",

@@ -1,13 +1,14 @@
 """Residual networks in Flax Linen: the CIFAR family of depth 6n+2 and the ImageNet family.
 
-Kernels live at paths such as `layer1/block0/conv1/kernel`. All padding is explicit and symmetric, as in PyTorch, so
-that converted weights give the same logits.
+Kernels live at paths such as `layer1/block0/conv1/kernel`. All padding is explicit and symmetric,
+as in PyTorch, so that converted weights give the same logits.
 
 References:
   He et al., 2015, arXiv:1512.03385, sections 3.3 and 4.2.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ class _Block(nn.Module):
     Attributes:
       filters: channels of the block's 3x3 convolutions.
       stride: spatial stride of the block.
-      bottleneck: 1x1, 3x3, 1x1 (four times `filters` channels out) instead of two 3x3 convolutions.
-      shortcut: `pad` (strided slice and zero channels, without parameters) or `projection` (1x1 convolution).
+      bottleneck: 1x1, 3x3, 1x1 (four times `filters` channels out) instead of two 3x3.
+      shortcut: `pad` (see `pad_shortcut`) or `projection` (1x1 convolution and batch norm).
     """
 
     filters: int
@@ -80,13 +81,13 @@ class _Stage(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network: stem, stages `layer1`, `layer2`, ..., global average pooling, linear layer `head`.
+    """A residual network: `stem`, stages `layer1`, `layer2`, ..., average pooling, linear `head`.
 
     Attributes:
       stage_sizes: blocks in each stage.
       stage_filters: base channels of each stage.
       bottleneck: use bottleneck blocks.
-      shortcut: `pad` or `projection`, see `resnet_cifar`.
+      shortcut: `pad` (see `pad_shortcut`) or `projection` (1x1 convolution and batch norm).
       large_stem: 7x7 stride 2 and max-pooling (ImageNet) instead of 3x3 stride 1.
       num_classes: logits per image.
     """
@@ -108,7 +109,8 @@ class ResNet(nn.Module):
         x = _batch_norm(train, name="stem_bn")(x)
         x = nn.relu(x)
         if self.large_stem:
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            padding: Any = ((1, 1), (1, 1))
+            x = nn.max_pool(x, (3, 3), (2, 2), padding)
         for i, (blocks, filters) in enumerate(
             zip(self.stage_sizes, self.stage_filters, strict=True)
         ):
@@ -129,7 +131,7 @@ def resnet_cifar(depth: int, num_classes: int = 10, shortcut: str = "pad") -> Re
     Args:
       depth: 20, 32, 44, 56, 110, ...
       num_classes: logits per image.
-      shortcut: `pad` (option A: strided slice and zero channels, no parameters) or `projection` (option B).
+      shortcut: `pad` (option A, without parameters) or `projection` (option B).
 
     Returns:
       The module.

@@ -1,8 +1,8 @@
-"""Training the reference models: SGD with Nesterov momentum in plain JAX, resumable, blind to the test split.
+"""Training the reference models: SGD with Nesterov momentum in plain JAX, resumable.
 
-The weights that come out are the exponential moving average at the last step, with batch statistics taken anew for
-them. No checkpoint is ever chosen by its accuracy. Steps run in chunks, each one call of a jitted `lax.scan`, after
-which the whole state goes to disk.
+The weights that come out are the exponential moving average at the last step, with batch statistics
+taken anew for them. No checkpoint is ever chosen by its accuracy. Steps run in chunks, each one
+call of a jitted `lax.scan`, after which the whole state goes to disk.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -29,13 +29,14 @@ from pretrained.datasets import Dataset
 from pretrained.fast_convolution import conv_general_dilated
 from pretrained.models import LeNet5, describe
 from pretrained.recipes import Recipe
-from pretrained.resnet import BATCH_NORM_MOMENTUM
+from pretrained.resnet import BATCH_NORM_MOMENTUM, ResNet
 
 CHUNK = 50
 STATISTICS_BATCHES = 40
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class State:
     """What one step hands to the next.
 
@@ -47,15 +48,15 @@ class State:
       step: int32[], steps done.
     """
 
-    params: chex.ArrayTree
-    velocity: chex.ArrayTree
-    average: chex.ArrayTree
-    batch_stats: chex.ArrayTree
+    params: Any
+    velocity: Any
+    average: Any
+    batch_stats: Any
     step: jax.Array
 
 
 class Progress(NamedTuple):
-    """Where training stands: steps done and in all, the mean loss of the last chunk, seconds of training so far."""
+    """Where training stands: steps done and in all, mean loss of the last steps, seconds so far."""
 
     step: int
     steps: int
@@ -64,7 +65,7 @@ class Progress(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One line of the log: epochs done, mean training loss since the last entry, accuracy, seconds of training."""
+    """One line of the log: epochs done, mean loss since the last line, accuracy in %, seconds."""
 
     epoch: float
     loss: float
@@ -73,9 +74,9 @@ class Entry(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """The result: `variables` as Flax takes them, the log, and the seconds of training, all sessions added."""
+    """The result: variables as Flax takes them, the log, seconds of training over all sessions."""
 
-    variables: chex.ArrayTree
+    variables: Any
     log: list[Entry]
     seconds: float
 
@@ -117,8 +118,7 @@ def train(
     for chunk in range(int(state.step) // CHUNK, chunks):
         start = time.perf_counter()
         rows, epochs = _order(recipe, len(images), chunk)
-        small = recipe.small_crop and chunk < round(recipe.small_crop_until * chunks)
-        size = recipe.small_crop if small else images.shape[1]
+        size = next((s for until, s in recipe.sizes if chunk < until * chunks), images.shape[1])
         state, loss = _run_chunk(recipe, steps, size, state, images, labels, rows, epochs)
         losses.append(float(loss.mean()))
         seconds += time.perf_counter() - start
@@ -139,11 +139,14 @@ def train(
     return Trained(variables, log, seconds)
 
 
-def evaluate(
-    recipe: Recipe, variables: chex.ArrayTree, data: Dataset, batch_size: int = 500
-) -> float:
+def evaluate(recipe: Recipe, variables: Any, data: Dataset, batch_size: int = 500) -> float:
     """Returns the percentage of the images of `data` that are classified correctly."""
-    predict = jax.jit(lambda v, x: recipe.model.apply(v, recipe.preprocessing(x)).argmax(axis=-1))
+
+    @jax.jit
+    def predict(variables: Any, images: jax.Array) -> jax.Array:
+        logits: Any = recipe.model.apply(variables, recipe.preprocessing(images))
+        return logits.argmax(axis=-1)
+
     hits = 0
     for i in range(0, len(data.images), batch_size):
         images, labels = data.images[i : i + batch_size], data.labels[i : i + batch_size]
@@ -183,7 +186,7 @@ def learning_rate(recipe: Recipe, steps: int, step: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
-    """Mean over the batch of -sum_k t_k log softmax(z)_k with t = (1 - smoothing) onehot + smoothing / K.
+    """Mean of -sum_k t_k log softmax(z)_k with t = (1 - smoothing) onehot + smoothing / K.
 
     Args:
       logits: float[N, K].
@@ -209,7 +212,7 @@ def _run_chunk(
     rows: jax.Array,
     epochs: jax.Array,
 ) -> tuple[State, jax.Array]:
-    """Runs one step for every row of `rows` int32[CHUNK, B]; returns the state and the losses float[CHUNK]."""
+    """Runs a step for every row of `rows` int32[CHUNK, B]; also returns losses float[CHUNK]."""
     key = jax.random.key(recipe.seed)
     mirrored_first = jax.random.bernoulli(key, shape=images.shape[:1])
 
@@ -220,13 +223,13 @@ def _run_chunk(
 
     def step_fn(state: State, batch):
         rows, epochs = batch
-        x = augmentation.shift_and_crop(
-            jax.random.fold_in(key, state.step), images[rows], recipe.shift, size
-        )
+        x = augmentation.shift(jax.random.fold_in(key, state.step), images[rows], recipe.shift)
         if recipe.flip:
             x = augmentation.mirror(x, mirrored_first[rows] ^ (epochs % 2 == 1))
+        x = recipe.preprocessing(x)
+        x = jax.image.resize(x, (x.shape[0], size, size, x.shape[3]), "linear")
         (loss, batch_stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, state.batch_stats, recipe.preprocessing(x), labels[rows]
+            state.params, state.batch_stats, x, labels[rows]
         )
         rate = learning_rate(recipe, steps, state.step)
         decay = jnp.minimum(recipe.average_decay, (1 + state.step) / (10 + state.step))
@@ -252,9 +255,7 @@ def _run_chunk(
     return lax.scan(step_fn, state, (rows, epochs))
 
 
-def training_pass(
-    model: nn.Module, variables: chex.ArrayTree, x: jax.Array
-) -> tuple[jax.Array, chex.ArrayTree]:
+def training_pass(model: nn.Module, variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     """The forward pass in training mode, on a CPU by way of `fast_convolution`.
 
     Args:
@@ -266,7 +267,7 @@ def training_pass(
       Logits float[N, K] and the updated `batch_stats`, {} in a model without.
     """
     if jax.default_backend() == "cpu":
-        if fast_resnet.supports(model):
+        if isinstance(model, ResNet) and fast_resnet.supports(model):
             return fast_resnet.apply(model, variables, x)
         if isinstance(model, LeNet5):
             model = model.copy(conv_general_dilated=conv_general_dilated)
@@ -275,9 +276,9 @@ def training_pass(
 
 
 def _order(recipe: Recipe, n: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """The images of one chunk, int32[CHUNK, B], and the epoch that each belongs to, of the same shape.
+    """The images of one chunk, int32[CHUNK, B], and the epochs they belong to, of the same shape.
 
-    Epochs follow each other without a gap, each in an order of its own, so that no image is left out.
+    Epochs follow each other without a gap, each in an order of its own: no image is left out.
     """
     length = CHUNK * recipe.batch_size
     positions = np.arange(chunk * length, (chunk + 1) * length)
@@ -294,7 +295,7 @@ def _order(recipe: Recipe, n: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
     return rows.reshape(shape).astype(np.int32), epochs.reshape(shape).astype(np.int32)
 
 
-def _final_variables(recipe: Recipe, state: State, images: jax.Array) -> chex.ArrayTree:
+def _final_variables(recipe: Recipe, state: State, images: jax.Array) -> Any:
     """The averaged weights, with batch statistics measured for them on training images."""
     if not state.batch_stats:
         return {"params": state.average}

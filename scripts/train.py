@@ -22,7 +22,7 @@ from pretrained.recipes import RECIPES, Recipe
 
 def main() -> None:
     """Parses the command line and trains."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "recipes", nargs="+", choices=RECIPES, metavar="recipe", help=", ".join(RECIPES)
     )
@@ -62,8 +62,8 @@ def train(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
         def show(entry: training.Entry) -> None:
             bar.console.print(
-                f"{recipe.name} epoch {entry.epoch:g}: loss {entry.loss:.4f}, accuracy {entry.accuracy:.2f} %, "
-                f"{entry.seconds:.0f} s",
+                f"{recipe.name} epoch {entry.epoch:g}: loss {entry.loss:.4f}, "
+                f"accuracy {entry.accuracy:.2f} %, {entry.seconds:.0f} s",
                 highlight=False,
             )
 
