@@ -17,7 +17,7 @@ from jax.extend import core
 from qjax import interpret, observers, search
 from qjax.affine import QParams, affine_qparams, fake_quant, sqnr_db
 from qjax.emit import Activated, moved
-from qjax.fold import Folded
+from qjax.fold import Folded, apply_folded
 from qjax.layers import Network, Site, keeps_codes
 from qjax.linear import Linear
 from qjax.progress import Progress
@@ -132,7 +132,7 @@ def _fit_layer(task: Task, folded: Folded, streams: Streams, grids: dict[core.Va
     """Fits a layer up to its pre-activation output and writes that to the streams."""
     site, operation = task.site, task.site.layer.operation
     x_float, x = streams.read(site.input)
-    float_output = [_apply_float(operation, folded, batch) for batch in x_float]
+    float_output = [apply_folded(operation, folded, batch) for batch in x_float]
     shortcut = _read_shortcut(site, streams)
     target = float_output
     if shortcut is not None:  # the layer's share of the float sum z + s, where the other one is ŝ
@@ -192,7 +192,7 @@ def _fit_kernel(
     missing = None
     if task.is_sequential:
         residuals = [
-            z - _apply_float(operation, folded, batch)
+            z - apply_folded(operation, folded, batch)
             for batch, z in zip(seen, target, strict=True)
         ]
         pairs = zip(seen, residuals, strict=True)
@@ -353,13 +353,6 @@ def _sampled_patches(operation: Linear, x: Arrays) -> jax.Array:
 @partial(jax.jit, static_argnums=(0, 1))
 def _strided_patches(operation: Linear, stride: int, x: jax.Array) -> jax.Array:
     return operation.patches(x.astype(jnp.float32))[::stride]
-
-
-@partial(jax.jit, static_argnums=0)
-def _apply_float(operation: Linear, folded: Folded, x: jax.Array) -> jax.Array:
-    return apply_linear(
-        operation, QuantizedLayer(folded.kernel, folded.bias, None, None, None, None), x
-    )
 
 
 _apply_linear = jax.jit(apply_linear, static_argnums=0)

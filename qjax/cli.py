@@ -109,6 +109,7 @@ def _add_quantize(commands: Any) -> None:
         help="coordinate sweeps after rounding (%(default)s)",
     )
     add("--no-bias-correction", action="store_true", help="keep the mean error of each channel")
+    add("--equalize", action="store_true", help="even out the channels between two layers first")
     add("--no-sequential", action="store_true", help="fit every layer on float inputs")
 
     add = parser.add_argument_group("what to write").add_argument
@@ -217,6 +218,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         output_position=arguments.output_position,
         rounding=arguments.rounding,
         sweeps=arguments.sweeps,
+        equalize=arguments.equalize,
         sequential=not arguments.no_sequential,
         bias_correction=not arguments.no_bias_correction,
         overrides=dict(arguments.override),

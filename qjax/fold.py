@@ -5,13 +5,16 @@ With y = W·x and a chain that computes a·y + b per output channel, the layer i
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from qjax import interpret
 from qjax.layers import Affine, Network, Site
+from qjax.linear import Linear, along_channels
 
 
 class Folded(NamedTuple):
@@ -50,6 +53,23 @@ def _fold(network: Network, leaves: Sequence[jax.Array]) -> tuple[Folded, ...]:
     return tuple(_fold_site(site, env) for site in network.sites)
 
 
+@partial(jax.jit, static_argnums=0)
+def apply_folded(operation: Linear, folded: Folded, x: jax.Array) -> jax.Array:
+    """Evaluates a layer in float up to its pre-activation output.
+
+    Args:
+      operation: its linear operation.
+      folded: its kernel and bias.
+      x: float[...], its input.
+
+    Returns:
+      float32[...], in the shape that the operation gives.
+    """
+    kernel = operation.from_matrix(folded.kernel)
+    y = operation.apply(x.astype(jnp.float32), kernel, precision=lax.Precision.HIGHEST)
+    return y + along_channels(operation, folded.bias, y.ndim)
+
+
 def _fold_site(site: Site, env: interpret.Env) -> Folded:
     operation = site.layer.operation
     kernel = operation.to_matrix(interpret.read(env, site.kernel)).astype(jnp.float32)
@@ -72,7 +92,7 @@ def _fold_site(site: Site, env: interpret.Env) -> Folded:
     return Folded(kernel * slope.reshape(groups, 1, channels), bias)
 
 
-def _per_channel(affine: Affine, operand: jax.Array, operation: interpret.Any) -> jax.Array:
+def _per_channel(affine: Affine, operand: jax.Array, operation: Linear) -> jax.Array:
     """Brings the operand of an affine operation to float32[output channels]."""
     shape = [1] * affine.ndim
     for axis, size in zip(affine.axes, jnp.shape(operand), strict=True):

@@ -10,6 +10,7 @@ import numpy as np
 
 from qjax.calibrate import calibrate
 from qjax.emit import QuantizedFunction, rest_of_params
+from qjax.equalize import equalize
 from qjax.fold import fold
 from qjax.layers import find_layers, path_names
 from qjax.progress import Progress, progress_bar
@@ -90,6 +91,8 @@ def quantize(
     placed = [jax.tree.leaves(_place(batch, mesh)) for batch in cut]
     with _reporter(progress) as report_progress:
         folded = fold(network, leaves)
+        if recipe.equalize:
+            folded = equalize(network, leaves, folded, placed)
         fitted = calibrate(network, leaves, folded, placed, recipe, report_progress)
     layers = [site.layer for site in network.sites]
     records = [layer_report(layer, fitted[layer.name]) for layer in layers]

@@ -121,6 +121,8 @@ class Recipe(LayerRecipe):
     """How a whole network is quantized: every layer's recipe, and what differs where.
 
     Attributes:
+      equalize: rescale the channels between two layers that only a ReLU separates, so that their
+        activations have like ranges; float accuracy is not touched.
       sequential: fit each layer on the input that its already quantized predecessors produce,
         toward the output that the float network has there, rather than on the float input alone.
       grid_size: candidate clipping ranges per search.
@@ -133,6 +135,7 @@ class Recipe(LayerRecipe):
       ValueError: a field is outside its choices, or an override names an unknown field.
     """
 
+    equalize: bool = False
     sequential: bool = True
     grid_size: int = 100
     overrides: Any = ()
@@ -184,6 +187,7 @@ class Recipe(LayerRecipe):
             rounding="nearest",
             sweeps=0,
             bias_correction=False,
+            equalize=False,
             sequential=False,
         )
 

@@ -19,6 +19,7 @@ ORDER = (
     "quantized",
     "emit",
     "streams",
+    "equalize",
     "observers",
     "search",
     "rounding",
