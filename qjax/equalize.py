@@ -2,8 +2,8 @@
 
 In layer → ReLU → layer, relu(y / s) = relu(y) / s for s > 0: dividing output channel c of the
 first kernel and bias by s_c and multiplying input channel c of the second kernel by it changes
-nothing in float. With s_c = √(a_c / w_c), where a_c is the greatest activation of the channel and w_c the
-greatest weight that it meets in the second layer, both end at √(a_c · w_c).
+nothing in float. With s_c = √(a_c / w_c), where a_c is the greatest activation of the channel and
+w_c the greatest weight that it meets in the second layer, both end at √(a_c · w_c).
 
 References:
   Nagel et al., 2019, arXiv:1906.04721, section 4.1; Xiao et al., 2022, arXiv:2211.10438, eq. 4.
