@@ -4,6 +4,8 @@ TFDS datasets are read from array_record files, without TensorFlow. Decoded arra
 the user's cache folder, keyed by name, version and split.
 """
 
+import contextlib
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -63,8 +65,10 @@ def load(
         return Dataset(images, labels, name)
     dataset = _decode(builder, name, split)
     if cache:
-        for file, array in zip(files, dataset[:2], strict=True):
-            _save(file, array)
+        # A cache folder that cannot be written costs time at the next call, nothing else.
+        with contextlib.suppress(OSError):
+            for file, array in zip(files, dataset[:2], strict=True):
+                _save(file, array)
     return dataset
 
 
@@ -127,17 +131,18 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(f"`name` must be 'digits' or a TFDS dataset, got {name!r}.") from error
-    if not builder.is_prepared():
-        try:
-            builder.download_and_prepare(file_format="array_record")
-        except ImportError as error:
-            raise ImportError(
-                f"{name!r} is not prepared in {builder.data_dir} and TensorFlow is missing.\n{hint}"
-            ) from error
-        except Exception as error:
-            raise RuntimeError(
-                f"{name!r} is not prepared in {builder.data_dir} and cannot be: {error}\n{hint}"
-            ) from error
+    if builder.is_prepared():
+        return builder
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ImportError(
+            f"{name!r} is not prepared in {builder.data_dir}, and TensorFlow is missing.\n{hint}"
+        )
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        raise RuntimeError(
+            f"{name!r} is not prepared in {builder.data_dir} and cannot be: {error}\n{hint}"
+        ) from error
     return builder
 
 
