@@ -32,8 +32,10 @@ from qjax.rounding import coordinate_sweeps, least_squares_shift, round_gptq, ro
 from qjax.spec import LayerRecipe, QuantSpec, Recipe
 from qjax.streams import Streams, cut
 
-SAMPLED_PATCHES = 4096  # per layer, over all calibration images: for the search of its input range
-SAMPLED_OUTPUTS = 2**20  # likewise, for the search of its output range
+# Samples per layer, spread evenly over all calibration images and positions.
+MOMENT_PATCHES = 2**16  # for the second moments of its input
+SAMPLED_PATCHES = 2**12  # for the search of its input range
+SAMPLED_OUTPUTS = 2**20  # for the search of its output range
 PERCENT = 99.9  # of the values, that the `percentile` range keeps
 
 Arrays = list[jax.Array]  # one per calibration batch
@@ -188,7 +190,8 @@ def _fit_kernel(
         return QuantizedLayer(*folded, None, inputs, None, None), math.inf, None
     operation = task.site.layer.operation
     seen = x if inputs is None else [_fake_quant(batch, inputs) for batch in x]
-    moments = observers.observe(observers.moments(operation), seen)
+    stride = patch_stride(operation, seen, MOMENT_PATCHES)
+    moments = observers.observe(observers.moments(operation, stride), seen)
     missing = None
     if task.is_sequential:
         residuals = [
@@ -196,7 +199,7 @@ def _fit_kernel(
             for batch, z in zip(seen, target, strict=True)
         ]
         pairs = zip(seen, residuals, strict=True)
-        missing = observers.observe(observers.cross_moments(operation), pairs)
+        missing = observers.observe(observers.cross_moments(operation, stride), pairs)
     static = (operation, task.recipe, task.grid_size)
     layer, sqnr, clip = _round_layer(*static, folded, moments, missing, inputs)
     return layer, float(sqnr), float(clip)
@@ -344,15 +347,20 @@ def _sampled(values: Arrays) -> jax.Array:
     return jnp.concatenate([batch.reshape(-1)[::stride] for batch in values])
 
 
-def _sampled_patches(operation: Linear, x: Arrays) -> jax.Array:
+def patch_stride(operation: Linear, x: Arrays, limit: int) -> int:
+    """The stride between positions that leaves about `limit` patches of all the batches `x`."""
     positions = jax.eval_shape(operation.patches, x[0]).shape[0]
-    stride = _coprime_stride(positions, max(1, SAMPLED_PATCHES // len(x)))
+    return _coprime_stride(positions, max(1, limit // len(x)))
+
+
+def _sampled_patches(operation: Linear, x: Arrays) -> jax.Array:
+    stride = patch_stride(operation, x, SAMPLED_PATCHES)
     return jnp.concatenate([_strided_patches(operation, stride, batch) for batch in x])
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _strided_patches(operation: Linear, stride: int, x: jax.Array) -> jax.Array:
-    return operation.patches(x.astype(jnp.float32))[::stride]
+    return operation.patches(x.astype(jnp.float32), stride)
 
 
 _apply_linear = jax.jit(apply_linear, static_argnums=0)

@@ -97,8 +97,16 @@ class Convolution:
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return matrix.transpose(1, 0, 2).reshape(shape).transpose(inverse)
 
-    def patches(self, x: jax.Array) -> jax.Array:
-        """Cuts an input into the patches that the kernel meets: float[positions, groups, patch]."""
+    def patches(self, x: jax.Array, stride: int = 1) -> jax.Array:
+        """Cuts an input into the patches that the kernel meets, or into every `stride`-th of them.
+
+        Args:
+          x: the input.
+          stride: between the positions that are kept, counted over examples and space.
+
+        Returns:
+          float[positions, groups, patch].
+        """
         batch, feature, *spatial = self.dimension_numbers.lhs_spec
         x = x.transpose(batch, *spatial, feature)
         edges = [
@@ -118,10 +126,9 @@ class Convolution:
             ends = (x.shape[0], *stop, x.shape[-1])
             return lax.slice(x, (0, *start, 0), ends, (1, *self.window_strides, 1))
 
-        elements = [element(offsets) for offsets in itertools.product(*map(range, window))]
-        stacked = jnp.stack(
-            [e.reshape(-1, self.groups, x.shape[-1] // self.groups) for e in elements], 2
-        )
+        shape = (-1, self.groups, x.shape[-1] // self.groups)
+        offsets = itertools.product(*map(range, window))
+        stacked = jnp.stack([element(o).reshape(shape)[::stride] for o in offsets], axis=2)
         return stacked.reshape(stacked.shape[0], self.groups, -1)
 
 
@@ -194,12 +201,12 @@ class DotProduct:
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return matrix.reshape(self._sizes(order)).transpose(inverse)
 
-    def patches(self, x: jax.Array) -> jax.Array:
-        """Reorders an input to float[positions, groups, patch]."""
+    def patches(self, x: jax.Array, stride: int = 1) -> jax.Array:
+        """Reorders every `stride`-th position of an input to float[positions, groups, patch]."""
         taken = (*self.batch[0], *self.contracting[0])
         rest = [axis for axis in range(x.ndim) if axis not in taken]
         groups, patch, _ = self.matrix_shape
-        return x.transpose(*rest, *taken).reshape(-1, groups, patch)
+        return x.transpose(*rest, *taken).reshape(-1, groups, patch)[::stride]
 
 
 Linear = Convolution | DotProduct

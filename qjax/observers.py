@@ -154,13 +154,14 @@ class Moments(NamedTuple):
     hessian: jax.Array
 
 
-def moments(operation: Linear) -> Observer:
+def moments(operation: Linear, stride: int = 1) -> Observer:
     """The moments of the patches that a layer's kernel meets.
 
     E‖(ŵ − w)ᵀ x‖² = (ŵ − w)ᵀ H (ŵ − w) with H = E[x xᵀ], over all examples and positions.
 
     Args:
       operation: the layer's linear operation.
+      stride: between the positions of a batch that are counted.
 
     Returns:
       An observer of layer inputs whose statistic is a `Moments`.
@@ -171,7 +172,7 @@ def moments(operation: Linear) -> Observer:
     groups, patch, _ = operation.matrix_shape
 
     def update(state: tuple[jax.Array, Moments], x: jax.Array) -> tuple[jax.Array, Moments]:
-        return _add_patches(state, x, operation)
+        return _add_patches(state, x, operation, stride)
 
     zeros = Moments(jnp.zeros((groups, patch)), jnp.zeros((groups, patch, patch)))
     return Observer(lambda: (jnp.zeros(()), zeros), update, _mean)
@@ -189,11 +190,12 @@ class CrossMoments(NamedTuple):
     cross: jax.Array
 
 
-def cross_moments(operation: Linear) -> Observer:
+def cross_moments(operation: Linear, stride: int = 1) -> Observer:
     """The moments that tell which change of a layer's kernel makes up for a residual best.
 
     Args:
       operation: the layer's linear operation.
+      stride: between the positions of a batch that are counted.
 
     Returns:
       An observer whose batches are pairs (layer input, residual of the operation's output) and
@@ -204,7 +206,7 @@ def cross_moments(operation: Linear) -> Observer:
     def update(
         state: tuple[jax.Array, CrossMoments], pair: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, CrossMoments]:
-        return _add_residual(state, *pair, operation)
+        return _add_residual(state, *pair, operation, stride)
 
     zeros = CrossMoments(jnp.zeros((groups, channels)), jnp.zeros((groups, patch, channels)))
     return Observer(lambda: (jnp.zeros(()), zeros), update, _mean)
@@ -218,22 +220,26 @@ def _mean(state: tuple[jax.Array, Any]) -> Any:
 _product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-@partial(jax.jit, static_argnames="operation")
+@partial(jax.jit, static_argnames=("operation", "stride"))
 def _add_patches(
-    state: tuple[jax.Array, Moments], x: jax.Array, operation: Linear
+    state: tuple[jax.Array, Moments], x: jax.Array, operation: Linear, stride: int
 ) -> tuple[jax.Array, Moments]:
     count, sums = state
-    patches = operation.patches(x.astype(jnp.float32))
+    patches = operation.patches(x.astype(jnp.float32), stride)
     hessian = sums.hessian + _product("pgk,pgl->gkl", patches, patches)
     return count + patches.shape[0], Moments(sums.mean + patches.sum(0), hessian)
 
 
-@partial(jax.jit, static_argnames="operation")
+@partial(jax.jit, static_argnames=("operation", "stride"))
 def _add_residual(
-    state: tuple[jax.Array, CrossMoments], x: jax.Array, residual: jax.Array, operation: Linear
+    state: tuple[jax.Array, CrossMoments],
+    x: jax.Array,
+    residual: jax.Array,
+    operation: Linear,
+    stride: int,
 ) -> tuple[jax.Array, CrossMoments]:
     count, sums = state
-    patches = operation.patches(x.astype(jnp.float32))
-    missing = output_matrix(operation, residual)
+    patches = operation.patches(x.astype(jnp.float32), stride)
+    missing = output_matrix(operation, residual)[::stride]
     cross = sums.cross + _product("pgk,pgm->gkm", patches, missing)
     return count + patches.shape[0], CrossMoments(sums.residual_mean + missing.sum(0), cross)
