@@ -119,7 +119,8 @@ def run_search(arguments: argparse.Namespace) -> None:
     difference = float(np.max(np.abs(np.divide(loop.losses, closed.losses) - 1)))
     print(
         f"\nThe closed form, second moments included, is {speedup:.1f}x as fast as the loop. "
-        f"Their losses differ by {difference:.0e}."
+        f"It samples\n{MOMENT_PATCHES:,} patches per layer; on all of them the losses of both differ by "
+        f"{difference:.0e}."
     )
     if arguments.loop_candidates != arguments.candidates:
         print(
@@ -167,12 +168,13 @@ def layers(images: int) -> Iterator[Layer]:
 def time_closed_form(arguments: argparse.Namespace) -> tuple[float, float, list[float]]:
     """The second moments of every layer's input, and the search over them."""
 
-    def second_moment(layer: Layer) -> jax.Array:
-        return observers.observe(observers.moments(layer.operation), layer.inputs).hessian
+    def second_moment(layer: Layer, stride: int = 1) -> jax.Array:
+        return observers.observe(observers.moments(layer.operation, stride), layer.inputs).hessian
 
     def find(layer: Layer) -> Any:
         static = (SPEC, "output_mse", arguments.candidates)
-        return search.search_weights(layer.kernel, second_moment(layer), *static)
+        stride = patch_stride(layer.operation, layer.inputs, MOMENT_PATCHES)
+        return search.search_weights(layer.kernel, second_moment(layer, stride), *static)
 
     seconds, losses = [], []
     for layer in layers(arguments.images):
