@@ -118,9 +118,9 @@ def run_search(arguments: argparse.Namespace) -> None:
     speedup = loop.steady / closed.steady
     difference = float(np.max(np.abs(np.divide(loop.losses, closed.losses) - 1)))
     print(
-        f"\nThe closed form, second moments included, is {speedup:.1f}x as fast as the loop. "
-        f"It samples\n{MOMENT_PATCHES:,} patches per layer; on all of them the losses of both differ by "
-        f"{difference:.0e}."
+        f"\nThe closed form, second moments included, is {speedup:.1f}x as fast as the loop. It "
+        f"samples {MOMENT_PATCHES:,}\npatches per layer; on all of them the losses of both differ "
+        f"by {difference:.0e}."
     )
     if arguments.loop_candidates != arguments.candidates:
         print(
