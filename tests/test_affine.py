@@ -1,5 +1,7 @@
 """Affine quantization of plain arrays: its laws, and a NumPy reference."""
 
+from typing import Any
+
 import chex
 import hypothesis
 import jax
@@ -29,27 +31,27 @@ def arrays(draw: st.DrawFn) -> np.ndarray:
     return (values + np.float32(offset)) * np.float32(draw(SCALES))
 
 
-def fitted(x: np.ndarray, spec: QuantSpec) -> QParams:
+def fitted(x: Any, spec: QuantSpec) -> QParams:
     """Qparams per column that cover the extremes."""
     return affine_qparams(x.min(0, keepdims=True), x.max(0, keepdims=True), spec)
 
 
-def width(x: np.ndarray) -> np.ndarray:
+def width(x: Any) -> np.ndarray:
     """The width of the range per column, zero included."""
     return np.maximum(x.max(0, keepdims=True), 0) - np.minimum(x.min(0, keepdims=True), 0)
 
 
 @hypothesis.given(arrays(), SPECS)
-def test_error_is_at_most_half_a_scale_inside_the_range(x: np.ndarray, spec: QuantSpec):
+def test_error_is_at_most_half_a_scale_inside_the_range(x: Any, spec: QuantSpec):
     qparams = fitted(x, spec)
     error = np.abs(np.asarray(qjax.fake_quant(x, qparams)) - x)
     assert np.all(error <= np.asarray(qparams.scale) / 2 + 4 * EPS * width(x))
 
 
 @hypothesis.given(arrays(), SPECS)
-def test_zero_is_exact(x: np.ndarray, spec: QuantSpec):
+def test_zero_is_exact(x: Any, spec: QuantSpec):
     qparams = fitted(x, spec)
-    zeros = np.zeros(SHAPE, np.float32)
+    zeros: Any = np.zeros(SHAPE, np.float32)
     codes = qjax.quantize_array(zeros, qparams)
     np.testing.assert_array_equal(codes, np.broadcast_to(qparams.zero_point, SHAPE))
     np.testing.assert_array_equal(qjax.dequantize(codes, qparams), zeros)
@@ -57,7 +59,7 @@ def test_zero_is_exact(x: np.ndarray, spec: QuantSpec):
 
 
 @hypothesis.given(arrays(), SPECS)
-def test_quantizing_twice_changes_nothing(x: np.ndarray, spec: QuantSpec):
+def test_quantizing_twice_changes_nothing(x: Any, spec: QuantSpec):
     qparams = fitted(x, spec)
     codes = qjax.quantize_array(x, qparams)
     x_hat = qjax.dequantize(codes, qparams)
@@ -66,7 +68,7 @@ def test_quantizing_twice_changes_nothing(x: np.ndarray, spec: QuantSpec):
 
 
 @hypothesis.given(arrays(), arrays(), SPECS)
-def test_codes_equal_a_numpy_reference(x: np.ndarray, other: np.ndarray, spec: QuantSpec):
+def test_codes_equal_a_numpy_reference(x: Any, other: Any, spec: QuantSpec):
     qparams = fitted(other, spec)  # most of x may lie outside of the range
     codes = qjax.quantize_array(x, qparams)
     scale, zero_point = np.asarray(qparams.scale), np.asarray(qparams.zero_point)
@@ -80,14 +82,14 @@ def test_codes_equal_a_numpy_reference(x: np.ndarray, other: np.ndarray, spec: Q
 
 
 @hypothesis.given(arrays(), SPECS, st.permutations(range(SHAPE[1])))
-def test_permuting_channels_commutes(x: np.ndarray, spec: QuantSpec, order: list[int]):
+def test_permuting_channels_commutes(x: Any, spec: QuantSpec, order: list[int]):
     codes = np.asarray(qjax.quantize_array(x, fitted(x, spec)))
     permuted = qjax.quantize_array(x[:, order], fitted(x[:, order], spec))
     np.testing.assert_array_equal(permuted, codes[:, order])
 
 
 @hypothesis.given(arrays(), SPECS)
-def test_order_is_kept(x: np.ndarray, spec: QuantSpec):
+def test_order_is_kept(x: Any, spec: QuantSpec):
     x = np.sort(x, axis=0)
     assert np.all(
         np.diff(np.asarray(qjax.quantize_array(x, fitted(x, spec)), np.int64), axis=0) >= 0
@@ -95,7 +97,7 @@ def test_order_is_kept(x: np.ndarray, spec: QuantSpec):
 
 
 @hypothesis.given(arrays(), SPECS)
-def test_qparams_cover_the_range(x: np.ndarray, spec: QuantSpec):
+def test_qparams_cover_the_range(x: Any, spec: QuantSpec):
     qparams = fitted(x, spec)
     low, high = (np.asarray(bound) for bound in qparams.range)
     scale, zero_point = np.asarray(qparams.scale), np.asarray(qparams.zero_point)
@@ -128,7 +130,7 @@ def test_infinity_clips_to_the_ends():
 
 @pytest.mark.parametrize("is_symmetric", [True, False])
 def test_an_all_zero_channel_gets_scale_1(is_symmetric: bool):
-    x = np.array([[0.0, 1.0], [0.0, -2.0]], np.float32)
+    x: Any = np.array([[0.0, 1.0], [0.0, -2.0]], np.float32)
     qparams = fitted(x, QuantSpec(symmetric=is_symmetric))
     assert float(qparams.scale[0, 0]) == 1.0 and int(qparams.zero_point[0, 0]) == 0
     assert float(qparams.scale[0, 1]) != 1.0
@@ -195,7 +197,7 @@ def test_qparams_are_a_pytree_with_a_static_code_range():
 
 
 def test_sqnr():
-    x = np.array([3.0, 4.0], np.float32)
+    x: Any = np.array([3.0, 4.0], np.float32)
     np.testing.assert_allclose(qjax.sqnr_db(x, x + np.float32(0.5)), 10 * np.log10(50), rtol=1e-6)
     assert float(qjax.sqnr_db(x, x)) == np.inf
     assert float(qjax.sqnr_db(0 * x, 0 * x)) == np.inf, "equal arrays, be they zero"
@@ -204,7 +206,7 @@ def test_sqnr():
 
 @pytest.mark.parametrize("bits", [3, 6, 9])
 def test_a_uniform_variable_gains_six_decibels_per_bit(bits: int):
-    x = np.linspace(0, 1, 10**5, dtype=np.float32)
+    x: Any = np.linspace(0, 1, 10**5, dtype=np.float32)
     qparams = affine_qparams(x.min(), x.max(), QuantSpec(bits, symmetric=False))
     steps = 2**bits - 1  # signal 1/3, noise (1 / steps)² / 12
     np.testing.assert_allclose(

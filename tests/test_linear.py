@@ -34,19 +34,19 @@ def test_patches_times_matrix_is_the_operation(case: operations.Case):
     y = operations.apply(operation, x, kernel)
     expected = case.function(*((kernel, x) if case.kernel_is_lhs else (x, kernel)))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    matrix = operation.to_matrix(np.asarray(kernel))
+    matrix = operation.to_matrix(kernel)
     product = np.einsum("pgk,gkm->pgm", operations.patches(operation, x), matrix)
     np.testing.assert_allclose(product, by_channel(operation, y), rtol=1e-5, atol=1e-5)
 
 
 @each_operation
 def test_from_matrix_inverts_to_matrix(case: operations.Case):
-    operation, kernel = case.operation, np.asarray(case.kernel)
+    operation, kernel = case.operation, case.kernel
     matrix = operation.to_matrix(kernel)
     chex.assert_shape(matrix, case.matrix_shape)
     np.testing.assert_array_equal(operation.from_matrix(matrix), kernel)
     groups, patch, channels = case.matrix_shape
-    numbered = np.arange(groups * patch * channels).reshape(case.matrix_shape)
+    numbered = jnp.arange(groups * patch * channels).reshape(case.matrix_shape)
     np.testing.assert_array_equal(operation.to_matrix(operation.from_matrix(numbered)), numbered)
 
 
@@ -54,7 +54,7 @@ def test_from_matrix_inverts_to_matrix(case: operations.Case):
 def test_along_channels_broadcasts_against_the_output(case: operations.Case):
     operation = case.operation
     groups, _, channels = case.matrix_shape
-    vector = np.arange(groups * channels, dtype=np.float32)
+    vector = jnp.arange(groups * channels, dtype=jnp.float32)
     operands = (case.kernel, case.x) if case.kernel_is_lhs else (case.x, case.kernel)
     shape = jax.eval_shape(case.function, *operands).shape
     spread = np.broadcast_to(along_channels(operation, vector, len(shape)), shape)

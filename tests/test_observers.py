@@ -147,6 +147,24 @@ def test_moments_are_those_of_the_patches_and_of_the_residual(case: operations.C
     np.testing.assert_array_equal(hessian, np.swapaxes(hessian, 1, 2))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [case for case in operations.CASES if case.id in ("grouped", "mixed_layout", "dot_two_axes")],
+    ids=lambda case: case.id,
+)
+def test_moments_of_every_third_patch(case: operations.Case):
+    operation = case.operation
+    residual = operations.apply(operation, case.x, case.kernel)
+    x = np.asarray(operations.patches(operation, case.x), np.float64)[::3]
+    r = operations.by_channel(operation, residual).astype(np.float64)[::3]
+    mean, hessian = observe(observers.moments(operation, 3), [case.x])
+    _, cross = observe(observers.cross_moments(operation, 3), [(case.x, residual)])
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    close(mean, x.mean(0))
+    close(hessian, np.einsum("pgk,pgl->gkl", x, x) / len(x))
+    close(cross, np.einsum("pgk,pgm->gkm", x, r) / len(x))
+
+
 @hypothesis.given(values, st.permutations(range(SHAPE[1])))
 def test_permuting_channels_commutes_with_moments(x: np.ndarray, order: list[int]):
     moments, permuted = (

@@ -25,7 +25,7 @@ LEAST_DB = 32.0  # at 8 bits the models of the table reach 34 to 49
 # Compiling the default recipe takes its time. Between them these have dense, full, grouped and
 # depthwise kernels and every activation; the other models are quantized with the cheap one.
 FITTED = ("haiku_cnn", "activations", "grouped_dense")
-CASES = {case.id: case for case in models.CASES}
+CASES: dict[str, Any] = {case.id: case for case in models.CASES}
 each_case = pytest.mark.parametrize("case", models.CASES, ids=lambda case: case.id)
 
 
@@ -285,7 +285,8 @@ def test_the_users_function_is_traced_once_per_shape():
     def copy(params: Any, x: jax.Array) -> jax.Array:
         return mlp(params, x)
 
-    q = qjax.quantize(chex.assert_max_traces(copy, n=3), PARAMS, X, CHEAP)  # once
+    counted: Any = chex.assert_max_traces(copy, n=3)
+    q = qjax.quantize(counted, PARAMS, X, CHEAP)  # once
     for _ in range(3):
         q.apply_fn(q.params, X)  # once
         q.apply_fn(q.params, X[:2])  # once

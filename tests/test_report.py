@@ -138,7 +138,7 @@ def test_records_of_a_quantized_network():
     # codes, 8 scales and zero points of the kernel, one of input and of output, int32 bias
     assert first.bytes_quantized == 6 * 8 // 2 + 8 * (4 + 4) + 2 * (4 + 4) + 8 * 4
     scales = np.abs(w).max(0) / weights.qmax
-    np.testing.assert_allclose(first.weight_scale, (scales.min(), scales.max()), rtol=1e-6)
+    assert first.weight_scale == pytest.approx((scales.min(), scales.max()), rel=1e-6)
     w_hat = scales * np.round(np.asarray(w) / scales)
     np.testing.assert_allclose(
         first.weight_sqnr_db, 10 * np.log10(np.sum(w**2) / np.sum((w - w_hat) ** 2)), rtol=1e-4

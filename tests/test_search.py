@@ -22,9 +22,11 @@ GRID = 20
 GRID_ALPHAS = np.arange(1, GRID + 1, dtype=np.float32) / np.float32(GRID)
 KERNEL_SHAPE = (2, 10, 6)
 RNG = np.random.default_rng(0)
-KERNEL = RNG.standard_t(4, KERNEL_SHAPE).astype(np.float32)  # heavy tails: clipping pays
-PATCHES = (RNG.normal(size=(50, 2, 10)) * RNG.uniform(0.2, 3, (2, 10)) + 0.3).astype(np.float32)
-HESSIAN = np.einsum("pgk,pgl->gkl", PATCHES, PATCHES) / np.float32(len(PATCHES))
+KERNEL: Any = RNG.standard_t(4, KERNEL_SHAPE).astype(np.float32)  # heavy tails: clipping pays
+PATCHES: Any = (RNG.normal(size=(50, 2, 10)) * RNG.uniform(0.2, 3, (2, 10)) + 0.3).astype(
+    np.float32
+)
+HESSIAN: Any = np.einsum("pgk,pgl->gkl", PATCHES, PATCHES) / np.float32(len(PATCHES))
 
 WEIGHT_SPECS = {
     "per_channel": QuantSpec(4),
@@ -43,7 +45,7 @@ Loop = tuple[Any, Any]  # scale, zero_point
 @pytest.mark.parametrize("case", operations.CASES, ids=lambda case: case.id)
 def test_the_weight_objective_is_the_mean_squared_error_of_the_output(case: operations.Case):
     operation, x, kernel = case.operation, case.x, case.kernel
-    kernel_hat = np.round(np.asarray(kernel) * 2) / 2
+    kernel_hat: Any = np.round(np.asarray(kernel) * 2) / 2
     y, y_hat = (operations.apply(operation, x, k) for k in (kernel, jnp.asarray(kernel_hat)))
     error = operations.by_channel(operation, np.asarray(y_hat, np.float64) - np.asarray(y))
     moments = observers.observe(observers.moments(operation), [x])
@@ -138,11 +140,11 @@ def test_weights_equal_a_loop_over_the_candidates(spec: QuantSpec, method: str):
 
 
 def loop_range(
-    loss: Callable[[Loop], float], low: float, high: float, spec: QuantSpec
-) -> tuple[float, float]:
+    loss: Callable[[Loop], float], low: Any, high: Any, spec: QuantSpec
+) -> tuple[Any, Any]:
     """Tries the upper ends of a range, then the lower ends; of a symmetric range both at once."""
 
-    def least(candidates: list[tuple[np.float32, np.float32]]) -> tuple[np.float32, np.float32]:
+    def least(candidates: list[tuple[Any, Any]]) -> tuple[Any, Any]:
         return min(candidates, key=lambda ends: loss(loop_qparams(*ends, spec)))
 
     ends = np.float32(low), np.float32(high)
@@ -174,9 +176,13 @@ def test_input_equals_a_loop_over_the_candidates(spec: QuantSpec, method: str):
     assert low > extremes[0] or high < extremes[1], "an example in which clipping pays"
 
 
-OUTPUTS = RNG.standard_t(4, 400).astype(np.float32)
-OUTPUTS_HAT = OUTPUTS + RNG.normal(size=400).astype(np.float32) / 8
-ACTIVATIONS = {"identity": lambda z: z, "relu": jax.nn.relu, "tanh": jnp.tanh}
+OUTPUTS: Any = RNG.standard_t(4, 400).astype(np.float32)
+OUTPUTS_HAT: Any = OUTPUTS + RNG.normal(size=400).astype(np.float32) / 8
+ACTIVATIONS: dict[str, tuple[Any, Any]] = {  # in JAX and in NumPy
+    "identity": (lambda z: z, lambda z: z),
+    "relu": (jax.nn.relu, lambda z: np.maximum(z, 0)),
+    "tanh": (jnp.tanh, np.tanh),
+}
 
 
 @each_range_spec
@@ -185,15 +191,16 @@ ACTIVATIONS = {"identity": lambda z: z, "relu": jax.nn.relu, "tanh": jnp.tanh}
 def test_output_equals_a_loop_over_the_candidates(
     spec: QuantSpec, activation: str, least: float | None
 ):
-    act = {"identity": lambda z: z, "relu": lambda z: np.maximum(z, 0), "tanh": np.tanh}[activation]
+    jax_activation, act = ACTIVATIONS[activation]
 
     def loss(qparams: Loop) -> float:
         error = act(loop_fake_quant(OUTPUTS_HAT, qparams, spec)) - act(OUTPUTS)
         return float(np.mean(np.square(error, dtype=np.float64)))
 
-    extremes = (np.float32(OUTPUTS_HAT.min() if least is None else least), OUTPUTS_HAT.max())
-    low, high = loop_range(loss, *extremes, spec)
-    qparams = search_output(OUTPUTS, OUTPUTS_HAT, extremes, spec, ACTIVATIONS[activation], GRID)
+    last = OUTPUTS_HAT.max()
+    first: Any = OUTPUTS_HAT.min() if least is None else np.float32(least)
+    low, high = loop_range(loss, first, last, spec)
+    qparams = search_output(OUTPUTS, OUTPUTS_HAT, (first, last), spec, jax_activation, GRID)
     chex.assert_trees_all_close(qparams, affine_qparams(low, high, spec), rtol=1e-6)
 
 
