@@ -5,54 +5,28 @@ taken anew for them. No checkpoint is ever chosen by its accuracy. Steps run in 
 call of a jitted `lax.scan`, after which the whole state goes to disk.
 """
 
-import dataclasses
-import json
-import os
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from pretrained import augmentation, fast_resnet
+from pretrained import augmentation, checkpoint, fast_resnet
+from pretrained.checkpoint import Entry, History, State
 from pretrained.datasets import Dataset
 from pretrained.fast_convolution import conv_general_dilated
-from pretrained.models import LeNet5, describe
+from pretrained.models import LeNet5
 from pretrained.recipes import Recipe
 from pretrained.resnet import BATCH_NORM_MOMENTUM, ResNet
 
 CHUNK = 50
 STATISTICS_BATCHES = 40
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What one step hands to the next.
-
-    Attributes:
-      params: the weights at which gradients are taken.
-      velocity: of the momentum, like `params`.
-      average: exponential moving average of `params`.
-      batch_stats: running statistics of batch norm; {} in a model without.
-      step: int32[], steps done.
-    """
-
-    params: Any
-    velocity: Any
-    average: Any
-    batch_stats: Any
-    step: jax.Array
 
 
 class Progress(NamedTuple):
@@ -64,20 +38,11 @@ class Progress(NamedTuple):
     seconds: float
 
 
-class Entry(NamedTuple):
-    """One line of the log: epochs done, mean loss since the last line, accuracy in %, seconds."""
-
-    epoch: float
-    loss: float
-    accuracy: float
-    seconds: float
-
-
 class Trained(NamedTuple):
     """The result: variables as Flax takes them, the log, seconds of training over all sessions."""
 
     variables: Any
-    log: list[Entry]
+    log: tuple[Entry, ...]
     seconds: float
 
 
@@ -106,52 +71,55 @@ def train(
       ValueError: if `state_file` belongs to another recipe or another version of it.
     """
     epoch_steps = len(data.images) / recipe.batch_size
-    chunks = round(recipe.epochs * epoch_steps / CHUNK)
-    chunks = max(chunks, 1)
-    steps = chunks * CHUNK
+    chunks = max(1, round(recipe.epochs * epoch_steps / CHUNK))
     images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
-    state = initial_state(recipe, data.images.shape[1:])
-    log: list[Entry] = []
-    seconds, losses, variables = 0.0, [], None
     if state_file.exists():
-        state, log, seconds = _read_state(state_file, recipe, state)
+        state, history = checkpoint.read(state_file, recipe)
+    else:
+        state, history = initial_state(recipe, data.images.shape[1:]), History()
+    variables = None
     for chunk in range(int(state.step) // CHUNK, chunks):
-        start = time.perf_counter()
+        start = time.perf_counter() - history.seconds
         rows, epochs = _order(recipe, len(images), chunk)
         size = next((s for until, s in recipe.sizes if chunk < until * chunks), images.shape[1])
-        state, loss = _run_chunk(recipe, steps, size, state, images, labels, rows, epochs)
-        losses.append(float(loss.mean()))
-        seconds += time.perf_counter() - start
-        on_progress(Progress((chunk + 1) * CHUNK, steps, losses[-1], seconds))
+        state, losses = _run_chunk(
+            recipe, chunks * CHUNK, size, state, images, labels, rows, epochs
+        )
+        history = History(
+            history.log, (*history.losses, float(losses.mean())), time.perf_counter() - start
+        )
+        done = (chunk + 1) * CHUNK
+        on_progress(Progress(done, chunks * CHUNK, history.losses[-1], history.seconds))
         period = recipe.evaluate_every * epoch_steps
-        if chunk + 1 == chunks or (chunk + 1) * CHUNK // period > chunk * CHUNK // period:
-            start = time.perf_counter()
+        if chunk + 1 == chunks or done // period > chunk * CHUNK // period:
             variables = _final_variables(recipe, state, images)
             accuracy = evaluate(recipe, variables, held_out)
-            seconds += time.perf_counter() - start
-            epoch = (chunk + 1) * CHUNK / epoch_steps
-            log.append(Entry(round(epoch, 2), float(np.mean(losses)), accuracy, seconds))
-            losses = []
-            on_entry(log[-1])
-        _write_state(state_file, recipe, state, log, seconds)
+            seconds = time.perf_counter() - start
+            entry = Entry(
+                round(done / epoch_steps, 2), float(np.mean(history.losses)), accuracy, seconds
+            )
+            history = History((*history.log, entry), (), seconds)
+            on_entry(entry)
+        checkpoint.write(state_file, recipe, state, history)
     if variables is None:
         variables = _final_variables(recipe, state, images)
-    return Trained(variables, log, seconds)
+    return Trained(variables, history.log, history.seconds)
 
 
 def evaluate(recipe: Recipe, variables: Any, data: Dataset, batch_size: int = 500) -> float:
     """Returns the percentage of the images of `data` that are classified correctly."""
-
-    @jax.jit
-    def predict(variables: Any, images: jax.Array) -> jax.Array:
-        logits: Any = recipe.model.apply(variables, recipe.preprocessing(images))
-        return logits.argmax(axis=-1)
-
     hits = 0
     for i in range(0, len(data.images), batch_size):
         images, labels = data.images[i : i + batch_size], data.labels[i : i + batch_size]
-        hits += int((predict(variables, images) == labels).sum())
+        hits += int((_predict(recipe, variables, images) == labels).sum())
     return 100 * hits / len(data.images)
+
+
+@partial(jax.jit, static_argnums=0)
+def _predict(recipe: Recipe, variables: Any, images: jax.Array) -> jax.Array:
+    """The most likely class of every image uint8[N, H, W, C]."""
+    logits: Any = recipe.model.apply(variables, recipe.preprocessing(images))
+    return logits.argmax(axis=-1)
 
 
 def initial_state(recipe: Recipe, image_shape: tuple[int, ...]) -> State:
@@ -302,60 +270,24 @@ def _final_variables(recipe: Recipe, state: State, images: jax.Array) -> Any:
     batch = min(250, len(images))
     rows = np.random.default_rng(recipe.seed).permutation(len(images))
     rows = rows[: batch * min(STATISTICS_BATCHES, len(images) // batch)].reshape(-1, batch)
-
-    @jax.jit
-    def measure(params, images, rows):
-        def body(total, rows):
-            # From zero, the running mean after one batch is (1 - momentum) times the batch's own.
-            zeros = jax.tree.map(jnp.zeros_like, total)
-            _, new = training_pass(
-                recipe.model,
-                {"params": params, "batch_stats": zeros},
-                recipe.preprocessing(images[rows]),
-            )
-            return jax.tree.map(jnp.add, total, new), None
-
-        zeros = jax.tree.map(jnp.zeros_like, state.batch_stats)
-        total, _ = lax.scan(body, zeros, rows)
-        return jax.tree.map(lambda t: t / (len(rows) * (1 - BATCH_NORM_MOMENTUM)), total)
-
-    return {
-        "params": state.average,
-        "batch_stats": measure(state.average, images, jnp.asarray(rows)),
-    }
+    batch_stats = _measure_statistics(
+        recipe, state.average, state.batch_stats, images, jnp.asarray(rows, jnp.int32)
+    )
+    return {"params": state.average, "batch_stats": batch_stats}
 
 
-def _fingerprint(recipe: Recipe) -> str:
-    """All that decides the result, as text: a state file of another recipe must not be taken up."""
-    fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-    return json.dumps({**fields, "model": describe(recipe.model)}, sort_keys=True)
+@partial(jax.jit, static_argnums=0)
+def _measure_statistics(
+    recipe: Recipe, params: Any, like: Any, images: jax.Array, rows: jax.Array
+) -> Any:
+    """The mean of the batch statistics over batches of `images`, one for each row of `rows`."""
+    zeros = jax.tree.map(jnp.zeros_like, like)
 
+    def add_batch(total, rows):
+        # From zero, the running statistics after one batch are (1 - momentum) times the batch's.
+        variables = {"params": params, "batch_stats": zeros}
+        _, new = training_pass(recipe.model, variables, recipe.preprocessing(images[rows]))
+        return jax.tree.map(jnp.add, total, new), None
 
-def _write_state(
-    file: Path, recipe: Recipe, state: State, log: list[Entry], seconds: float
-) -> None:
-    """Writes `file` whole or not at all."""
-    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    tensors = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(fields).items()}
-    metadata = {"recipe": _fingerprint(recipe), "log": json.dumps(log), "seconds": str(seconds)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, file)
-
-
-def _read_state(file: Path, recipe: Recipe, like: State) -> tuple[State, list[Entry], float]:
-    """Reads what `_write_state` wrote."""
-    with safe_open(file, "np") as f:
-        metadata = f.metadata()
-        flat = {tuple(name.split("/")): jnp.asarray(f.get_tensor(name)) for name in f.keys()}
-    if metadata["recipe"] != _fingerprint(recipe):
-        raise ValueError(
-            f"`state_file` {file} holds another version of the recipe {recipe.name!r}: "
-            "delete it (`--restart`) to train from the start, or restore the recipe."
-        )
-    fields = {"batch_stats": {}, **unflatten_dict(flat)}
-    state = State(**fields)
-    chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
-    log = [Entry(*entry) for entry in json.loads(metadata["log"])]
-    return state, log, float(metadata["seconds"])
+    total, _ = lax.scan(add_batch, zeros, rows)
+    return jax.tree.map(lambda t: t / (len(rows) * (1 - BATCH_NORM_MOMENTUM)), total)

@@ -65,7 +65,7 @@ def data_dir(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib
         str(folder / "tiny-test.array_record-00000-of-00001"), "group_size:1"
     )
     for i in STORED:
-        example = tf_example_pb2.Example()
+        example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
         png = io.BytesIO()
         Image.fromarray(PIXELS[i]).save(png, "PNG")
         example.features.feature["image"].bytes_list.value.append(png.getvalue())

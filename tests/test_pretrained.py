@@ -7,6 +7,8 @@ import pathlib
 import runpy
 import shutil
 import sys
+from functools import partial
+from typing import NamedTuple
 
 import chex
 import jax
@@ -16,12 +18,21 @@ import pytest
 from jax import lax
 
 import pretrained
-from pretrained import augmentation, datasets, fast_convolution, fast_resnet, recipes, training
+from pretrained import (
+    augmentation,
+    checkpoint,
+    datasets,
+    fast_convolution,
+    fast_resnet,
+    recipes,
+    training,
+)
 from pretrained.models import MLP, LeNet5, build, describe
 from pretrained.preprocessing import CIFAR10, DIGITS
 from pretrained.recipes import Recipe
 from pretrained.resnet import ResNet, resnet_cifar, resnet_imagenet
 
+QUICK = {"xla_backend_optimization_level": 0}  # compile fast rather than to run fast
 SCRIPT = pathlib.Path(__file__).parents[1] / "scripts" / "train.py"
 
 # (module, image shape, parameters): the counts are those of the papers and of PyTorch's models.
@@ -50,16 +61,10 @@ TINY = Recipe(
     learning_rate=0.05,
     shift=1,
     flip=True,
-    sizes=((0.5, 8),),
     evaluate_every=3,
 )
 TINY_RESNET = dataclasses.replace(
-    TINY,
-    model=ResNet((1, 1), (4, 8), shortcut="pad"),
-    batch_size=16,
-    epochs=2,
-    flip=False,
-    sizes=((0.5, 4),),
+    TINY, model=ResNet((1,), (4,)), batch_size=16, epochs=2, sizes=((1.0, 5),)
 )
 
 
@@ -67,9 +72,14 @@ class Killed(Exception):
     pass
 
 
+class Digits(NamedTuple):
+    train: datasets.Dataset
+    test: datasets.Dataset
+
+
 @pytest.fixture(scope="module")
-def digits() -> tuple[datasets.Dataset, datasets.Dataset]:
-    return datasets.load("digits", "train"), datasets.load("digits", "test")
+def digits() -> Digits:
+    return Digits(datasets.load("digits", "train"), datasets.load("digits", "test"))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -90,7 +100,8 @@ def test_description_of_a_model_builds_it_again(name: str):
 
 def test_kernels_are_named_by_layer_block_and_convolution():
     image = jnp.zeros((1, 8, 8, 3))
-    params = resnet_cifar(8, shortcut="projection").init(jax.random.key(0), image)["params"]
+    model = resnet_cifar(8, shortcut="projection")
+    params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     assert set(params) == {"stem", "stem_bn", "layer1", "layer2", "layer3", "head"}
     assert set(params["layer2"]["block0"]) == {
         *("conv1", "bn1", "conv2", "bn2", "shortcut_conv", "shortcut_bn")
@@ -139,9 +150,9 @@ def test_shipped_model_is_the_one_of_its_card(name: str):
     assert f"**{model.card['accuracy']:.2f} %**" in readme and model.card["sha256"] in readme
 
 
-def test_shipped_digits_model_is_as_accurate_as_its_card_says(digits):
+def test_shipped_digits_model_is_as_accurate_as_its_card_says(digits: Digits):
     model = pretrained.load("resnet20-digits")
-    images, labels = digits[1].images, digits[1].labels
+    images, labels = digits.test.images, digits.test.labels
     predicted = jax.jit(model.apply_fn)(model.params, model.preprocess(images)).argmax(axis=-1)
     accuracy = 100 * float(np.mean(np.asarray(predicted) == labels))
     assert accuracy == pytest.approx(model.card["accuracy"]) and accuracy >= 98.5
@@ -177,18 +188,21 @@ def test_fast_convolution_and_its_gradients_are_exact(side, size, stride, paddin
         y = fast_convolution.convolve(x.transpose(3, 1, 2, 0), kernel, stride, padding)
         return y.transpose(3, 1, 2, 0)
 
-    expected, expected_vjp = jax.vjp(plain, x, kernel)
-    actual, actual_vjp = jax.vjp(fast, x, kernel)
-    chex.assert_trees_all_close(actual, expected, atol=1e-4)
-    cotangent = jax.random.normal(keys[2], expected.shape)
-    chex.assert_trees_all_close(actual_vjp(cotangent), expected_vjp(cotangent), atol=3e-4)
+    @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def run(convolve, x, kernel, cotangent):
+        y, vjp = jax.vjp(convolve, x, kernel)
+        return y, *vjp(cotangent)
+
+    cotangent = jax.random.normal(keys[2], jax.eval_shape(plain, x, kernel).shape)
+    expected, actual = (run(convolve, x, kernel, cotangent) for convolve in (plain, fast))
+    chex.assert_trees_all_close(actual, expected, atol=3e-4)
 
 
 @pytest.mark.parametrize("shortcut", ["pad", "projection"])
 def test_fast_training_pass_is_that_of_the_model(shortcut: str):
-    model = ResNet((1, 1, 1), (4, 8, 16), shortcut=shortcut)
-    x = jax.random.normal(jax.random.key(0), (8, 12, 12, 3))
-    variables = model.init(jax.random.key(1), x)
+    model = ResNet((1, 1), (4, 8), shortcut=shortcut)
+    x = jax.random.normal(jax.random.key(0), (8, 7, 7, 3))
+    variables = jax.jit(model.init, compiler_options=QUICK)(jax.random.key(1), x)
     weights = jax.random.normal(jax.random.key(2), (8, 10))
 
     def plain(params):
@@ -200,7 +214,10 @@ def test_fast_training_pass_is_that_of_the_model(shortcut: str):
         logits, batch_stats = fast_resnet.apply(model, {**variables, "params": params}, x)
         return (logits * weights).sum(), (logits, batch_stats)
 
-    expected, actual = (jax.grad(f, has_aux=True)(variables["params"]) for f in (plain, fast))
+    expected, actual = (
+        jax.jit(jax.grad(run, has_aux=True), compiler_options=QUICK)(variables["params"])
+        for run in (plain, fast)
+    )
     chex.assert_trees_all_close(actual, expected, atol=1e-4)
 
 
@@ -246,11 +263,13 @@ def test_every_epoch_takes_every_image_once():
     assert (rows[:1297] != rows[1297:2594]).any()
 
 
-@pytest.mark.parametrize("recipe", [TINY, TINY_RESNET], ids=["MLP", "ResNet"])
 def test_interrupted_training_ends_where_uninterrupted_training_does(
-    recipe: Recipe, digits, tmp_path: pathlib.Path
+    digits: Digits, tmp_path: pathlib.Path
 ):
-    whole = training.train(recipe, *digits, tmp_path / "whole.safetensors")
+    recipe = TINY_RESNET
+    # Odd sides take the ResNet past `fast_convolution`'s large forms, which are slow to compile.
+    digits = Digits(*(part._replace(images=part.images[:, :7, :7]) for part in digits))
+    whole = training.train(recipe, digits.train, digits.test, tmp_path / "whole.safetensors")
     file = tmp_path / "state.safetensors"
     chunks_of_this_session = 0
 
@@ -261,34 +280,29 @@ def test_interrupted_training_ends_where_uninterrupted_training_does(
             raise Killed
 
     with pytest.raises(Killed):
-        training.train(recipe, *digits, file, kill)
-    resumed = training.train(recipe, *digits, file)
+        training.train(recipe, digits.train, digits.test, file, kill)
+    resumed = training.train(recipe, digits.train, digits.test, file)
     chex.assert_trees_all_equal(resumed.variables, whole.variables, strict=True)
     assert [entry[:3] for entry in resumed.log] == [entry[:3] for entry in whole.log]
     assert [path.name for path in tmp_path.glob("state*")] == ["state.safetensors"]
-    again = training.train(recipe, *digits, file, lambda _: pytest.fail("trained again"))
+    again = training.train(
+        recipe, digits.train, digits.test, file, lambda _: pytest.fail("trained again")
+    )
     chex.assert_trees_all_close(again.variables, whole.variables, rtol=1e-6)
 
 
-def test_training_learns(digits, tmp_path: pathlib.Path):
-    recipe = dataclasses.replace(TINY, flip=False)
-    trained = training.train(recipe, *digits, tmp_path / "state.safetensors")
-    assert trained.log[-1].loss < trained.log[0].loss < 2
-    assert trained.log[-1].accuracy > 85
-    assert trained.log[-1].accuracy == training.evaluate(recipe, trained.variables, digits[1])
-
-
-def test_state_of_another_recipe_is_an_error(digits, tmp_path: pathlib.Path):
+def test_state_of_another_recipe_is_an_error(digits: Digits, tmp_path: pathlib.Path):
     file = tmp_path / "state.safetensors"
-    training.train(dataclasses.replace(TINY, epochs=1), *digits, file)
+    state = training.initial_state(TINY, (8, 8, 1))
+    checkpoint.write(file, dataclasses.replace(TINY, seed=1), state, checkpoint.History())
     with pytest.raises(ValueError, match="`state_file` .* another version of the recipe 'tiny'"):
-        training.train(TINY, *digits, file)
+        training.train(TINY, digits.train, digits.test, file)
 
 
 def test_script_trains_and_writes_a_model_that_loads(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setitem(recipes.RECIPES, "tiny", dataclasses.replace(TINY, epochs=3, flip=False))
+    monkeypatch.setitem(recipes.RECIPES, "tiny", dataclasses.replace(TINY, flip=False))
     out, states = tmp_path / "models", tmp_path / "states"
     monkeypatch.setattr(
         sys, "argv", ["train.py", "tiny", "--output", str(out), "--state-dir", str(states)]
@@ -300,7 +314,11 @@ def test_script_trains_and_writes_a_model_that_loads(
     model = pretrained.load("tiny")
     assert model.dataset == "digits" and model.preprocess == DIGITS
     assert model.card["recipe"]["seed"] == 0 and model.card["seconds"] >= 0
+    log = model.card["log"]
+    assert log[-1]["loss"] < log[0]["loss"] < 2 and model.card["accuracy"] > 85
     assert model.card["command"] == "python scripts/train.py tiny"
     test = datasets.load("digits", "test")
     predicted = model.apply_fn(model.params, model.preprocess(test.images)).argmax(axis=-1)
-    assert 100 * float(np.mean(np.asarray(predicted) == test.labels)) == model.card["accuracy"]
+    assert 100 * float(np.mean(np.asarray(predicted) == test.labels)) == pytest.approx(
+        model.card["accuracy"]
+    )
