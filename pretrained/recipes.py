@@ -20,8 +20,10 @@ class Recipe:
       preprocessing: from pixels to network input.
       epochs: passes over the training split.
       batch_size: images per step.
-      learning_rate: the peak, reached after `warmup` and brought to 0 by half a cosine.
+      learning_rate: the peak, reached after `warmup`, held for `steady` and brought to 0 by half a
+        cosine.
       warmup: fraction of the steps with a linearly rising learning rate.
+      steady: fraction of the steps at the peak.
       momentum: of Nesterov's SGD.
       weight_decay: L2 on kernels; biases and batch norm are left alone.
       label_smoothing: mass moved from the label to the uniform distribution.
@@ -41,6 +43,7 @@ class Recipe:
     batch_size: int = 128
     learning_rate: float = 0.1
     warmup: float = 0.1
+    steady: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
@@ -102,14 +105,16 @@ RECIPES = {
             dataset="cifar10",
             model=resnet_cifar(20, shortcut="projection"),
             preprocessing=CIFAR10,
-            epochs=60,
+            epochs=36,
             batch_size=64,
-            learning_rate=0.08,
+            learning_rate=0.07,
+            warmup=2 / 36,
+            steady=21 / 36,
             average_decay=0.999,
             shift=4,
             flip=True,
-            sizes=((0.25, 16), (0.6, 24)),
-            evaluate_every=5,
+            sizes=((12 / 36, 16),),
+            evaluate_every=6,
         ),
         Recipe(
             name="resnet18-cifar10",

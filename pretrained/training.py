@@ -137,10 +137,10 @@ def initial_state(recipe: Recipe, image_shape: tuple[int, ...]) -> State:
 
 
 def learning_rate(recipe: Recipe, steps: int, step: jax.Array) -> jax.Array:
-    """A linear rise to the peak, then half a cosine down to 0.
+    """A linear rise to the peak, some time there, then half a cosine down to 0.
 
     Args:
-      recipe: gives the peak and the fraction that rises.
+      recipe: gives the peak and the fractions that rise and stay.
       steps: in all.
       step: int32[], steps done.
 
@@ -149,7 +149,8 @@ def learning_rate(recipe: Recipe, steps: int, step: jax.Array) -> jax.Array:
     """
     done = (step + 1) / steps
     rise = done / max(recipe.warmup, 1 / steps)
-    fall = 0.5 * (1 + jnp.cos(jnp.pi * (done - recipe.warmup) / (1 - recipe.warmup)))
+    end = recipe.warmup + recipe.steady
+    fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.maximum(done - end, 0) / (1 - end)))
     return recipe.learning_rate * jnp.where(done < recipe.warmup, rise, fall)
 
 
