@@ -272,7 +272,7 @@ def compare(float_logits: np.ndarray, quantized_logits: np.ndarray, labels: Any)
     is_right, was_right = after == labels, before == labels
     gained, lost = np.sum(is_right & ~was_right), np.sum(was_right & ~is_right)
     difference = (gained - lost) / total
-    deviation = math.sqrt((gained + lost - (gained - lost) ** 2 / total)) / total
+    deviation = math.sqrt(gained + lost - (gained - lost) ** 2 / total) / total
     confusion = np.zeros((classes, classes), int)
     np.add.at(confusion, (before, after), 1)
     moved = np.square(float_logits - quantized_logits).sum(-1)

@@ -9,7 +9,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -86,9 +85,8 @@ class Explanation:
         shown = ", ".join(map(str, self.elements))
         lines = [
             f"{self.layer}: {self.kind} {shape}, activation {self.activation}",
-            f"shown: output channel {self.channel} at position {self.position}; of the {self.patch} "
-            "elements of its patch",
-            f"those with the largest products: {shown}",
+            f"shown: output channel {self.channel} at position {self.position};",
+            f"of the {self.patch} elements of its patch those with the largest products: {shown}",
         ]
         for index, step in enumerate(self.steps, 1):
             quality = "" if step.sqnr_db is None else _db(step.sqnr_db)
@@ -282,7 +280,8 @@ class _Walk:
             _type(weights),
             self._shown(self._at_kernel(codes)),
             _sqnr_db(self.kernel, real) if self.has_float else None,
-            many if weights.scale.size > 1 else "one scale for the whole kernel",
+            f"{many if weights.scale.size > 1 else 'one scale'}; a sequential fit makes up for errors "
+            "of its input,\nwhich moves the kernel further than rounding alone",
             weights.bits,
         )
 
@@ -409,7 +408,7 @@ class _Walk:
                 self._at_output(real),
                 None if target is None else _sqnr_db(target, real),
                 "only where something other than a layer reads y (a residual sum, pooling, the "
-                "network's output):\na layer that reads the codes folds s_y into its own multiplier",
+                "output):\na layer that reads the codes folds s_y into its own multiplier",
             )
 
     def _activated_reference(self) -> np.ndarray | None:
@@ -490,7 +489,7 @@ def fixed_point(multiplier: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shift_right(product: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """product / 2^shift, rounded half to even, in integers."""
+    """Divides by 2^shift, rounding half to even, in integers."""
     quotient = product >> shift
     remainder = product - (quotient << shift)
     half = np.where(shift > 0, np.int64(1) << np.maximum(shift - 1, 0), 1)

@@ -28,6 +28,13 @@ ORDER = (
     "quantize",
     "evaluate",
     "io",
+    "tap",
+    "explain",
+    "curves",
+    "analysis",
+    "studies",
+    "cli_explain",
+    "cli_study",
     "cli",
 )
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}

@@ -1,0 +1,55 @@
+"""`qjax study`: one question, answered by quantizing a model in several ways."""
+
+import argparse
+from functools import partial
+from typing import Any
+
+from qjax.evaluate import top1
+from qjax.progress import Progress
+from qjax.spec import Recipe
+from qjax.studies import QUESTIONS, study
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what only this command takes."""
+    add = parser.add_argument_group("what to study").add_argument
+    questions = "; ".join(f"{name}: {question.text}" for name, question in QUESTIONS.items())
+    add("name", choices=QUESTIONS, metavar="NAME", help=questions)
+    add(
+        "--widths",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="widths in bits (2 to 16 for weight-bits and activation-bits, else 8 4)",
+    )
+
+
+def run(
+    arguments: argparse.Namespace,
+    model: Any,
+    calibration: Any,
+    test: Any,
+    recipe: Recipe,
+    progress: Progress,
+) -> str:
+    """Makes a study of a model; the arguments are those of `cli_explain.run`.
+
+    Returns:
+      The table to print.
+    """
+    measure = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
+    result = study(
+        arguments.name,
+        model.apply_fn,
+        model.params,
+        calibration,
+        measure,
+        recipe,
+        widths=arguments.widths,
+        progress=progress,
+    )
+    return (
+        f"{result}\n\ntop-1 in percent of {len(test.images):,} test images of {test.name}; "
+        f"agreement with the float\nnetwork's predictions (percent) and SQNR of the logits on "
+        f"{len(calibration):,} calibration images"
+    )
