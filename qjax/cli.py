@@ -10,17 +10,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 import jax
 
 import pretrained
 from pretrained import datasets
-from qjax import cli_explain, cli_study, io
+from qjax import cli_explain, cli_study, io, page
 from qjax.evaluate import top1
 from qjax.progress import Progress, progress_bar
 from qjax.quantize import quantize
 from qjax.spec import OutputPosition, RangeMethod, Recipe, Rounding, recipe
+from qjax.studies import AGREEMENT
 
 CALIBRATION_SIZE = 1024  # training images, or all of them if there are fewer
 MODEL = "resnet20-digits"
@@ -101,6 +103,15 @@ def _add_quantize(commands: Any) -> None:
         "--baseline",
         action="store_true",
         help="also quantize naively (absmax ranges, nearest rounding, no correction)",
+    )
+    add(
+        "--search-bits",
+        type=float,
+        nargs="?",
+        const=AGREEMENT,
+        metavar="PERCENT",
+        help="ignore --bits: start at 2 and add a bit until this share of the calibration images "
+        "is predicted as in float (%(const)s)",
     )
     add("--report", metavar="FILE", help="write a page to read: report.html")
     add("--out", metavar="DIR", help="save the quantized model for qjax.load")
@@ -199,7 +210,12 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
         model, calibration, test = _load(arguments, progress)
     start = time.perf_counter()
     with stage("quantizing") as progress:
-        q = quantize(model.apply_fn, model.params, calibration, wanted, progress=progress)
+        if arguments.search_bits is None:
+            q = quantize(model.apply_fn, model.params, calibration, wanted, progress=progress)
+        else:
+            q, tried = cli_study.search(arguments, model, calibration, test, wanted, progress)
+            wanted = q.report.recipe
+            print(tried)
     seconds = time.perf_counter() - start
     measure = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
     with stage("evaluating float") as progress:
@@ -235,6 +251,12 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
     print(q.report, _summary(result), sep="\n\n")
     if arguments.out is not None:
         print(f"saved        {arguments.out}")
+    if arguments.report is not None:
+        with stage("measuring") as progress:
+            sizes = result["bytes_float"], result["bytes_quantized"]
+            facts = page.gather(q, model, calibration, test, sizes, progress)
+        Path(arguments.report).write_text(page.render(facts))
+        print(f"page         {arguments.report}")
     if arguments.json:
         print(json.dumps(result, allow_nan=False))
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from qjax.evaluate import top1
 from qjax.progress import Progress
+from qjax.quantize import Quantized
 from qjax.spec import Recipe
-from qjax.studies import QUESTIONS, study
+from qjax.studies import QUESTIONS, Measure, search_bits, study, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,3 +54,29 @@ def run(
         f"agreement with the float\nnetwork's predictions (percent) and SQNR of the logits on "
         f"{len(calibration):,} calibration images"
     )
+
+
+def search(
+    arguments: argparse.Namespace,
+    model: Any,
+    calibration: Any,
+    test: Any,
+    recipe: Recipe,
+    progress: Progress,
+) -> tuple[Quantized, str]:
+    """Finds the least width that is good enough; the arguments are those of `cli_explain.run`.
+
+    Returns:
+      The quantized network, and the table of the widths that were tried.
+
+    Raises:
+      ValueError: no share of the images is meant.
+    """
+    wanted = arguments.search_bits
+    if not 0 < wanted <= 100:
+        raise ValueError(f"`--search-bits` must be above 0 and at most 100 percent; got {wanted}.")
+    top1_of = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
+    measure = Measure(model.apply_fn, model.params, calibration, top1_of)
+    q, rows = search_bits(measure, recipe, wanted, progress)
+    float_top1 = top1_of(model.apply_fn, model.params)
+    return q, f"{table(('bits',), rows, float_top1)}\n"

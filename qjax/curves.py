@@ -31,7 +31,8 @@ class Choice(NamedTuple):
 
     Attributes:
       method: absmax, percentile, mse, output_mse or kl.
-      share: its range's share of the extremes' range, mean over scales.
+      share: its range's share of the extremes' range, mean over scales; for the output by
+        `output_mse` of the part that the activation lets through.
       tensor_sqnr_db: of the tensor in that range.
       output_sqnr_db: of the layer's output after the activation, all else in float.
     """
@@ -212,12 +213,9 @@ def _output_curves(layer: Layer, folded: QuantizedLayer, x: jax.Array, spec: Qua
 
     found = {m: fit_range(m, spec, [sample], ends(m), searched(m), GRID) for m in METHODS}
     losses = _losses(quality, sample, _histogram(sample, extremes), (extremes, seen), spec)
-    widest = affine_qparams(*extremes, spec).scale
     choices = [
-        Choice(
-            method, float(qparams.scale / widest), *map(float, jax.jit(quality)(sample, qparams))
-        )
-        for method, (qparams, _) in found.items()
+        Choice(method, share, *map(float, jax.jit(quality)(sample, qparams)))
+        for method, (qparams, share) in found.items()
     ]
     return _curves("output", spec, losses, choices)
 

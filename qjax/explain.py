@@ -280,8 +280,8 @@ class _Walk:
             _type(weights),
             self._shown(self._at_kernel(codes)),
             _sqnr_db(self.kernel, real) if self.has_float else None,
-            f"{many if weights.scale.size > 1 else 'one scale'}; a sequential fit makes up for errors "
-            "of its input,\nwhich moves the kernel further than rounding alone",
+            f"{many if weights.scale.size > 1 else 'one scale'}; a sequential fit makes up for "
+            "errors of its input,\nwhich moves the kernel further than rounding alone",
             weights.bits,
         )
 
