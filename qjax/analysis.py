@@ -130,8 +130,9 @@ def _rounded_output(site: Site, layer: QuantizedLayer, given: Tap) -> tuple[jax.
     activate = {"relu": jax.nn.relu, "relu6": jax.nn.relu6}.get(site.layer.activation, lambda y: y)
     y_hat = given.output if layer.outputs is None else fake_quant(given.output, layer.outputs)
     y, y_hat = activate(given.output), activate(y_hat)
-    is_known = site.layer.activation != "other" and layer.activated is not None
-    return y, fake_quant(y_hat, layer.activated) if is_known else y_hat
+    if layer.activated is None or site.layer.activation == "other":
+        return y, y_hat
+    return y, fake_quant(y_hat, layer.activated)
 
 
 def _kernel_quality(layer: QuantizedLayer, kernel: jax.Array) -> tuple[float, Histogram]:

@@ -90,25 +90,23 @@ def gather(
     Returns:
       The facts.
     """
-    steps = iter(("layers", "sensitivity", "predictions", "cost functions", ""))
 
-    def step(done: int) -> None:
-        name = next(steps)
+    def step(name: str, done: int) -> None:
         if progress is not None:
             progress(name, done, 4)
 
-    step(0)
+    step("layers", 0)
     x = jnp.asarray(calibration[:SAMPLE])
     measured = quality(q, model.params, x)
-    step(1)
+    step("sensitivity", 1)
     alone = sensitivity(q, model.params, x)
-    step(2)
-    logits = [
+    step("predictions", 2)
+    before, after = (
         predict(apply_fn, params, test.images, model.preprocess)
         for apply_fn, params in ((model.apply_fn, model.params), (q.apply_fn, q.params))
-    ]
-    comparison = compare(*logits, test.labels)
-    step(3)
+    )
+    comparison = compare(before, after, test.labels)
+    step("cost functions", 3)
     recipes = q.report.recipe.by_layer([record.name for record in q.report])
     layers = {site.layer.name: site.layer for site in measured.network.sites}
     curves = {
@@ -117,7 +115,7 @@ def gather(
         )
         for name in sorted(alone, key=alone.__getitem__)[:CURVES]
     }
-    step(4)
+    step("", 4)
     return Facts(
         model.name,
         test.name,
@@ -239,9 +237,10 @@ def _table(facts: Facts) -> str:
         rows.append(f"<tr>{text}</tr>")
     return (
         "<h2>Layers</h2>\n<p>Signal to noise in decibels; 6 dB is one bit. Weights, inputs and "
-        "outputs: what rounding this tensor alone leaves. Network: the output after the "
-        "activation with all layers before it quantized too. Alone: the logits with only this "
-        "layer quantized. Click a heading to sort.</p>\n"
+        "outputs: this tensor alone; a sequential fit moves weights further than rounding does, "
+        "to make up for errors of their input. Network: the output after the activation with all "
+        "layers before it quantized too. Alone: the logits with only this layer quantized. "
+        "Click a heading to sort.</p>\n"
         f'<div class="scroll"><table id="layers"><thead><tr>{head}</tr></thead>\n<tbody>\n'
         + "\n".join(rows)
         + "\n</tbody></table></div>"

@@ -294,7 +294,8 @@ def entropy_loss(data: tuple[jax.Array, ...], qparams: QParams, _: None) -> jax.
     codes = quantize_array(centers, qparams).astype(jnp.int32) - qparams.qmin
     size = qparams.qmax - qparams.qmin + 1
     mass, bins = (
-        jax.ops.segment_sum(values, codes, size)[codes] for values in (kept, (kept > 0) * 1.0)
+        jax.ops.segment_sum(values, codes, size)[codes]
+        for values in (kept, (kept > 0).astype(jnp.float32))
     )
     q = jnp.where(kept > 0, mass / jnp.maximum(bins, 1.0), 0.0)
     p, q = (values / jnp.maximum(jnp.sum(values), 1e-30) for values in (p, q))
