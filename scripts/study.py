@@ -1,7 +1,8 @@
 """Writes the answers to a student's five questions with a model's own measured numbers.
 
 python scripts/study.py --model resnet20-cifar10 --out docs/study.md
-python scripts/study.py --model resnet20-digits --thrifty --out docs/study-digits.md
+python scripts/study.py --model resnet20-digits --calibration-size 256 --thrifty \\
+    --out docs/study-digits.md
 """
 
 import argparse
@@ -26,12 +27,13 @@ from qjax.layers import find_layers
 from qjax.studies import Measure, Row, at_width
 from qjax.tap import float_layers, shapes_of, tapped
 
+SIZE = 1024  # calibration images
 SAMPLE = 128  # calibration images that one layer is looked at with
 BASE = qjax.Recipe()
 THRIFTY = qjax.Recipe(rounding="nearest", sweeps=0, sequential=False)
 WIDTHS = (8, 7, 6, 5, 4, 3, 2)
-FEW_WIDTHS = (8, 6, 4, 2)  # thriftily
-CLOSE = 0.5  # top-1 points or dB below which two results count as alike
+FEW_WIDTHS = (8, 4, 2)  # thriftily
+CLOSE = 0.5  # dB below which two results count as alike
 
 
 def main() -> None:
@@ -40,7 +42,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="resnet20-cifar10", metavar="NAME|PATH", help="(%(default)s)")
     add("--layer", metavar="NAME", help="the layer to look at (the middle convolution)")
-    add("--calibration-size", type=int, default=1024, metavar="N", help="(%(default)s)")
+    add("--calibration-size", type=int, default=SIZE, metavar="N", help="(%(default)s)")
     add("--thrifty", action="store_true", help="nearest rounding, float inputs, fewer widths")
     add("--out", type=Path, metavar="FILE", help="where to write it (standard output)")
     arguments = parser.parse_args()
@@ -72,7 +74,7 @@ class Subject:
     def __init__(self, name: str, size: int, thrifty: bool, layer: str | None) -> None:
         """Loads the model and its data."""
         self.model = model = pretrained.load(name)
-        self.thrifty, self.base = thrifty, THRIFTY if thrifty else BASE
+        self.size, self.thrifty, self.base = size, thrifty, THRIFTY if thrifty else BASE
         train = datasets.load(model.dataset, "train")
         self.test = datasets.load(model.dataset, "test")
         draw = datasets.calibration_draw(train.images, min(size, len(train.images)), 0)
@@ -123,12 +125,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value == round(value) else f"{value:.4g}"
+
+
 # ---- Sections
 
 
 def _head(s: Subject) -> str:
     base = "nearest rounding of every layer on float inputs" if s.thrifty else "the default recipe"
-    flags = " --thrifty" if s.thrifty else ""
+    size = f" --calibration-size {s.size}" if s.size != SIZE else ""
+    flags = f"{size}{' --thrifty' if s.thrifty else ''}"
     return f"""# Questions a student of quantization is asked: {s.model.name}
 
 Measured by `python scripts/study.py --model {s.model.name}{flags}`, which writes this file: \
@@ -150,12 +157,12 @@ def _dataflow(s: Subject) -> str:
             step.name,
             step.equation.replace("|", "\\|"),
             step.number,
-            "  ".join(f"{value:.5g}" for value in step.values[:4]),
+            "  ".join(map(_number, step.values[:4])),
             "" if step.sqnr_db is None else f"{step.sqnr_db:.1f}",
         )
         for index, step in enumerate(explanation.steps, 1)
     ]
-    notes = {step.name: step.note.replace("\n", " ") for step in explanation.steps}
+    notes = {step.name: step.note.replace("\n", "; ") for step in explanation.steps}
     steps = table(("", "step", "arithmetic", "number", "values", "dB"), rows)
     return f"""## 1. The dataflow of one complete convolution layer
 
@@ -192,15 +199,11 @@ def _choices(s: Subject, tensor: str) -> tuple[str, dict[int, Curves]]:
 
 
 def _verdict(curves: Curves) -> str:
-    """Says which cost function is best at the layer's output, and by how much."""
+    """Says what `output_mse` is worth at the layer's output."""
     found = {choice.method: choice.output_sqnr_db for choice in curves.choices}
-    best = curves.best
-    gaps = ", ".join(
-        f"{best.output_sqnr_db - value:.1f} dB above {method}"
-        for method, value in found.items()
-        if method != best.method
-    )
-    return f"At {curves.bits} bits `{best.method}` is best at the layer's output: {gaps}."
+    own = found.pop("output_mse")
+    gaps = ", ".join(f"{own - value:+.1f} dB against {method}" for method, value in found.items())
+    return f"At {curves.bits} bits `output_mse` is worth, at the layer's output: {gaps}."
 
 
 def _weights(s: Subject) -> str:
@@ -288,7 +291,7 @@ def _few_bits(s: Subject) -> str:
     for bits in FEW_WIDTHS if s.thrifty else WIDTHS:
         at = at_width(s.base, bits)
         rows.append(s.row(at, str(bits), "weights and activations"))
-        if bits in (4, 2) or not s.thrifty:
+        if bits == 2 or not s.thrifty:
             weights = dataclasses.replace(at, inputs=None, outputs=None)
             rows.append(s.row(weights, str(bits), "weights"))
             rows.append(s.row(dataclasses.replace(at, weights=None), str(bits), "activations"))
@@ -326,13 +329,8 @@ predictions change."""
 def _position(s: Subject) -> str:
     rows = []
     for bits in (4,) if s.thrifty else (8, 6, 4):
-        for method, position in (
-            ("output_mse", "pre_activation"),
-            ("output_mse", "post_activation"),
-            ("output_mse", "both"),
-            ("mse", "pre_activation"),
-            ("mse", "post_activation"),
-        ):
+        positions = ("pre_activation", "post_activation", "both")[: 2 if s.thrifty else 3]
+        for method, position in itertools.product(("output_mse", "mse"), positions):
             recipe = dataclasses.replace(
                 at_width(s.base, bits), output_position=position, range_method=method
             )
@@ -346,10 +344,10 @@ def _position(s: Subject) -> str:
 
 With ranges by `mse`, blind to the activation, rounding after it instead of before changes the \
 logits by {blind:+.1f} dB at 4 bits: before it, codes are spent on values that a ReLU discards. \
-With `output_mse`, which sees the activation, the change is {seeing:+.1f} dB; where only ReLUs \
-follow, a clamp at code 0 is the ReLU, and both places give the same codes. They differ at the \
-layers whose output goes into a residual sum first: after its activation the sum is rounded, \
-before it each operand, so rounding both costs two errors."""
+With `output_mse`, which sees the activation, the change is {seeing:+.1f} dB: where a ReLU \
+follows, the clamp at code 0 is the ReLU and both places give the same codes; where none follows, \
+as before a residual sum, there is only one place. What is left comes from the fit, which before \
+the activation aims at the float output and after it at the values it rounds."""
 
 
 if __name__ == "__main__":
