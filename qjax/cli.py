@@ -204,6 +204,9 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
     wanted = _recipe(arguments)
     if arguments.out is not None:
         io.check_destination(arguments.out)
+    if arguments.report is not None and not Path(arguments.report).parent.is_dir():
+        raise ValueError(f"`--report` needs an existing folder; got {arguments.report!r}.")
+    cli_study.check(arguments)
     is_silent = arguments.quiet or not sys.stderr.isatty()
     stage: Stage = _no_bar if is_silent else progress_bar
     with stage("loading") as progress:

@@ -56,6 +56,13 @@ def run(
     )
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Refuses a `--search-bits` that is no share of the images."""
+    wanted = arguments.search_bits
+    if wanted is not None and not 0 < wanted <= 100:
+        raise ValueError(f"`--search-bits` must be above 0 and at most 100 percent; got {wanted}.")
+
+
 def search(
     arguments: argparse.Namespace,
     model: Any,
@@ -68,15 +75,9 @@ def search(
 
     Returns:
       The quantized network, and the table of the widths that were tried.
-
-    Raises:
-      ValueError: no share of the images is meant.
     """
-    wanted = arguments.search_bits
-    if not 0 < wanted <= 100:
-        raise ValueError(f"`--search-bits` must be above 0 and at most 100 percent; got {wanted}.")
     top1_of = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
     measure = Measure(model.apply_fn, model.params, calibration, top1_of)
-    q, rows = search_bits(measure, recipe, wanted, progress)
+    q, rows = search_bits(measure, recipe, arguments.search_bits, progress)
     float_top1 = top1_of(model.apply_fn, model.params)
     return q, f"{table(('bits',), rows, float_top1)}\n"

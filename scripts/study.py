@@ -1,8 +1,7 @@
 """Writes the answers to a student's five questions with a model's own measured numbers.
 
 python scripts/study.py --model resnet20-cifar10 --out docs/study.md
-python scripts/study.py --model resnet20-digits --calibration-size 256 --thrifty \\
-    --out docs/study-digits.md
+python scripts/study.py --model resnet20-digits --calibration-size 256 --thrifty > digits.md
 """
 
 import argparse
