@@ -432,8 +432,8 @@ class _Walk:
                 self._at_output(scaled),
                 None,
                 f"M ≈ M0 / 2^shift = {fixed[self.group, self.column]} / "
-                f"2^{shift[self.group, self.column]}: a {MULTIPLIER_BITS}-bit product and a shift; "
-                f"off by {abs(fixed / 2.0**shift / multiplier - 1).max():.1e} at most",
+                f"2^{shift[self.group, self.column]}: a {MULTIPLIER_BITS}-bit product and a shift, "
+                f"off by at most 2^-{MULTIPLIER_BITS} of M",
             )
         else:
             scaled = np.rint(real / scale)
