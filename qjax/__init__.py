@@ -2,6 +2,7 @@
 
 from qjax.affine import QParams, dequantize, fake_quant, quantize_array, sqnr_db
 from qjax.evaluate import top1
+from qjax.explain import Explanation, explain
 from qjax.io import load, save
 from qjax.layers import Layer, trace
 from qjax.quantize import Quantized, quantize
@@ -9,6 +10,7 @@ from qjax.report import LayerReport, Report
 from qjax.spec import QuantSpec, Recipe, recipe
 
 __all__ = [
+    "Explanation",
     "Layer",
     "LayerReport",
     "QParams",
@@ -17,6 +19,7 @@ __all__ = [
     "Recipe",
     "Report",
     "dequantize",
+    "explain",
     "fake_quant",
     "load",
     "quantize",

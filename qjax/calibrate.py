@@ -182,7 +182,7 @@ def _fit_input(
         return search.search_input(patches, folded.kernel, extremes, spec, method, task.grid)
 
     extremes = observers.observe(observers.min_max(), x)
-    return _fit_range(task.recipe.range_method, spec, x, extremes, searched)
+    return fit_range(task.recipe.range_method, spec, x, extremes, searched, task.grid)
 
 
 def _fit_kernel(
@@ -257,7 +257,7 @@ def _fit_output(
         added = None if shortcut is None else _sampled(shortcut)
         return search.search_output(z, z_hat, extremes, spec, activation, task.grid, added)
 
-    return _fit_range(method, spec, actual, (low, high), searched)
+    return fit_range(method, spec, actual, (low, high), searched, task.grid)
 
 
 def _activation(site: Site) -> Callable[[jax.Array], jax.Array]:
@@ -297,21 +297,35 @@ def _fit_activated(task: Task, fit: Fit, streams: Streams, grids: dict[core.Var,
         return search.search_output(*samples, extremes, spec, _identity, task.grid)
 
     extremes = observers.observe(observers.min_max(), values)
-    activated, clip = _fit_range(task.recipe.range_method, spec, values, extremes, searched)
+    method = task.recipe.range_method
+    activated, clip = fit_range(method, spec, values, extremes, searched, task.grid)
     grids[task.site.activated] = activated
     streams.write(task.site.activated, floats, [_fake_quant(v, activated) for v in values])
     layer = dataclasses.replace(fit.layer, activated=activated)
     return fit._replace(layer=layer, output_clip=fit.output_clip or clip)
 
 
-def _fit_range(
+def fit_range(
     method: str,
     spec: QuantSpec,
     values: Arrays,
     extremes: search.Range,
     searched: Callable[[search.Range], QParams],
+    grid: search.Grid = search.GRID,
 ) -> tuple[QParams, float]:
-    """Chooses a clipping range by `method`: (qparams, share of the extremes' range)."""
+    """Chooses a clipping range of activations.
+
+    Args:
+      method: `absmax`, `percentile`, `kl`, or one that `searched` knows.
+      spec: the number format.
+      values: the values on every calibration batch.
+      extremes: the least and the greatest value to represent.
+      searched: finds the range with the least squared error inside the extremes.
+      grid: the candidates for each end of the range.
+
+    Returns:
+      Scalar qparams, and their scale's share of the scale that the extremes need.
+    """
     widest = affine_qparams(*extremes, spec)
     match method:
         case "absmax":
@@ -319,6 +333,9 @@ def _fit_range(
         case "percentile":
             low, high = observers.observe(observers.percentile(PERCENT, *extremes), values)
             chosen = affine_qparams(low, high, spec)
+        case "kl":
+            counter = observers.histogram(*extremes, bins=search.HISTOGRAM_BINS)
+            chosen = search.search_entropy(observers.observe(counter, values), extremes, spec, grid)
         case _:
             chosen = searched(extremes)
     return chosen, float(chosen.scale / widest.scale)

@@ -1,4 +1,7 @@
-"""The command line: `qjax quantize` quantizes a pretrained model and reports what that costs."""
+"""The command line: `qjax quantize` quantizes a pretrained model and reports what that costs.
+
+`qjax explain` and `qjax study` have modules of their own.
+"""
 
 import argparse
 import contextlib
@@ -7,17 +10,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 import jax
 
 import pretrained
 from pretrained import datasets
-from qjax import io
+from qjax import cli_explain, cli_study, io, page
 from qjax.evaluate import top1
 from qjax.progress import Progress, progress_bar
 from qjax.quantize import quantize
 from qjax.spec import OutputPosition, RangeMethod, Recipe, Rounding, recipe
+from qjax.studies import AGREEMENT
 
 CALIBRATION_SIZE = 1024  # training images, or all of them if there are fewer
 MODEL = "resnet20-digits"
@@ -54,7 +59,30 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="qjax", description="Post-training quantization of JAX networks.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_quantize(commands)
+    _add_command(commands, cli_explain, "explain", "follow one layer step by step on a test image")
+    _add_command(commands, cli_study, "study", "answer a question by quantizing in several ways")
     return parser
+
+
+def _add_command(commands: Any, module: Any, name: str, summary: str) -> None:
+    """Adds a command that quantizes a model as `qjax quantize` would and prints one text."""
+    text = f"{summary[0].upper()}{summary[1:]}."
+    parser = commands.add_parser(name, help=summary, description=text)
+    module.add_arguments(parser)
+    _add_model(parser)
+    _add_how(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(run=partial(_run_command, module))
+
+
+def _run_command(module: Any, arguments: argparse.Namespace) -> None:
+    wanted = _recipe(arguments)
+    stage: Stage = _no_bar if arguments.quiet or not sys.stderr.isatty() else progress_bar
+    with stage("loading") as progress:
+        loaded = _load(arguments, progress)
+    with stage("quantizing") as progress:
+        text = module.run(arguments, *loaded, wanted, progress)
+    print(text)
 
 
 # ---- qjax quantize
@@ -68,6 +96,30 @@ def _add_quantize(commands: Any) -> None:
         "compares its top-1 accuracy on all test images with the float model's.",
     )
     parser.set_defaults(run=_run_quantize)
+    _add_model(parser)
+    _add_how(parser)
+    add = parser.add_argument_group("what to write").add_argument
+    add(
+        "--baseline",
+        action="store_true",
+        help="also quantize naively (absmax ranges, nearest rounding, no correction)",
+    )
+    add(
+        "--search-bits",
+        type=float,
+        nargs="?",
+        const=AGREEMENT,
+        metavar="PERCENT",
+        help="ignore --bits: start at 2 and add a bit until this share of the calibration images "
+        "is predicted as in float (%(const)s)",
+    )
+    add("--report", metavar="FILE", help="write a page to read: report.html")
+    add("--out", metavar="DIR", help="save the quantized model for qjax.load")
+    add("--json", action="store_true", help="end standard output with the results as one JSON line")
+    add("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to quantize").add_argument
     add("--model", default=MODEL, metavar="NAME|PATH", help="pretrained model (%(default)s)")
     add("--dataset", metavar="NAME", help="digits or a TFDS name (the model's own)")
@@ -79,6 +131,8 @@ def _add_quantize(commands: Any) -> None:
     )
     add("--seed", type=int, default=0, metavar="N", help="of their draw (%(default)s)")
 
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how (widths are 2 to 16 bits)").add_argument
     add("--bits", type=int, default=8, metavar="N", help="weights, inputs, outputs (%(default)s)")
     for part in _PARTS:
@@ -111,16 +165,6 @@ def _add_quantize(commands: Any) -> None:
     add("--no-bias-correction", action="store_true", help="keep the mean error of each channel")
     add("--equalize", action="store_true", help="even out the channels between two layers first")
     add("--no-sequential", action="store_true", help="fit every layer on float inputs")
-
-    add = parser.add_argument_group("what to write").add_argument
-    add(
-        "--baseline",
-        action="store_true",
-        help="also quantize naively (absmax ranges, nearest rounding, no correction)",
-    )
-    add("--out", metavar="DIR", help="save the quantized model for qjax.load")
-    add("--json", action="store_true", help="end standard output with the results as one JSON line")
-    add("--quiet", action="store_true", help="no progress bars")
 
 
 def _add_choice(add: Callable[..., Any], flag: str, choices: Any, default: str, text: str) -> None:
@@ -160,13 +204,21 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
     wanted = _recipe(arguments)
     if arguments.out is not None:
         io.check_destination(arguments.out)
+    if arguments.report is not None and not Path(arguments.report).parent.is_dir():
+        raise ValueError(f"`--report` needs an existing folder; got {arguments.report!r}.")
+    cli_study.check(arguments)
     is_silent = arguments.quiet or not sys.stderr.isatty()
     stage: Stage = _no_bar if is_silent else progress_bar
     with stage("loading") as progress:
         model, calibration, test = _load(arguments, progress)
     start = time.perf_counter()
     with stage("quantizing") as progress:
-        q = quantize(model.apply_fn, model.params, calibration, wanted, progress=progress)
+        if arguments.search_bits is None:
+            q = quantize(model.apply_fn, model.params, calibration, wanted, progress=progress)
+        else:
+            q, tried = cli_study.search(arguments, model, calibration, test, wanted, progress)
+            wanted = q.report.recipe
+            print(tried)
     seconds = time.perf_counter() - start
     measure = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
     with stage("evaluating float") as progress:
@@ -202,6 +254,12 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
     print(q.report, _summary(result), sep="\n\n")
     if arguments.out is not None:
         print(f"saved        {arguments.out}")
+    if arguments.report is not None:
+        with stage("measuring") as progress:
+            sizes = result["bytes_float"], result["bytes_quantized"]
+            facts = page.gather(q, model, calibration, test, sizes, progress)
+        Path(arguments.report).write_text(page.render(facts))
+        print(f"page         {arguments.report}")
     if arguments.json:
         print(json.dumps(result, allow_nan=False))
 

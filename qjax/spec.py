@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 OutputPosition = Literal["pre_activation", "post_activation", "both"]
-RangeMethod = Literal["absmax", "percentile", "mse", "output_mse"]
+RangeMethod = Literal["absmax", "percentile", "mse", "output_mse", "kl"]
 Rounding = Literal["nearest", "gptq"]
 
 MIN_BITS, MAX_BITS = 2, 16
@@ -77,8 +77,8 @@ class LayerRecipe:
       outputs: format of the layer's output, None to leave it in float.
       output_position: where the output is quantized: before the activation, after it, or both.
       range_method: how clipping ranges are chosen: `absmax` (the extremes), `percentile` (99.9 % of
-        the values), `mse` (least squared error of the tensor itself) or `output_mse` (least squared
-        error of the layer's output).
+        the values), `mse` (least squared error of the tensor itself), `output_mse` (least squared
+        error of the layer's output) or `kl` (least divergence of the distribution of the values).
       rounding: `nearest` (half to even) or `gptq` (each rounding error made up for by the elements
         of the same output channel that are still to be rounded).
       reconstructions: least-squares fits of kernel and bias to the quantized input before rounding,

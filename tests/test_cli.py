@@ -144,6 +144,11 @@ def test_bars_on_a_terminal_unless_quiet(
         (["--model", "broken"], "`params` must be finite; found NaN or infinity at 'head/w'"),
         (["--model", "black"], "`batches` must be finite; found NaN or infinity"),
         (["--colour"], "unrecognized arguments: --colour"),
+        (["--report", "/nowhere/report.html"], "`--report` needs an existing folder"),
+        (
+            ["--search-bits", "0"],
+            "`--search-bits` must be above 0 and at most 100 percent; got 0.0",
+        ),
     ],
 )
 def test_bad_input_is_refused_with_one_reason(
@@ -185,6 +190,71 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]):
     text = capsys.readouterr().out
     for option in ("--bits", "--rounding", "--override", "--out", "--json", "--quiet"):
         assert option in text
+
+
+def test_explain_follows_a_layer(capsys: pytest.CaptureFixture[str]):
+    options = ["--model", "tiny", *CHEAP[:3], "--image", "7", "--ranges", "--bits", "5"]
+    assert main(["explain", "hidden", *options]) == 0
+    stdout, stderr = capsys.readouterr()
+    assert stderr == "" and max(map(len, stdout.splitlines())) <= 100
+    assert stdout.startswith("hidden: dense 16×8, activation relu\n")
+    for part in ("input codes", "accumulator", "requantization", "de-quantization"):
+        assert part in stdout
+    for tensor in ("weights", "input", "output"):
+        assert f"the range of the {tensor}, 5 bits" in stdout
+    assert stdout.count("  best") == 3
+
+
+def test_study_answers_a_question(capsys: pytest.CaptureFixture[str]):
+    assert main(["study", "weight-bits", "--model", "tiny", *CHEAP, "--widths", "3", "12"]) == 0
+    stdout = capsys.readouterr().out
+    rows = [line.split() for line in stdout.splitlines() if line[:1].isdigit()]
+    assert [row[0] for row in rows] == ["3", "12"]
+    assert rows[1][1:3] == ["75.00", "100.0"], "12 bits are as good as float"
+    assert "300 test images of noise" in stdout and "40 calibration images" in stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        (["explain", "stem"], "`LAYER` must be one of hidden, head; got 'stem'"),
+        (["explain", "head", "--image", "300"], "`--image` must be from 0 to 299; got 300"),
+        (["study", "everything"], "argument NAME: invalid choice: 'everything'"),
+        (
+            ["study", "weight-bits", "--widths", "1"],
+            "`bits` must be an integer from 2 to 16; got 1",
+        ),
+    ],
+)
+def test_a_command_says_what_is_wrong(
+    command: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*command, "--model", "tiny"]) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout == "" and reason in stderr
+
+
+def test_report_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "report.html"
+    assert quantize("--report", str(path), "--bits", "6", "--json") == 0
+    stdout = capsys.readouterr().out
+    assert f"page         {path}" in stdout
+    result = json.loads(stdout.splitlines()[-1])
+    page = path.read_text()
+    assert page.startswith("<!doctype html>") and "tiny, quantized" in page
+    assert f"{result['bytes_float']:,} → {result['bytes_quantized']:,} bytes" in page
+    assert f"{result['quantized_top1']:.2f} %" in page
+
+
+def test_search_bits_starts_low(capsys: pytest.CaptureFixture[str]):
+    assert quantize("--search-bits", "90", "--json") == 0
+    stdout = capsys.readouterr().out
+    rows = stdout[: stdout.index("layer ")].splitlines()
+    tried = [int(line.split()[0]) for line in rows if line[:1].isdigit()]
+    result = json.loads(stdout.splitlines()[-1])
+    assert tried == list(range(2, 2 + len(tried))) and 1 < len(tried) < 15
+    assert {layer["weight_bits"] for layer in result["layers"]} == {tried[-1]}
+    assert result["recipe"]["inputs"] is None
 
 
 def test_the_script_is_the_same_command(monkeypatch, capsys: pytest.CaptureFixture[str]):

@@ -1,0 +1,83 @@
+"""`qjax study`: one question, answered by quantizing a model in several ways."""
+
+import argparse
+from functools import partial
+from typing import Any
+
+from qjax.evaluate import top1
+from qjax.progress import Progress
+from qjax.quantize import Quantized
+from qjax.spec import Recipe
+from qjax.studies import QUESTIONS, Measure, search_bits, study, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what only this command takes."""
+    add = parser.add_argument_group("what to study").add_argument
+    questions = "; ".join(f"{name}: {question.text}" for name, question in QUESTIONS.items())
+    add("name", choices=QUESTIONS, metavar="NAME", help=questions)
+    add(
+        "--widths",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="widths in bits (2 to 16 for weight-bits and activation-bits, else 8 4)",
+    )
+
+
+def run(
+    arguments: argparse.Namespace,
+    model: Any,
+    calibration: Any,
+    test: Any,
+    recipe: Recipe,
+    progress: Progress,
+) -> str:
+    """Makes a study of a model; the arguments are those of `cli_explain.run`.
+
+    Returns:
+      The table to print.
+    """
+    measure = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
+    result = study(
+        arguments.name,
+        model.apply_fn,
+        model.params,
+        calibration,
+        measure,
+        recipe,
+        widths=arguments.widths,
+        progress=progress,
+    )
+    return (
+        f"{result}\n\ntop-1 in percent of {len(test.images):,} test images of {test.name}; "
+        f"agreement with the float\nnetwork's predictions (percent) and SQNR of the logits on "
+        f"{len(calibration):,} calibration images"
+    )
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuses a `--search-bits` that is no share of the images."""
+    wanted = arguments.search_bits
+    if wanted is not None and not 0 < wanted <= 100:
+        raise ValueError(f"`--search-bits` must be above 0 and at most 100 percent; got {wanted}.")
+
+
+def search(
+    arguments: argparse.Namespace,
+    model: Any,
+    calibration: Any,
+    test: Any,
+    recipe: Recipe,
+    progress: Progress,
+) -> tuple[Quantized, str]:
+    """Finds the least width that is good enough; the arguments are those of `cli_explain.run`.
+
+    Returns:
+      The quantized network, and the table of the widths that were tried.
+    """
+    top1_of = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
+    measure = Measure(model.apply_fn, model.params, calibration, top1_of)
+    q, rows = search_bits(measure, recipe, arguments.search_bits, progress)
+    float_top1 = top1_of(model.apply_fn, model.params)
+    return q, f"{table(('bits',), rows, float_top1)}\n"

@@ -1,0 +1,71 @@
+"""A small network for tests of what is written about networks: a convolution, ReLU, a dense layer.
+
+It is quantized once, with the recipe that compiles fastest.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qjax
+
+CHEAP = qjax.Recipe(
+    range_method="absmax", rounding="nearest", sweeps=0, bias_correction=False, sequential=False
+)
+
+
+def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+    kernel, bias = params["conv"]["w"], params["conv"]["b"]
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=dimensions)
+    y = jax.nn.relu(y + bias)
+    return y.mean((1, 2)) @ params["head"]["w"]
+
+
+def make_params() -> Any:
+    rng = np.random.default_rng(0)
+    conv = {"w": rng.normal(size=(2, 2, 2, 6)) / 2, "b": rng.normal(size=(1, 1, 1, 6)) / 4}
+    return jax.tree.map(jnp.float32, {"conv": conv, "head": {"w": rng.normal(size=(6, 4))}})
+
+
+def images(count: int = 24) -> Any:
+    return np.random.default_rng(1).normal(size=(count, 6, 6, 2)).astype(np.float32)
+
+
+@functools.cache
+def quantized(**changes: Any) -> qjax.Quantized:
+    recipe = qjax.recipe(**{**{f: getattr(CHEAP, f) for f in _FIELDS}, **changes})
+    return qjax.quantize(apply_fn, make_params(), images(), recipe)
+
+
+_FIELDS = ("range_method", "rounding", "sweeps", "bias_correction", "sequential")
+
+
+class Test(NamedTuple):
+    """A test split, in the form of `pretrained.datasets.Dataset`."""
+
+    images: Any
+    labels: Any
+    name: str
+
+
+class Model(NamedTuple):
+    """The float network, in the form of `pretrained.Pretrained`."""
+
+    name: str
+    apply_fn: Any
+    params: Any
+    preprocess: Any
+
+
+def model() -> Model:
+    return Model("small & <sound>", apply_fn, make_params(), lambda x: np.float32(x) / 128 - 1)
+
+
+def test_split(count: int = 40) -> Test:
+    rng = np.random.default_rng(2)
+    pixels = rng.integers(0, 255, (count, 6, 6, 1), np.uint8).repeat(2, -1)
+    return Test(pixels, rng.integers(0, 4, count), "noise")
