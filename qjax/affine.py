@@ -105,8 +105,20 @@ def float_codes(x: jax.Array, qparams: QParams) -> jax.Array:
       Bengio et al., 2013, arXiv:1308.3432 (straight-through estimator).
     """
     _check_rank(x, qparams)
+    return round_codes(x.astype(jnp.float32) / qparams.scale, qparams)
+
+
+def round_codes(codes: jax.Array, qparams: QParams) -> jax.Array:
+    """Clips and rounds codes relative to the zero point, half to even, differentiably.
+
+    Args:
+      codes: float32[...], before rounding.
+      qparams: scalar, or of the rank of `codes`.
+
+    Returns:
+      float32[...], integers from qmin − zero_point to qmax − zero_point.
+    """
     zero_point = qparams.zero_point.astype(jnp.float32)
-    codes = x.astype(jnp.float32) / qparams.scale
     codes = jnp.clip(codes, qparams.qmin - zero_point, qparams.qmax - zero_point)
     return _round_straight_through(codes)
 

@@ -9,7 +9,7 @@ import jax
 from jax.extend import core
 
 from qjax import interpret
-from qjax.affine import fake_quant
+from qjax.affine import fake_quant, quantize_array
 from qjax.layers import Network, Site, find_layers, path_names
 from qjax.quantized import QuantizedLayer, apply_layer
 
@@ -135,11 +135,55 @@ class QuantizedFunction:
         """
         return self._compiled(params, x)
 
+    def codes(self, params: Mapping[str, Any], x: Any) -> dict[str, jax.Array]:
+        """Evaluates the network for the codes of every layer's pre-activation output, by name.
+
+        Args:
+          params: as in a call.
+          x: as in a call.
+
+        Returns:
+          Integers from qmin to qmax; layers whose output is in float are left out.
+        """
+        return self._compiled_codes(params, x)
+
     @functools.cached_property
     def _compiled(self) -> Callable[[Any, Any], Any]:
         return jax.jit(self._evaluate)
 
+    @functools.cached_property
+    def _compiled_codes(self) -> Callable[[Any, Any], Any]:
+        return jax.jit(self._codes)
+
     def _evaluate(self, params: Mapping[str, Any], x: Any) -> Any:
+        network, env = self._run(params, x)
+        outputs = [interpret.read(env, atom) for atom in network.flat.outputs]
+        return jax.tree.unflatten(network.flat.out_tree, outputs)
+
+    def _codes(self, params: Mapping[str, Any], x: Any) -> dict[str, jax.Array]:
+        network, env = self._run(params, x)
+        outputs = {site.layer.name: site.output for site in network.sites}
+        return {
+            name: quantize_array(env[outputs[name]], layer.outputs)
+            for name, layer in params["layers"].items()
+            if layer.outputs is not None
+        }
+
+    def _run(self, params: Mapping[str, Any], x: Any) -> tuple[Network, interpret.Env]:
+        network, env = self.bound(params["rest"], x)
+        evaluate(schedule(network), env, params["layers"], self.apply_layer)
+        return network, env
+
+    def bound(self, rest: Mapping[str, jax.Array], x: Any) -> tuple[Network, interpret.Env]:
+        """Traces the network at an input's shape: (network, the values known before evaluation).
+
+        Args:
+          rest: of `Quantized.params`.
+          x: as in a call.
+
+        Raises:
+          ValueError: the function has other layers at this input's shape than were quantized.
+        """
         network = find_layers(self.apply_fn, self.params, jax.eval_shape(lambda x: x, x))
         shapes = {site.layer.name: site.layer.kernel_shape for site in network.sites}
         if shapes != dict(self.shapes):
@@ -149,11 +193,9 @@ class QuantizedFunction:
             )
         flat = network.flat
         by_path = dict(zip(path_names(self.params), flat.params, strict=True))
-        env = flat.constants | {by_path[path]: leaf for path, leaf in params["rest"].items()}
+        env = flat.constants | {by_path[path]: leaf for path, leaf in rest.items()}
         env.update(zip(flat.inputs, jax.tree.leaves(x), strict=True))
-        evaluate(schedule(network), env, params["layers"], self.apply_layer)
-        outputs = [interpret.read(env, atom) for atom in flat.outputs]
-        return jax.tree.unflatten(flat.out_tree, outputs)
+        return network, env
 
 
 def rest_of_params(network: Network, params: Any) -> dict[str, jax.Array]:

@@ -432,7 +432,7 @@ def _activation(
     clipping, activated, var = (), output, output
     while (reader := graph.only_reader(var)) is not None:
         equation = graph.equations[reader]
-        result = _clip_bounds(equation, {var: bounds})
+        result = clip_bounds(equation, {var: bounds})
         if result is None:
             if not clipping and _is_elementwise(equation, var):
                 return "other", (*steps, equation), equation.outvars[0]
@@ -455,7 +455,7 @@ def _is_elementwise(equation: core.JaxprEqn, var: core.Var) -> bool:
     )
 
 
-def _clip_bounds(equation: core.JaxprEqn, known: Mapping[core.Var, Any]) -> Bounds | None:
+def clip_bounds(equation: core.JaxprEqn, known: Mapping[core.Var, Any]) -> Bounds | None:
     """The (low, high) with which an equation clips the network's value, None if it does more.
 
     Args:
@@ -474,7 +474,7 @@ def _clip_bounds(equation: core.JaxprEqn, known: Mapping[core.Var, Any]) -> Boun
     if inner is not None:
         known = dict(zip(inner.jaxpr.invars, operands, strict=True))
         for inner_equation in inner.jaxpr.eqns:
-            known[inner_equation.outvars[0]] = _clip_bounds(inner_equation, known)
+            known[inner_equation.outvars[0]] = clip_bounds(inner_equation, known)
         result = inner.jaxpr.outvars[0]
         return None if interpret.is_literal(result) else known.get(result)
     if name in _MOVEMENT:
@@ -508,7 +508,7 @@ def keeps_codes(equation: core.JaxprEqn, var: core.Var, high: float) -> bool:
         return True
     if dtype(equation.outvars[0]) != dtype(var):
         return False
-    bounds = _clip_bounds(equation, {var: (-math.inf, math.inf)})
+    bounds = clip_bounds(equation, {var: (-math.inf, math.inf)})
     return bounds is not None and bounds[0] in (-math.inf, 0.0) and bounds[1] >= high
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.affine import QParams, fake_quant, float_codes
+from qjax.affine import QParams, fake_quant, float_codes, round_codes
 from qjax.linear import Linear, along_channels
 
 
@@ -120,16 +120,29 @@ def apply_linear(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.
     References:
       Jacob et al., 2018, arXiv:1712.05877, eq. 3.
     """
+    acc, scale = _accumulate(operation, layer, x)
+    if layer.has_integer_accumulator:
+        return acc * scale
+    return acc * scale + along_channels(operation, layer.bias, acc.ndim)
+
+
+def _accumulate(
+    operation: Linear, layer: QuantizedLayer, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sums the products, and an integer bias: (sum, the real value of one unit of it)."""
     x = x.astype(jnp.float32) if layer.inputs is None else float_codes(x, layer.inputs)
     kernel = dequantized_kernel(layer) if layer.is_per_group else relative_codes(layer)
     acc = operation.apply(x, operation.from_matrix(kernel), precision=lax.Precision.HIGHEST)
-    bias = along_channels(operation, layer.bias.astype(jnp.float32), acc.ndim)
-    scale = along_channels(operation, accumulator_scale(operation, layer), acc.ndim)
-    return (acc + bias) * scale if layer.has_integer_accumulator else acc * scale + bias
+    if layer.has_integer_accumulator:
+        acc = acc + along_channels(operation, layer.bias.astype(jnp.float32), acc.ndim)
+    return acc, along_channels(operation, accumulator_scale(operation, layer), acc.ndim)
 
 
 def apply_layer(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.Array:
     """Evaluates a layer up to its quantized pre-activation output.
+
+    An integer accumulator is multiplied by M = s_w·s_x / s_y and rounded, which is what the integer
+    evaluation does to it (see `qjax.requantize`).
 
     Args:
       operation: the linear operation.
@@ -139,5 +152,9 @@ def apply_layer(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.A
     Returns:
       float32[...], the dequantized output.
     """
-    y = apply_linear(operation, layer, x)
-    return y if layer.outputs is None else fake_quant(y, layer.outputs)
+    if layer.outputs is None:
+        return apply_linear(operation, layer, x)
+    if not layer.has_integer_accumulator:
+        return fake_quant(apply_linear(operation, layer, x), layer.outputs)
+    acc, scale = _accumulate(operation, layer, x)
+    return layer.outputs.scale * round_codes(acc * (scale / layer.outputs.scale), layer.outputs)

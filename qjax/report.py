@@ -39,6 +39,7 @@ class LayerReport:
       macs: multiply-accumulate operations per example.
       bytes_float: of kernel and bias in float32.
       bytes_quantized: of codes at their true width, scales, zero points and bias.
+      input_shape: shape of its input for one example; () in reports of artifacts of qjax 0.1.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LayerReport:
     macs: int
     bytes_float: int
     bytes_quantized: int
+    input_shape: tuple[int, ...] = ()
 
 
 def layer_report(layer: Layer, fit: Fit) -> LayerReport:
@@ -95,6 +97,7 @@ def layer_report(layer: Layer, fit: Fit) -> LayerReport:
         bytes_quantized=math.ceil(quantized.kernel.size * codes_bits / 8)
         + quantized.bias.nbytes
         + sum(q.scale.nbytes + q.zero_point.nbytes for q in qparams),
+        input_shape=layer.input_shape[1:],
     )
 
 
@@ -150,7 +153,7 @@ class Report(Sequence[LayerReport]):
     def _total(self) -> tuple[str, ...]:
         sizes = [sum(getattr(layer, f"bytes_{kind}") for layer in self) for kind in _KINDS]
         macs = sum(layer.macs for layer in self)
-        return (f"{len(self)} layers", *[""] * 6, _si(macs), " → ".join(map(_si, sizes)))
+        return (f"{len(self)} layers", *[""] * 6, si(macs), " → ".join(map(si, sizes)))
 
 
 _KINDS = ("float", "quantized")
@@ -170,8 +173,8 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         layer.activation,
         _db(layer.weight_sqnr_db),
         _db(layer.output_sqnr_db),
-        _si(layer.macs),
-        f"{_si(layer.bytes_float)} → {_si(layer.bytes_quantized)}",
+        si(layer.macs),
+        f"{si(layer.bytes_float)} → {si(layer.bytes_quantized)}",
     )
 
 
@@ -191,7 +194,7 @@ def _db(value: float) -> str:
     return "∞" if math.isinf(value) else f"{value:.1f}"
 
 
-def _si(value: float) -> str:
+def si(value: float) -> str:
     """A number with three digits and a prefix: 123, 4.56k, 78.9M."""
     for prefix in ("", "k", "M"):
         if value < 999.5:
