@@ -30,7 +30,7 @@ SIZE = 1024  # calibration images
 SAMPLE = 128  # calibration images that one layer is looked at with
 BASE = qjax.Recipe()
 THRIFTY = qjax.Recipe(rounding="nearest", sweeps=0, sequential=False)
-WIDTHS = (8, 7, 6, 5, 4, 3, 2)
+WIDTHS = (8, 6, 5, 4, 3, 2)
 FEW_WIDTHS = (8, 4, 2)  # thriftily
 CLOSE = 0.5  # dB below which two results count as alike
 
@@ -290,7 +290,7 @@ def _few_bits(s: Subject) -> str:
     for bits in FEW_WIDTHS if s.thrifty else WIDTHS:
         at = at_width(s.base, bits)
         rows.append(s.row(at, str(bits), "weights and activations"))
-        if bits == 2 or not s.thrifty:
+        if bits == 2 or (bits == 4 and not s.thrifty):
             weights = dataclasses.replace(at, inputs=None, outputs=None)
             rows.append(s.row(weights, str(bits), "weights"))
             rows.append(s.row(dataclasses.replace(at, weights=None), str(bits), "activations"))
@@ -327,7 +327,7 @@ predictions change."""
 
 def _position(s: Subject) -> str:
     rows = []
-    for bits in (4,) if s.thrifty else (8, 6, 4):
+    for bits in (4,) if s.thrifty else (8, 4):
         positions = ("pre_activation", "post_activation", "both")[: 2 if s.thrifty else 3]
         for method, position in itertools.product(("output_mse", "mse"), positions):
             recipe = dataclasses.replace(
