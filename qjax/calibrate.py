@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from qjax import interpret, observers, search
@@ -28,14 +29,15 @@ from qjax.quantized import (
     dequantized_kernel,
     quantize_bias,
 )
-from qjax.rounding import coordinate_sweeps, least_squares_shift, round_gptq, round_nearest
+from qjax.reconstruct import Goal, lacking, refit
+from qjax.rounding import coordinate_sweeps, round_gptq, round_nearest
 from qjax.spec import LayerRecipe, QuantSpec, Recipe
 from qjax.streams import Streams, cut
 
 # Samples per layer, spread evenly over all calibration images and positions.
 MOMENT_PATCHES = 2**16  # for the second moments of its input
 SAMPLED_PATCHES = 2**12  # for the search of its input range
-SAMPLED_OUTPUTS = 2**20  # for the search of its output range
+SAMPLED_OUTPUTS = 2**18  # for the search of its output range
 PERCENT = 99.9  # of the values, that the `percentile` range keeps
 
 Arrays = list[jax.Array]  # one per calibration batch
@@ -87,6 +89,7 @@ def calibrate(
     recipes = recipe.by_layer(names)
     by_name = dict(zip(names, folded, strict=True))
     streams = Streams(network, leaves, batches, recipe.sequential)
+    grid = search.Grid(recipe.grid_size, recipe.refinements)
     grids: dict[core.Var, QParams] = {}
     fits: dict[str, Fit] = {}
     for segment in cut(network):
@@ -96,11 +99,11 @@ def calibrate(
         match segment.step:
             case Site(layer=layer) as site:
                 progress(layer.name, len(fits), len(names))
-                task = Task(site, recipes[layer.name], recipe.grid_size, recipe.sequential)
+                task = Task(site, recipes[layer.name], grid)
                 fits[layer.name] = _fit_layer(task, by_name[layer.name], streams, grids)
             case Activated(site=site):
                 name = site.layer.name
-                task = Task(site, recipes[name], recipe.grid_size, recipe.sequential)
+                task = Task(site, recipes[name], grid)
                 fits[name] = _fit_activated(task, fits[name], streams, grids)
             case None:
                 progress("", len(names), len(names))
@@ -120,14 +123,12 @@ class Task(NamedTuple):
     Attributes:
       site: where it stands.
       recipe: what to do with it.
-      grid_size: candidates per search.
-      is_sequential: whether the kernel makes up for the error of its input.
+      grid: the candidates of each search.
     """
 
     site: Site
     recipe: LayerRecipe
-    grid_size: int
-    is_sequential: bool
+    grid: search.Grid
 
 
 def _fit_layer(task: Task, folded: Folded, streams: Streams, grids: dict[core.Var, QParams]) -> Fit:
@@ -136,15 +137,17 @@ def _fit_layer(task: Task, folded: Folded, streams: Streams, grids: dict[core.Va
     x_float, x = streams.read(site.input)
     float_output = [apply_folded(operation, folded, batch) for batch in x_float]
     shortcut = _read_shortcut(site, streams)
+    added, activation = [None] * len(x), _KNOWN.get(site.layer.activation, _identity)
     target = float_output
     if shortcut is not None:  # the layer's share of the float sum z + s, where the other one is ŝ
+        added, activation = shortcut[1], _summed_activation(site)
         target = [z + (s - s_hat) for z, s, s_hat in zip(target, *shortcut, strict=True)]
+    goal = Goal(target, added, activation)
     inputs, input_clip = _fit_input(task, x, folded, grids.get(site.input))
-    layer, weight_sqnr_db, weight_clip = _fit_kernel(task, x, target, folded, inputs)
+    layer, weight_sqnr_db, weight_clip = _fit_kernel(task, x, goal, folded, inputs)
     actual = [_apply_linear(operation, layer, batch) for batch in x]
     if task.recipe.bias_correction and (inputs is not None or layer.weights is not None):
-        error = _channel_means(operation, target) - _channel_means(operation, actual)
-        layer = _shift_bias(operation, layer, error)
+        layer = _shift_bias(operation, layer, _channel_means(operation, lacking(goal, actual)))
         actual = [_apply_linear(operation, layer, batch) for batch in x]
     outputs, output_clip = _fit_output(task, target, actual, shortcut and shortcut[1])
     if outputs is not None:
@@ -176,32 +179,26 @@ def _fit_input(
     def searched(extremes: search.Range) -> QParams:
         patches = _sampled_patches(task.site.layer.operation, x)
         method = task.recipe.range_method
-        return search.search_input(patches, folded.kernel, extremes, spec, method, task.grid_size)
+        return search.search_input(patches, folded.kernel, extremes, spec, method, task.grid)
 
     extremes = observers.observe(observers.min_max(), x)
-    return fit_range(task.recipe.range_method, spec, x, extremes, searched, task.grid_size)
+    return fit_range(task.recipe.range_method, spec, x, extremes, searched, task.grid)
 
 
 def _fit_kernel(
-    task: Task, x: Arrays, target: Arrays, folded: Folded, inputs: QParams | None
+    task: Task, x: Arrays, goal: Goal, folded: Folded, inputs: QParams | None
 ) -> tuple[QuantizedLayer, float, float | None]:
     """Rounds kernel and bias: (layer, SQNR of the kernel in dB, share of the range kept)."""
-    if task.recipe.weights is None:
+    recipe, operation = task.recipe, task.site.layer.operation
+    if recipe.weights is None:
         return QuantizedLayer(*folded, None, inputs, None, None), math.inf, None
-    operation = task.site.layer.operation
     seen = x if inputs is None else [_fake_quant(batch, inputs) for batch in x]
     stride = patch_stride(operation, seen, MOMENT_PATCHES)
     moments = observers.observe(observers.moments(operation, stride), seen)
-    missing = None
-    if task.is_sequential:
-        residuals = [
-            z - apply_folded(operation, folded, batch)
-            for batch, z in zip(seen, target, strict=True)
-        ]
-        pairs = zip(seen, residuals, strict=True)
-        missing = observers.observe(observers.cross_moments(operation, stride), pairs)
-    static = (operation, task.recipe, task.grid_size)
-    layer, sqnr, clip = _round_layer(*static, folded, moments, missing, inputs)
+    steps = min(recipe.reconstructions, 1 if goal.activation is _identity else math.inf)
+    for _ in range(int(steps)):
+        folded = refit(operation, folded, moments, seen, goal, stride, recipe.bias_correction)
+    layer, sqnr, clip = _round_layer(operation, recipe, task.grid, folded, moments, inputs)
     return layer, float(sqnr), float(clip)
 
 
@@ -209,23 +206,16 @@ def _fit_kernel(
 def _round_layer(
     operation: Linear,
     recipe: LayerRecipe,
-    grid_size: int,
+    grid: search.Grid,
     folded: Folded,
     moments: observers.Moments,
-    missing: observers.CrossMoments | None,
     inputs: QParams | None,
 ) -> tuple[QuantizedLayer, jax.Array, jax.Array]:
     assert recipe.weights is not None
     kernel, hessian = folded.kernel, moments.hessian
-    mean = moments.mean[:, :, None]
     if recipe.bias_correction:  # the bias takes up the means, the kernel answers for the rest
-        hessian = hessian - mean * mean.transpose(0, 2, 1)
-    if missing is not None:
-        cross = missing.cross
-        if recipe.bias_correction:
-            cross = cross - mean * missing.residual_mean[:, None, :]
-        kernel = kernel + least_squares_shift(hessian, cross)
-    weights = search.search_weights(kernel, hessian, recipe.weights, recipe.range_method, grid_size)
+        hessian = hessian - moments.mean[:, :, None] * moments.mean[:, None, :]
+    weights = search.search_weights(kernel, hessian, recipe.weights, recipe.range_method, grid)
     widest = search.search_weights(kernel, hessian, recipe.weights, "absmax")
     if recipe.rounding == "gptq":
         codes = round_gptq(kernel, hessian, weights)
@@ -265,9 +255,9 @@ def _fit_output(
         is_pointwise = activation in (_identity, jax.nn.relu, jax.nn.relu6)
         z, z_hat = (_sampled(v) if is_pointwise else v[0] for v in (target, actual))
         added = None if shortcut is None else _sampled(shortcut)
-        return search.search_output(z, z_hat, extremes, spec, activation, task.grid_size, added)
+        return search.search_output(z, z_hat, extremes, spec, activation, task.grid, added)
 
-    return fit_range(method, spec, actual, (low, high), searched, task.grid_size)
+    return fit_range(method, spec, actual, (low, high), searched, task.grid)
 
 
 def _activation(site: Site) -> Callable[[jax.Array], jax.Array]:
@@ -304,11 +294,11 @@ def _fit_activated(task: Task, fit: Fit, streams: Streams, grids: dict[core.Var,
 
     def searched(extremes: search.Range) -> QParams:
         samples = _sampled(floats), _sampled(values)
-        return search.search_output(*samples, extremes, spec, _identity, task.grid_size)
+        return search.search_output(*samples, extremes, spec, _identity, task.grid)
 
     extremes = observers.observe(observers.min_max(), values)
     method = task.recipe.range_method
-    activated, clip = fit_range(method, spec, values, extremes, searched, task.grid_size)
+    activated, clip = fit_range(method, spec, values, extremes, searched, task.grid)
     grids[task.site.activated] = activated
     streams.write(task.site.activated, floats, [_fake_quant(v, activated) for v in values])
     layer = dataclasses.replace(fit.layer, activated=activated)
@@ -321,7 +311,7 @@ def fit_range(
     values: Arrays,
     extremes: search.Range,
     searched: Callable[[search.Range], QParams],
-    grid_size: int = 100,
+    grid: search.Grid = search.GRID,
 ) -> tuple[QParams, float]:
     """Chooses a clipping range of activations.
 
@@ -331,7 +321,7 @@ def fit_range(
       values: the values on every calibration batch.
       extremes: the least and the greatest value to represent.
       searched: finds the range with the least squared error inside the extremes.
-      grid_size: candidates per end of the range.
+      grid: the candidates for each end of the range.
 
     Returns:
       Scalar qparams, and their scale's share of the scale that the extremes need.
@@ -345,9 +335,7 @@ def fit_range(
             chosen = affine_qparams(low, high, spec)
         case "kl":
             counter = observers.histogram(*extremes, bins=search.HISTOGRAM_BINS)
-            chosen = search.search_entropy(
-                observers.observe(counter, values), extremes, spec, grid_size
-            )
+            chosen = search.search_entropy(observers.observe(counter, values), extremes, spec, grid)
         case _:
             chosen = searched(extremes)
     return chosen, float(chosen.scale / widest.scale)
@@ -362,8 +350,15 @@ def _coprime_stride(size: int, limit: int) -> int:
 
 
 def _sampled(values: Arrays) -> jax.Array:
-    stride = _coprime_stride(values[0].size, max(1, SAMPLED_OUTPUTS // len(values)))
-    return jnp.concatenate([batch.reshape(-1)[::stride] for batch in values])
+    """Elements at pseudo-random places, the same for all arrays of one size; all, if there are few.
+
+    Their number, and with it what has to be compiled, does not depend on the size of the arrays.
+    """
+    size, limit = values[0].size, SAMPLED_OUTPUTS // len(values)
+    if size <= limit:
+        return jnp.concatenate([batch.reshape(-1) for batch in values])
+    places = np.random.default_rng(size).integers(size, size=limit)
+    return jnp.concatenate([batch.reshape(-1)[places] for batch in values])
 
 
 def patch_stride(operation: Linear, x: Arrays, limit: int) -> int:

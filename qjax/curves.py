@@ -23,6 +23,7 @@ from qjax.spec import LayerRecipe, QuantSpec, RangeMethod
 
 METHODS: tuple[str, ...] = get_args(RangeMethod)
 GRID = 100
+SEARCH = search.Grid(GRID, refinements=0)
 SAMPLED_OUTPUTS = 2**16
 
 
@@ -119,7 +120,7 @@ def _weight_curves(layer: Layer, kernel: jax.Array, x: jax.Array, spec: QuantSpe
     widest = search_weights(kernel, hessian, spec, "absmax")
     choices = []
     for method in METHODS:
-        qparams = search_weights(kernel, hessian, spec, method)
+        qparams = search_weights(kernel, hessian, spec, method, SEARCH)
         quality = map(float, _weight_quality(kernel, hessian, qparams))
         share = float(jnp.mean(qparams.scale / widest.scale))
         choices.append(Choice(method, share, *quality))
@@ -170,9 +171,9 @@ def _input_curves(layer: Layer, kernel: jax.Array, x: jax.Array, spec: QuantSpec
     data = (patches, jnp.einsum("pgk,gkm->pgm", patches, kernel), kernel)
 
     def searched(method: str) -> Callable[[search.Range], QParams]:
-        return lambda ends: search_input(patches, kernel, ends, spec, method, GRID)
+        return lambda ends: search_input(patches, kernel, ends, spec, method, SEARCH)
 
-    found = {m: fit_range(m, spec, [x], extremes, searched(m), GRID) for m in METHODS}
+    found = {m: fit_range(m, spec, [x], extremes, searched(m), SEARCH) for m in METHODS}
     losses = _losses(_input_quality, data, _histogram(x, extremes), (extremes, extremes), spec)
     choices = [
         Choice(method, share, *map(float, jax.jit(_input_quality)(data, qparams)))
@@ -209,9 +210,9 @@ def _output_curves(layer: Layer, folded: QuantizedLayer, x: jax.Array, spec: Qua
 
     def searched(method: str) -> Callable[[search.Range], QParams]:
         act = activation if method == "output_mse" else _identity
-        return lambda ends: search_output(sample, sample, ends, spec, act, GRID)
+        return lambda ends: search_output(sample, sample, ends, spec, act, SEARCH)
 
-    found = {m: fit_range(m, spec, [sample], ends(m), searched(m), GRID) for m in METHODS}
+    found = {m: fit_range(m, spec, [sample], ends(m), searched(m), SEARCH) for m in METHODS}
     losses = _losses(quality, sample, _histogram(sample, extremes), (extremes, seen), spec)
     choices = [
         Choice(method, share, *map(float, jax.jit(quality)(sample, qparams)))

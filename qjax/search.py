@@ -1,5 +1,8 @@
 """Clipping ranges by grid search, the candidates under `jax.vmap` in chunks of bounded memory.
 
+A range is α·[low, high] of the extremes. A first grid lays α = 1/n, 2/n, … 1; each refinement lays
+n candidates between the two neighbours of the best one so far.
+
 The objective of `output_mse` is the mean squared error of the layer's output:
 
 * weights: E‖(ŵ_c − w_c)ᵀ x‖² = (ŵ_c − w_c)ᵀ H (ŵ_c − w_c) per output channel c, with H = E[x xᵀ];
@@ -12,6 +15,7 @@ that of its values.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +29,7 @@ CANDIDATE_BYTES = 2**27  # what the candidates evaluated at the same time may ta
 HISTOGRAM_BINS = 2048  # of the distributions that `kl` compares
 
 Range = tuple[jax.Array, jax.Array]
-Loss = Callable[[jax.Array, jax.Array], jax.Array]
+Loss = Callable[[jax.Array], jax.Array]
 
 
 def patch_groups(patch: int, spec: QuantSpec) -> int:
@@ -68,27 +72,41 @@ def kernel_loss(error: jax.Array, hessian: jax.Array | None) -> jax.Array:
     return jnp.sum(error * weighted, axis=-2)
 
 
-@partial(jax.jit, static_argnames=("spec", "method", "grid_size"))
+class Grid(NamedTuple):
+    """The candidates of a search.
+
+    Attributes:
+      size: n, candidates per pass.
+      refinements: passes after the first, around the best candidate so far.
+    """
+
+    size: int = 32
+    refinements: int = 1
+
+
+GRID = Grid()
+
+
+@partial(jax.jit, static_argnames=("spec", "method", "grid"))
 def search_weights(
     kernel: jax.Array,
     hessian: jax.Array,
     spec: QuantSpec,
     method: str = "output_mse",
-    grid_size: int = 100,
+    grid: Grid = GRID,
 ) -> QParams:
-    """Chooses the clipping range of a kernel.
+    """Chooses the clipping range of a kernel, for every output channel on its own.
 
-    Candidates are α·[low, high] with α = 1/n, 2/n, … 1 and [low, high] the extremes, for every
-    channel on its own. Per group, the error that a group shares with the others is left out. `kl`
-    chooses one α for the whole kernel, each value divided by the largest magnitude of its scale: a
-    channel alone has too few values for a histogram.
+    Per group, the error that a group shares with the others is left out. `kl` chooses one α for the
+    whole kernel, each value divided by the largest magnitude of its scale: a channel alone has too
+    few values for a histogram.
 
     Args:
       kernel: float[groups, patch, channels].
       hessian: E[x xᵀ], float[groups, patch, patch]; read by `output_mse` only.
       spec: the number format.
       method: `absmax`, `percentile`, `mse`, `output_mse` or `kl`.
-      grid_size: n, the number of candidates.
+      grid: the candidates.
 
     Returns:
       Qparams of shape [groups, patch groups, channels], or [1, 1, 1] per tensor.
@@ -110,12 +128,11 @@ def search_weights(
             losses = kernel_loss(fake_quant(blocks, qparams) - blocks, metric)[:, :, None]
             return jnp.sum(losses, axes, keepdims=True) if axes is None else losses
 
-        alphas = jnp.arange(1, grid_size + 1, dtype=jnp.float32) / grid_size
-        best = alphas[jnp.argmin(map_candidates(loss, alphas, blocks.nbytes), axis=0)]
+        best = _search_alpha(loss, low.shape, grid, blocks.nbytes)
     if method == "kl":
         relative = blocks / jnp.maximum(jnp.maximum(-low, high), jnp.finfo(jnp.float32).tiny)
         extremes = relative.min(), relative.max()
-        alphas = jnp.arange(1, grid_size + 1, dtype=jnp.float32) / grid_size
+        alphas = jnp.arange(1, grid.size + 1, dtype=jnp.float32) / grid.size
         histogram = jnp.histogram(relative, HISTOGRAM_BINS)
         best = alphas[jnp.argmin(entropy_losses(histogram, extremes, spec, alphas))]
     qparams = affine_qparams(best * low, best * high, spec)
@@ -145,9 +162,30 @@ def entropy_losses(
     return map_candidates(loss, alphas, data[0].nbytes)
 
 
-def map_candidates(
-    loss: Callable[[jax.Array], jax.Array], candidates: jax.Array, candidate_bytes: int
+def _search_alpha(
+    loss: Loss, shape: tuple[int, ...], grid: Grid, candidate_bytes: int
 ) -> jax.Array:
+    """The α in (0, 1] of least loss, elementwise for α and losses of one `shape`."""
+    steps = jnp.arange(1, grid.size + 1, dtype=jnp.float32).reshape(-1, *(1 for _ in shape))
+
+    def search_pass(state: Any, _: None) -> tuple[Any, None]:
+        low, width, (best, least) = state
+        candidates = jnp.clip(low[None] + width * steps / grid.size, width / grid.size / 2, 1)
+        losses = map_candidates(loss, candidates, candidate_bytes)
+        position = jnp.argmin(losses, axis=0)[None]
+        found, loss_found = (
+            jnp.take_along_axis(values, position, axis=0)[0] for values in (candidates, losses)
+        )
+        best = jnp.where(loss_found < least, found, best)
+        step = width / grid.size
+        return (best - step, 2 * step, (best, jnp.minimum(least, loss_found))), None
+
+    start = (jnp.zeros(shape), jnp.ones(()), (jnp.ones(shape), jnp.full(shape, jnp.inf)))
+    (_, _, (best, _)), _ = lax.scan(search_pass, start, length=grid.refinements + 1)
+    return best
+
+
+def map_candidates(loss: Loss, candidates: jax.Array, candidate_bytes: int) -> jax.Array:
     """Evaluates a loss on every candidate, as many at a time as memory allows.
 
     Args:
@@ -172,7 +210,7 @@ def search_input(
     extremes: Range,
     spec: QuantSpec,
     method: str = "output_mse",
-    grid_size: int = 100,
+    grid: Grid = GRID,
 ) -> QParams:
     """Chooses the clipping range of a layer's input.
 
@@ -182,13 +220,13 @@ def search_input(
       extremes: the least and the greatest value to represent, scalars.
       spec: the number format.
       method: `mse` (of the patches) or `output_mse` (of kernel times patches).
-      grid_size: candidates per end of the range.
+      grid: the candidates for each end of the range.
 
     Returns:
       Scalar qparams.
     """
     data = (patches, kernel if method == "output_mse" else None)
-    return _search_range(_input_loss, data, extremes, spec, grid_size, None)
+    return _search_range(_input_loss, data, extremes, spec, grid, None)
 
 
 def search_output(
@@ -197,7 +235,7 @@ def search_output(
     extremes: Range,
     spec: QuantSpec,
     activation: Callable[[jax.Array], jax.Array],
-    grid_size: int = 100,
+    grid: Grid = GRID,
     shortcut: jax.Array | None = None,
 ) -> QParams:
     """Chooses the clipping range of a layer's output: E‖act(q(ẑ) + s) − act(z + s)‖².
@@ -208,7 +246,7 @@ def search_output(
       extremes: the least and the greatest value to represent, scalars.
       spec: the number format.
       activation: act; the identity for the error of the tensor itself.
-      grid_size: candidates per end of the range.
+      grid: the candidates for each end of the range.
       shortcut: s, what is added to the output before the activation, float[n]; None for 0.
 
     Returns:
@@ -216,7 +254,7 @@ def search_output(
     """
     added = jnp.zeros(()) if shortcut is None else shortcut
     data = (activation(target + added), actual, added)
-    return _search_range(_output_loss, data, extremes, spec, grid_size, activation)
+    return _search_range(_output_loss, data, extremes, spec, grid, activation)
 
 
 def _input_loss(data: tuple[jax.Array, ...], qparams: QParams, _: None) -> jax.Array:
@@ -235,7 +273,7 @@ def _output_loss(
 
 
 def search_entropy(
-    histogram: tuple[jax.Array, jax.Array], extremes: Range, spec: QuantSpec, grid_size: int = 100
+    histogram: tuple[jax.Array, jax.Array], extremes: Range, spec: QuantSpec, grid: Grid = GRID
 ) -> QParams:
     """Chooses the clipping range whose codes are distributed most like the values.
 
@@ -243,7 +281,7 @@ def search_entropy(
       histogram: (counts float[bins], edges float[bins + 1]) of the values.
       extremes: the least and the greatest value to represent, scalars.
       spec: the number format.
-      grid_size: candidates per end of the range.
+      grid: the candidates for each end of the range.
 
     Returns:
       Scalar qparams.
@@ -252,7 +290,7 @@ def search_entropy(
       Migacz, 8-bit inference with TensorRT, GTC 2017.
     """
     data = _distribution(*histogram)
-    return _search_range(entropy_loss, data, extremes, spec, grid_size, None)
+    return _search_range(entropy_loss, data, extremes, spec, grid, None)
 
 
 def _distribution(counts: jax.Array, edges: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -307,29 +345,28 @@ def _search_range(
     data: tuple[jax.Array | None, ...],
     extremes: Range,
     spec: QuantSpec,
-    grid_size: int,
+    grid: Grid,
     activation: Callable[[jax.Array], jax.Array] | None,
 ) -> QParams:
     """Searches the upper end of the range, then the lower one; a symmetric range as a whole."""
     is_one_sided = float(extremes[0]) >= 0
     for end in ("both",) if spec.symmetric else ("high",) if is_one_sided else ("high", "low"):
-        extremes = _search_end(loss, data, extremes, spec, grid_size, activation, end)
+        extremes = _search_end(loss, data, extremes, spec, grid, activation, end)
     low, high = extremes
     return affine_qparams(low, high, spec)
 
 
-@partial(jax.jit, static_argnames=("loss", "spec", "grid_size", "activation", "end"))
+@partial(jax.jit, static_argnames=("loss", "spec", "grid", "activation", "end"))
 def _search_end(
     loss: Callable[..., jax.Array],
     data: tuple[jax.Array | None, ...],
     extremes: Range,
     spec: QuantSpec,
-    grid_size: int,
+    grid: Grid,
     activation: Callable[[jax.Array], jax.Array] | None,
     end: str,
 ) -> Range:
     low, high = (jnp.asarray(extreme, jnp.float32) for extreme in extremes)
-    alphas = jnp.arange(1, grid_size + 1, dtype=jnp.float32) / grid_size
 
     def shrunk(alpha: jax.Array) -> Range:
         return (low if end == "high" else alpha * low), (high if end == "low" else alpha * high)
@@ -338,4 +375,4 @@ def _search_end(
         return loss(data, affine_qparams(*shrunk(alpha), spec), activation)
 
     size = max(leaf.nbytes for leaf in data if leaf is not None)
-    return shrunk(alphas[jnp.argmin(map_candidates(loss_at, alphas, size))])
+    return shrunk(_search_alpha(loss_at, (), grid, size))

@@ -81,6 +81,8 @@ class LayerRecipe:
         error of the layer's output) or `kl` (least divergence of the distribution of the values).
       rounding: `nearest` (half to even) or `gptq` (each rounding error made up for by the elements
         of the same output channel that are still to be rounded).
+      reconstructions: least-squares fits of kernel and bias to the quantized input before rounding,
+        each leaving out what the activation hides after the one before.
       sweeps: coordinate sweeps over codes and scales after rounding.
       bias_correction: shift each bias by the mean error that quantization leaves in its channel.
 
@@ -94,6 +96,7 @@ class LayerRecipe:
     output_position: OutputPosition = "pre_activation"
     range_method: RangeMethod = "output_mse"
     rounding: Rounding = "gptq"
+    reconstructions: int = 3
     sweeps: int = 2
     bias_correction: bool = True
 
@@ -101,8 +104,9 @@ class LayerRecipe:
         _check_choice("output_position", self.output_position, get_args(OutputPosition))
         _check_choice("range_method", self.range_method, get_args(RangeMethod))
         _check_choice("rounding", self.rounding, get_args(Rounding))
-        if self.sweeps < 0:
-            raise ValueError(f"`sweeps` must be at least 0; got {self.sweeps}.")
+        for argument in ("reconstructions", "sweeps"):
+            if getattr(self, argument) < 0:
+                raise ValueError(f"`{argument}` must be at least 0; got {getattr(self, argument)}.")
         for argument in ("inputs", "outputs"):
             spec = getattr(self, argument)
             if spec is not None and spec.granularity != "per_tensor":
@@ -125,7 +129,8 @@ class Recipe(LayerRecipe):
         activations have like ranges; float accuracy is not touched.
       sequential: fit each layer on the input that its already quantized predecessors produce,
         toward the output that the float network has there, rather than on the float input alone.
-      grid_size: candidate clipping ranges per search.
+      grid_size: candidate clipping ranges per pass of a search.
+      refinements: passes after the first, each around the best candidate so far.
       overrides: `{"Conv_0": {"bits": 8}, "*fc*": {"weights": None}}`: a glob on layer names and the
         fields that differ there. Keys are the fields of `LayerRecipe`, `weight_bits`, `input_bits`,
         `output_bits` (None: float), and `bits` for all three that are not in float. The patterns
@@ -137,13 +142,16 @@ class Recipe(LayerRecipe):
 
     equalize: bool = False
     sequential: bool = True
-    grid_size: int = 100
+    grid_size: int = 32
+    refinements: int = 1
     overrides: Any = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.grid_size < 2:
             raise ValueError(f"`grid_size` must be at least 2 candidates; got {self.grid_size}.")
+        if self.refinements < 0:
+            raise ValueError(f"`refinements` must be at least 0; got {self.refinements}.")
         frozen = tuple((pattern, tuple(fields.items())) for pattern, fields in self._overrides())
         object.__setattr__(self, "overrides", frozen)
         for _, fields in self._overrides():
@@ -185,6 +193,7 @@ class Recipe(LayerRecipe):
             self,
             range_method="absmax",
             rounding="nearest",
+            reconstructions=0,
             sweeps=0,
             bias_correction=False,
             equalize=False,

@@ -1,6 +1,7 @@
 """Measures time and memory; every number that README and docs state about speed comes from here.
 
 python scripts/benchmark.py search
+python scripts/benchmark.py ablation --models lenet5-mnist
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import evaluate
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(metavar="BENCHMARK", required=True)
     add_search(commands)
+    add_ablation(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
@@ -76,6 +79,17 @@ def timed(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
         jax.block_until_ready(function())
         seconds.append(time.perf_counter() - start)
     return seconds[0], statistics.median(seconds[1:])
+
+
+# ---- ablation: accuracy as one ingredient after the other comes in
+
+
+def add_ablation(commands: Any) -> None:
+    """Adds the command `ablation`."""
+    text = "what each ingredient of the method adds to the accuracy"
+    parser = commands.add_parser("ablation", help=text, description=text)
+    evaluate.add_arguments(parser)
+    parser.set_defaults(run=partial(evaluate.run, "ablation"))
 
 
 # ---- search: calibration of ResNet-20, and its weight ranges against one convolution per candidate
@@ -172,7 +186,7 @@ def time_closed_form(arguments: argparse.Namespace) -> tuple[float, float, list[
         return observers.observe(observers.moments(layer.operation, stride), layer.inputs).hessian
 
     def find(layer: Layer) -> Any:
-        static = (SPEC, "output_mse", arguments.candidates)
+        static = (SPEC, "output_mse", search.Grid(arguments.candidates, refinements=0))
         stride = patch_stride(layer.operation, layer.inputs, MOMENT_PATCHES)
         return search.search_weights(layer.kernel, second_moment(layer, stride), *static)
 
@@ -223,7 +237,7 @@ def time_quantize(arguments: argparse.Namespace) -> tuple[float, float, list[flo
     apply_fn, params = resnet20()
     rng = np.random.default_rng(0)
     images = rng.standard_normal((arguments.images, 32, 32, 3), np.float32)
-    recipe = qjax.recipe(8, grid_size=arguments.candidates)
+    recipe = qjax.recipe(8, grid_size=arguments.candidates, refinements=0)
     seconds = timed(lambda: qjax.quantize(apply_fn, params, images, recipe).params, 1)
     return *seconds, []
 

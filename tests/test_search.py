@@ -16,10 +16,10 @@ from hypothesis.extra import numpy as st_numpy
 from qjax import QParams, QuantSpec, observers, search
 from qjax.affine import affine_qparams, fake_quant
 from qjax.rounding import round_nearest
-from qjax.search import kernel_loss, search_input, search_output, search_weights
+from qjax.search import Grid, kernel_loss, search_input, search_output, search_weights
 
-GRID = 20
-GRID_ALPHAS = np.arange(1, GRID + 1, dtype=np.float32) / np.float32(GRID)
+GRID = Grid(20, refinements=0)
+GRID_ALPHAS = np.arange(1, GRID.size + 1, dtype=np.float32) / np.float32(GRID.size)
 KERNEL_SHAPE = (2, 10, 6)
 RNG = np.random.default_rng(0)
 KERNEL: Any = RNG.standard_t(4, KERNEL_SHAPE).astype(np.float32)  # heavy tails: clipping pays
@@ -229,6 +229,30 @@ def test_a_search_is_never_worse_than_absmax(method: str, kernel: np.ndarray, sp
     assert np.all(loss <= weight_loss(kernel, widest, method) * (1 + 1e-4) + 1e-6)
     used = np.any(kernel != 0, axis=1, keepdims=True)
     assert np.all(np.where(used, searched.scale <= widest.scale * (1 + 1e-6), searched.scale == 1))
+
+
+@hypothesis.given(kernels, LAW_SPECS)
+def test_a_refined_grid_is_never_worse(kernel: np.ndarray, spec: QuantSpec):
+    losses = [
+        weight_loss(kernel, search_weights(kernel, HESSIAN, spec, grid=Grid(8, n)), "output_mse")
+        for n in range(3)
+    ]
+    for coarse, fine in zip(losses, losses[1:], strict=False):
+        assert np.all(fine <= coarse * (1 + 1e-4) + 1e-6)
+
+
+def test_refinement_finds_what_a_fine_grid_finds():
+    """Many values make a smooth objective, whose least value both are near."""
+    values: Any = RNG.normal(size=100_000).astype(np.float32)
+    extremes = values.min(), values.max()
+
+    def found(grid: Grid) -> float:
+        spec = QuantSpec(4, granularity="per_tensor")
+        scale = search_output(values, values, extremes, spec, lambda z: z, grid).scale
+        return float(scale)
+
+    fine, refined, coarse = (found(grid) for grid in (Grid(500, 0), Grid(8, 1), Grid(8, 0)))
+    assert abs(refined / fine - 1) < 0.02 < abs(coarse / fine - 1)
 
 
 @hypothesis.given(kernels, LAW_SPECS, st.permutations(range(KERNEL_SHAPE[2])))

@@ -1,0 +1,227 @@
+"""Choosing a width for every layer: the least error that a budget allows, exactly."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.progress import Progress
+from qjax.quantize import Quantized, quantize
+from qjax.sensitivity import PARTS, Part, Sensitivity
+from qjax.spec import Recipe
+
+AVERAGES = tuple(np.arange(2, 8.25, 0.25).tolist())  # budgets that `meet_target` chooses from
+
+
+class Choice(NamedTuple):
+    """One way to do one item: what it costs, and its error."""
+
+    cost: int
+    error: float
+
+
+def least_error(items: Sequence[Sequence[Choice]], budget: int) -> list[int]:
+    """Chooses one of the ways to do each item, so that the sum of the errors is least.
+
+    Dynamic programming over the Pareto front of (cost so far, error so far): exact, whatever the
+    costs are.
+
+    Args:
+      items: the choices for each item.
+      budget: what the choices may cost in all.
+
+    Returns:
+      The position of the choice for each item.
+
+    Raises:
+      ValueError: even the cheapest choices exceed the budget.
+    """
+    cheapest = [min(choice.cost for choice in item) for item in items]
+    if sum(cheapest) > budget:
+        raise ValueError(f"the least possible cost is {sum(cheapest)}; the budget is {budget}.")
+    costs, errors = np.zeros(1, np.int64), np.zeros(1)
+    steps = []
+    left = budget - sum(cheapest)
+    for item, least in zip(items, cheapest, strict=True):
+        extra = np.array([choice.cost - least for choice in item])
+        all_costs = (costs[:, None] + extra).reshape(-1)
+        all_errors = (errors[:, None] + np.array([c.error for c in item])).reshape(-1)
+        order = np.lexsort((all_errors, all_costs))
+        order = order[all_costs[order] <= left]
+        best_before = np.minimum.accumulate(np.append(np.inf, all_errors[order]))[:-1]
+        order = order[all_errors[order] < best_before]
+        costs, errors = all_costs[order], all_errors[order]
+        steps.append(np.divmod(order, len(item)))
+    state, chosen = len(costs) - 1, []
+    for parents, choices in reversed(steps):
+        chosen.append(int(choices[state]))
+        state = parents[state]
+    return chosen[::-1]
+
+
+class Allocation(NamedTuple):
+    """Widths for the layers of a network.
+
+    Attributes:
+      recipe: a recipe that has them as overrides.
+      widths: by layer and part.
+      average_bits: by part, over all elements.
+      error: by part, the sum of the sensitivities of what was chosen.
+    """
+
+    recipe: Recipe
+    widths: Mapping[tuple[str, Part], int]
+    average_bits: Mapping[Part, float]
+    error: Mapping[Part, float]
+
+    def __str__(self) -> str:
+        """A table of the widths."""
+        layers = dict.fromkeys(layer for layer, _ in self.widths)
+        size = max(map(len, layers))
+        lines = [f"{'layer':<{size}}  " + "  ".join(f"{part:>11}" for part in self.average_bits)]
+        for layer in layers:
+            cells = [self.widths[layer, part] for part in self.average_bits]
+            lines.append(f"{layer:<{size}}  " + "  ".join(f"{cell:>11}" for cell in cells))
+        means = "  ".join(f"{bits:>11.2f}" for bits in self.average_bits.values())
+        errors = "  ".join(f"{error:>11.2e}" for error in self.error.values())
+        return "\n".join(
+            [*lines, f"{'mean bits':<{size}}  {means}", f"{'error':<{size}}  {errors}"]
+        )
+
+
+def allocate(
+    sensitivities: Sequence[Sensitivity],
+    recipe: Recipe,
+    *,
+    average_bits: float | None = None,
+    max_kernel_bytes: int | None = None,
+) -> Allocation:
+    """Chooses a width for every layer, of weights and of activations apart.
+
+    Args:
+      sensitivities: from `measure_sensitivities`.
+      recipe: what else is to be done; its overrides come after the chosen widths and win.
+      average_bits: what the widths of each part may be on average over its elements.
+      max_kernel_bytes: what the codes of all kernels may take, each kernel in whole bytes; the
+        activations keep the recipe's width.
+
+    Returns:
+      An `Allocation`.
+
+    Raises:
+      ValueError: not exactly one budget is given, or it is too small.
+    """
+    if (average_bits is None) == (max_kernel_bytes is None):
+        raise ValueError("give one of `average_bits` and `max_kernel_bytes`.")
+    widths: dict[tuple[str, Part], int] = {}
+    averages: dict[Part, float] = {}
+    errors: dict[Part, float] = {}
+    for part in PARTS:
+        found = [item for item in sensitivities if item.part == part]
+        if not found or (max_kernel_bytes is not None and part == "activations"):
+            continue
+        total = sum(item.elements for item in found)
+        if max_kernel_bytes is None:
+            assert average_bits is not None
+            unit, budget = 1, int(average_bits * total)
+        else:
+            unit, budget = 8, max_kernel_bytes
+        items = [
+            [Choice(-(-bits * item.elements // unit), e) for bits, e in item.errors.items()]
+            for item in found
+        ]
+        try:
+            chosen = least_error(items, budget)
+        except ValueError as error:
+            given = "average_bits" if max_kernel_bytes is None else "max_kernel_bytes"
+            value = average_bits if max_kernel_bytes is None else max_kernel_bytes
+            least = min(found[0].errors)
+            raise ValueError(
+                f"`{given}` must allow {least} bits for the {part} of every layer; got {value}."
+            ) from error
+        chosen_bits = [list(item.errors)[k] for item, k in zip(found, chosen, strict=True)]
+        widths |= {(item.layer, part): b for item, b in zip(found, chosen_bits, strict=True)}
+        pairs = list(zip(found, chosen_bits, strict=True))
+        averages[part] = sum(item.elements * bits for item, bits in pairs) / total
+        errors[part] = sum(item.errors[bits] for item, bits in pairs)
+    return Allocation(_with_widths(recipe, widths), widths, averages, errors)
+
+
+def _with_widths(recipe: Recipe, widths: Mapping[tuple[str, Part], int]) -> Recipe:
+    overrides: dict[str, dict[str, Any]] = {}
+    for (layer, part), bits in widths.items():
+        fields = ("weights",) if part == "weights" else ("inputs", "outputs")
+        used = [field for field in fields if getattr(recipe, field) is not None]
+        changes = {f"{field.removesuffix('s')}_bits": bits for field in used}
+        overrides.setdefault(layer, {}).update(changes)
+    return dataclasses.replace(recipe, overrides=[*overrides.items(), *recipe.overrides])
+
+
+def meet_target(
+    apply_fn: Callable[[Any, Any], Any],
+    params: Any,
+    images: Any,
+    recipe: Recipe,
+    sensitivities: Sequence[Sensitivity],
+    target_drop: float,
+    progress: Progress = lambda item, done, total: None,
+) -> tuple[Allocation, Quantized, float]:
+    """Finds the least average width whose estimated loss of accuracy is within the target.
+
+    The loss is estimated without labels, taking the float network's probabilities for those of the
+    labels: the mean of p(ŷ_float | x) − p(ŷ_quantized | x) over the images. Bisection over budgets
+    from 2 to 8 bits, the network quantized anew for each.
+
+    Args:
+      apply_fn: a classifier, a pure function of (params, x) that returns logits float[N, K].
+      params: its params.
+      images: calibration inputs float[N, ...].
+      recipe: what else is to be done.
+      sensitivities: from `measure_sensitivities`.
+      target_drop: in percentage points of top-1 accuracy.
+      progress: called with (what is being done, how much is done, how much there is).
+
+    Returns:
+      The allocation, the quantized network and its estimated loss in percentage points.
+
+    Raises:
+      ValueError: no budget meets the target.
+    """
+    reference = jax.nn.softmax(jax.jit(apply_fn)(params, images))
+    low, high, found = 0, len(AVERAGES) - 1, None
+    total = len(AVERAGES).bit_length()
+    done = 0
+    while low <= high:
+        middle = (low + high) // 2
+        progress(f"{AVERAGES[middle]:.2f} bits on average", done, total)
+        allocation = allocate(sensitivities, recipe, average_bits=AVERAGES[middle])
+        q = quantize(apply_fn, params, images, allocation.recipe)
+        drop = estimated_drop(reference, q.apply_fn(q.params, images))
+        if drop <= target_drop:
+            found, high = (allocation, q, drop), middle - 1
+        else:
+            low = middle + 1
+        done += 1
+    if found is None:
+        raise ValueError(
+            f"`target_drop` of {target_drop} points is out of reach: {AVERAGES[-1]:g} bits on "
+            f"average lose an estimated {drop:.2f}. Allow more, or leave some parts in float."
+        )
+    return found
+
+
+def estimated_drop(probabilities: jax.Array, logits: jax.Array) -> float:
+    """The expected loss of top-1 accuracy if labels follow the float network's probabilities.
+
+    Args:
+      probabilities: of the float network, float[N, K].
+      logits: of the quantized network, float[N, K].
+
+    Returns:
+      Percentage points.
+    """
+    chosen = jnp.take_along_axis(probabilities, jnp.argmax(logits, -1)[:, None], axis=-1)[:, 0]
+    return 100 * float(jnp.mean(jnp.max(probabilities, -1) - chosen))

@@ -1,0 +1,251 @@
+"""Measures the tables of accuracy in the documentation, on all test images.
+
+Every finished measurement is kept, so a run that was interrupted goes on where it stopped.
+
+  python scripts/evaluate.py widths
+  python scripts/evaluate.py mixed --models resnet20-cifar10 --seeds 0 1 2
+
+Beside the accuracy stands the logits' error on training images outside of the calibration draw,
+|f(x) - f_quantized(x)|^2 over |f(x)|^2, summed: methods are chosen by it, never by test images.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import pretrained
+import qjax
+from pretrained import datasets
+from qjax.progress import progress_bar
+from qjax.spec import Recipe
+
+DOCS = Path(__file__).parent.parent / "docs"
+HELD_OUT = 2000  # training images
+WIDTHS = (8, 6, 5, 4, 3, 2)
+FORMATS = {"W6A6": (6, 6), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8)}
+FORMATS |= {"W4A4": (4, 4), "W3A3": (3, 3)}
+FLOAT = "float"
+
+
+class Table(NamedTuple):
+    """One table for every model.
+
+    Attributes:
+      title: its heading.
+      rows: names of the rows.
+      recipes: by (row, column), in the order of the columns.
+    """
+
+    title: str
+    rows: Sequence[str]
+    recipes: dict[tuple[str, str], qjax.Recipe]
+
+
+def tables() -> dict[str, Table]:
+    """The tables by name."""
+    parts: dict[str, dict[str, Any]] = {
+        "weights": {"inputs": None, "outputs": None},
+        "weights, inputs": {"outputs": None},
+        "weights, inputs, outputs": {},
+    }
+    widths = {
+        (part, f"{bits} bits"): qjax.recipe(bits, **fields)
+        for part, fields in parts.items()
+        for bits in WIDTHS
+    }
+    columns: dict[str, dict[str, Any]] = {
+        "inputs and outputs": {},
+        "inputs": {"outputs": None},
+        "inputs, first and last layer at 8 bits": {"outputs": None, "first_last_bits": 8},
+    }
+    mixed = {
+        (name, column): qjax.recipe(activation_bits, weight_bits=weight_bits, **fields)
+        for name, (weight_bits, activation_bits) in FORMATS.items()
+        for column, fields in columns.items()
+    }
+    used = Recipe()
+    steps: dict[str, dict[str, Any]] = {
+        "extremes, nearest codes": {},
+        "+ ranges by the tensor's error": {"range_method": "mse"},
+        "+ ranges by the output's error": {"range_method": used.range_method},
+        "+ refined grids": {"refinements": used.refinements},
+        "+ bias correction": {"bias_correction": True},
+        "+ sequential fitting": {"sequential": True},
+        "+ GPTQ": {"rounding": "gptq"},
+        "+ one least-squares fit": {"reconstructions": 1},
+        "+ fits to what the activation shows": {"reconstructions": 3},
+        "+ coordinate sweeps": {"sweeps": 2},
+        "+ equalized channels": {"equalize": True},
+    }
+    formats = {
+        "W4A4, inputs and outputs": qjax.recipe(4),
+        "W4A4, inputs": qjax.recipe(4, outputs=None),
+        "W3A8, inputs and outputs": qjax.recipe(8, weight_bits=3),
+    }
+    ablation = {}
+    for column, full in formats.items():
+        recipe = dataclasses.replace(full.naive(), refinements=0)
+        for row, changes in steps.items():
+            recipe = dataclasses.replace(recipe, **changes)
+            ablation[row, column] = recipe
+    return {
+        "ablation": Table("What each ingredient adds", list(steps), ablation),
+        "widths": Table("Top-1 by bit width", list(parts), widths),
+        "mixed": Table("Top-1 by widths of weights and activations", list(FORMATS), mixed),
+    }
+
+
+def main() -> None:
+    """Parses the command line, measures what is missing and writes the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("table", choices=tables(), help="which table")
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    run(arguments.table, arguments)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what a measurement can be told."""
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=pretrained.names(),
+        metavar="NAME|PATH",
+        help="all reference models",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration draw")
+    parser.add_argument("--calibration-size", type=int, default=1024, metavar="N", help="images")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="docs/results-TABLE.jsonl")
+    parser.add_argument("--restart", action="store_true", help="measure everything anew")
+
+
+def run(name: str, arguments: argparse.Namespace) -> None:
+    """Measures what is missing of a table, writes it and prints it."""
+    path = arguments.results or DOCS / f"results-{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.restart:
+        path.unlink(missing_ok=True)
+    table = tables()[name]
+    for model in arguments.models:
+        measure_missing(model, table, arguments.seeds, arguments.calibration_size, path)
+    document = path.with_suffix(".md")
+    text = markdown(table, read(path), f"python scripts/evaluate.py {name}")
+    temporary = document.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, document)
+    print(text)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The measurements so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def measure_missing(name: str, table: Table, seeds: Sequence[int], size: int, path: Path) -> None:
+    """Measures what `path` does not hold yet of a model, and appends it line by line."""
+    label = Path(name).name
+    wanted = [(FLOAT, FLOAT, 0), *((*key, seed) for seed in seeds for key in table.recipes)]
+    held = {
+        (line["row"], line["column"], line["seed"]) for line in read(path) if line["model"] == label
+    }
+    missing = [key for key in wanted if key not in held]
+    if not missing:
+        return
+    model = pretrained.load(name)
+    images = datasets.load(model.dataset, "train").images
+    test = datasets.load(model.dataset, "test")
+    accuracy = partial(
+        qjax.top1, images=test.images, labels=test.labels, preprocess=model.preprocess
+    )
+    used = min(size, len(images) - 1)
+    with progress_bar(label) as progress:
+        for done, (row, column, seed) in enumerate(missing):
+            progress(f"{row}, {column}, draw {seed}", done, len(missing))
+            line = {"model": label, "row": row, "column": column, "seed": seed}
+            if row == FLOAT:
+                line["top1"] = accuracy(model.apply_fn, model.params)
+            else:
+                drawn = datasets.calibration_draw(np.arange(len(images)), used, seed)
+                others = np.setdiff1d(np.arange(len(images)), drawn)
+                others = np.random.default_rng(seed).permutation(others)[:HELD_OUT]
+                start = time.perf_counter()
+                recipe = table.recipes[row, column]
+                calibration = model.preprocess(images[drawn])
+                q = qjax.quantize(model.apply_fn, model.params, calibration, recipe)
+                line |= {"calibration_images": used, "seconds": time.perf_counter() - start}
+                line["error"] = logits_error(model, q, model.preprocess(images[others]))
+                line["top1"] = accuracy(q.apply_fn, q.params)
+            line["test_images"] = len(test.images)
+            with path.open("a") as file:
+                print(json.dumps(line), file=file)
+
+
+def logits_error(
+    model: pretrained.Pretrained, q: qjax.Quantized, x: Any, batch: int = 250
+) -> float:
+    """What quantization changes in the logits, as a share of their energy."""
+    apply_fn = jax.jit(model.apply_fn)
+    noise = signal = 0.0
+    for start in range(0, len(x), batch):
+        part = x[start : start + batch]
+        logits = np.asarray(apply_fn(model.params, part), np.float64)
+        noise += float(np.sum((np.asarray(q.apply_fn(q.params, part)) - logits) ** 2))
+        signal += float(np.sum(logits**2))
+    return noise / signal
+
+
+def markdown(table: Table, lines: Sequence[dict[str, Any]], command: str) -> str:
+    """The table as a document."""
+    columns = list(dict.fromkeys(column for _, column in table.recipes))
+    text = [
+        f"# {table.title}",
+        "",
+        f"Measured by `{command}`; top-1 in percent on all test images.",
+    ]
+    for model in dict.fromkeys(line["model"] for line in lines):
+        mine = [line for line in lines if line["model"] == model]
+        reference = next(line["top1"] for line in mine if line["row"] == FLOAT)
+        some = next((line for line in mine if line["row"] != FLOAT), None)
+        if some is None:
+            continue
+        text += [
+            "",
+            f"## {model}",
+            "",
+            f"Float {reference:.2f}; {some['test_images']:,} test images, "
+            f"{some['calibration_images']:,} calibration images, "
+            f"{len({line['seed'] for line in mine if line['row'] != FLOAT})} draws.",
+            "",
+            f"| | {' | '.join(columns)} |",
+            f"|---|{'---|' * len(columns)}",
+        ]
+        text += [
+            f"| {row} | {' | '.join(cell(mine, row, column) for column in columns)} |"
+            for row in table.rows
+        ]
+    return "\n".join(text) + "\n"
+
+
+def cell(lines: Sequence[dict[str, Any]], row: str, column: str) -> str:
+    """Top-1 and, in brackets, the logits' error: means over the draws."""
+    found = [line for line in lines if (line["row"], line["column"]) == (row, column)]
+    if not found:
+        return "–"
+    top1 = statistics.mean(line["top1"] for line in found)
+    error = statistics.mean(line["error"] for line in found)
+    return f"{top1:.2f} ({error:.1e})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
