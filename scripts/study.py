@@ -23,13 +23,14 @@ from qjax.calibrate import MOMENT_PATCHES, patch_stride
 from qjax.curves import Curves, layer_curves
 from qjax.explain import explain
 from qjax.layers import find_layers
-from qjax.studies import Measure, Row, at_width
+from qjax.sensitivity import at_width
+from qjax.studies import Measure, Row
 from qjax.tap import float_layers, shapes_of, tapped
 
 SIZE = 1024  # calibration images
 SAMPLE = 128  # calibration images that one layer is looked at with
 BASE = qjax.Recipe()
-THRIFTY = qjax.Recipe(rounding="nearest", sweeps=0, sequential=False)
+THRIFTY = qjax.Recipe(rounding="nearest", sweeps=0, reconstructions=0, sequential=False)
 WIDTHS = (8, 6, 5, 4, 3, 2)
 FEW_WIDTHS = (8, 4, 2)  # thriftily
 CLOSE = 0.5  # dB below which two results count as alike

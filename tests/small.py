@@ -13,7 +13,12 @@ import numpy as np
 import qjax
 
 CHEAP = qjax.Recipe(
-    range_method="absmax", rounding="nearest", sweeps=0, bias_correction=False, sequential=False
+    range_method="absmax",
+    reconstructions=0,
+    rounding="nearest",
+    sweeps=0,
+    bias_correction=False,
+    sequential=False,
 )
 
 
@@ -41,7 +46,9 @@ def quantized(**changes: Any) -> qjax.Quantized:
     return qjax.quantize(apply_fn, make_params(), images(), recipe)
 
 
-_FIELDS = ("range_method", "rounding", "sweeps", "bias_correction", "sequential")
+_FIELDS = (
+    *("range_method", "reconstructions", "rounding", "sweeps", "bias_correction", "sequential"),
+)
 
 
 class Test(NamedTuple):
