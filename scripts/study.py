@@ -33,7 +33,6 @@ BASE = qjax.Recipe()
 THRIFTY = qjax.Recipe(rounding="nearest", sweeps=0, reconstructions=0, sequential=False)
 WIDTHS = (8, 6, 5, 4, 3, 2)
 FEW_WIDTHS = (8, 4, 2)  # thriftily
-CLOSE = 0.5  # dB below which two results count as alike
 
 
 def main() -> None:
@@ -287,7 +286,7 @@ def _accuracy(s: Subject, header: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def _few_bits(s: Subject) -> str:
-    rows, lost = [], []
+    rows = []
     for bits in FEW_WIDTHS if s.thrifty else WIDTHS:
         at = at_width(s.base, bits)
         rows.append(s.row(at, str(bits), "weights and activations"))
@@ -307,21 +306,14 @@ def _few_bits(s: Subject) -> str:
         next(row for row in rows if row.labels == ("2", part)).logits_sqnr_db
         for part in ("weights", "activations")
     )
-    first, gap = ("weights", activations - weights)
-    if activations < weights:
-        first, gap = "activations", weights - activations
-    concern = (
-        f"the {first} alone, {gap:.1f} dB below the other kind alone"
-        if gap > CLOSE
-        else "weights and activations alike"
-    )
     return f"""## 4. Six bits and fewer: what happens, and what the concern is
 
 {_accuracy(s, ("bits", "what is quantized"), rows)}
 
 Top-1 points lost, weights and activations together: {", ".join(lost)} bits. From 8 to 4 bits the \
-logits lose {fall:.1f} dB per bit. At 2 bits a weight has 3 codes and an activation 4; the concern \
-there is {concern}. Two bits fewer are a quarter of the codes and four times the error: the errors \
+logits lose {fall:.1f} dB per bit. At 2 bits a weight has 3 codes and an activation 4: the \
+weights alone leave the logits at {weights:.1f} dB, the activations alone at {activations:.1f} dB; \
+the lower of the two is the concern. Two bits fewer are a quarter of the codes and four times the error: the errors \
 of all layers add up, and where their sum reaches the distance between the two largest logits, \
 predictions change."""
 
