@@ -313,8 +313,8 @@ def _few_bits(s: Subject) -> str:
 Top-1 points lost, weights and activations together: {", ".join(lost)} bits. From 8 to 4 bits the \
 logits lose {fall:.1f} dB per bit. At 2 bits a weight has 3 codes and an activation 4: the \
 weights alone leave the logits at {weights:.1f} dB, the activations alone at {activations:.1f} dB; \
-the lower of the two is the concern. Two bits fewer are a quarter of the codes and four times the error: the errors \
-of all layers add up, and where their sum reaches the distance between the two largest logits, \
+the lower of the two is the concern. Two bits fewer are a quarter of the codes and four times the \
+error: the errors of all layers add up, and where their sum reaches the distance between the two largest logits, \
 predictions change."""
 
 
