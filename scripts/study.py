@@ -314,8 +314,8 @@ Top-1 points lost, weights and activations together: {", ".join(lost)} bits. Fro
 logits lose {fall:.1f} dB per bit. At 2 bits a weight has 3 codes and an activation 4: the \
 weights alone leave the logits at {weights:.1f} dB, the activations alone at {activations:.1f} dB; \
 the lower of the two is the concern. Two bits fewer are a quarter of the codes and four times the \
-error: the errors of all layers add up, and where their sum reaches the distance between the two largest logits, \
-predictions change."""
+error: the errors of all layers add up, and where their sum reaches the distance between the two \
+largest logits, predictions change."""
 
 
 def _position(s: Subject) -> str:
