@@ -195,6 +195,8 @@ def _fit_kernel(
     seen = x if inputs is None else [_fake_quant(batch, inputs) for batch in x]
     stride = patch_stride(operation, seen, MOMENT_PATCHES)
     moments = observers.observe(observers.moments(operation, stride), seen)
+    if recipe.bias_correction:  # the bias takes up the means, the kernel answers for the rest
+        moments = observers.centered(moments)
     steps = min(recipe.reconstructions, 1 if goal.activation is _identity else math.inf)
     for _ in range(int(steps)):
         folded = refit(operation, folded, moments, seen, goal, stride, recipe.bias_correction)
@@ -213,8 +215,6 @@ def _round_layer(
 ) -> tuple[QuantizedLayer, jax.Array, jax.Array]:
     assert recipe.weights is not None
     kernel, hessian = folded.kernel, moments.hessian
-    if recipe.bias_correction:  # the bias takes up the means, the kernel answers for the rest
-        hessian = hessian - moments.mean[:, :, None] * moments.mean[:, None, :]
     weights = search.search_weights(kernel, hessian, recipe.weights, recipe.range_method, grid)
     widest = search.search_weights(kernel, hessian, recipe.weights, "absmax")
     if recipe.rounding == "gptq":

@@ -17,7 +17,7 @@ import jax
 
 import pretrained
 from pretrained import datasets
-from qjax import cli_explain, cli_study, io, page
+from qjax import cli_allocate, cli_explain, cli_study, io, page
 from qjax.evaluate import top1
 from qjax.progress import Progress, progress_bar
 from qjax.quantize import quantize
@@ -98,6 +98,7 @@ def _add_quantize(commands: Any) -> None:
     parser.set_defaults(run=_run_quantize)
     _add_model(parser)
     _add_how(parser)
+    cli_allocate.add_arguments(parser)
     add = parser.add_argument_group("what to write").add_argument
     add(
         "--baseline",
@@ -134,6 +135,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_how(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how (widths are 2 to 16 bits)").add_argument
+    add(
+        "--recipe", metavar="FILE", help="from the JSON of an earlier run; all else here is ignored"
+    )
     add("--bits", type=int, default=8, metavar="N", help="weights, inputs, outputs (%(default)s)")
     for part in _PARTS:
         add(
@@ -164,6 +168,13 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     )
     add("--no-bias-correction", action="store_true", help="keep the mean error of each channel")
     add("--equalize", action="store_true", help="even out the channels between two layers first")
+    add(
+        "--reconstructions",
+        type=int,
+        default=Recipe.reconstructions,
+        metavar="N",
+        help="least-squares fits of every kernel to its quantized input (%(default)s)",
+    )
     add("--no-sequential", action="store_true", help="fit every layer on float inputs")
 
 
@@ -213,7 +224,11 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
         model, calibration, test = _load(arguments, progress)
     start = time.perf_counter()
     with stage("quantizing") as progress:
-        if arguments.search_bits is None:
+        if cli_allocate.is_wanted(arguments):
+            q, chosen = cli_allocate.run(arguments, model, calibration, wanted, progress)
+            wanted = q.report.recipe
+            print(f"{chosen}\n")
+        elif arguments.search_bits is None:
             q = quantize(model.apply_fn, model.params, calibration, wanted, progress=progress)
         else:
             q, tried = cli_study.search(arguments, model, calibration, test, wanted, progress)
@@ -258,13 +273,17 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
         with stage("measuring") as progress:
             sizes = result["bytes_float"], result["bytes_quantized"]
             facts = page.gather(q, model, calibration, test, sizes, progress)
-        Path(arguments.report).write_text(page.render(facts))
+        unfinished = Path(f"{arguments.report}.unfinished")
+        unfinished.write_text(page.render(facts))
+        unfinished.replace(arguments.report)
         print(f"page         {arguments.report}")
     if arguments.json:
         print(json.dumps(result, allow_nan=False))
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
+    if arguments.recipe is not None:
+        return _read_recipe(Path(arguments.recipe))
     fields: dict[str, Any] = {}
     for part, field in _PARTS.items():
         width = getattr(arguments, f"{part}_bits")
@@ -275,6 +294,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         range_method=arguments.range_method,
         output_position=arguments.output_position,
         rounding=arguments.rounding,
+        reconstructions=arguments.reconstructions,
         sweeps=arguments.sweeps,
         equalize=arguments.equalize,
         sequential=not arguments.no_sequential,
@@ -282,6 +302,18 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         overrides=dict(arguments.override),
         **fields,
     )
+
+
+def _read_recipe(path: Path) -> Recipe:
+    """Reads a recipe: the `recipe` of a JSON object, or the object itself."""
+    try:
+        found = json.loads(path.read_text())
+        return Recipe.from_json(found.get("recipe", found))
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`--recipe` must name a file with a recipe (the JSON line of --json, or the manifest "
+            f"of --out); {path} holds none: {error}."
+        ) from error
 
 
 @contextlib.contextmanager

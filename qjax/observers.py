@@ -178,6 +178,20 @@ def moments(operation: Linear, stride: int = 1) -> Observer:
     return Observer(lambda: (jnp.zeros(()), zeros), update, _mean)
 
 
+@partial(jax.jit, donate_argnums=0)
+def centered(moments: Moments) -> Moments:
+    """Takes the means out of the second moments: Cov[x] = E[x xᵀ] − E[x] E[x]ᵀ.
+
+    Args:
+      moments: they are used up, to hold one matrix rather than two.
+
+    Returns:
+      The same mean, and the covariance in place of the second moments.
+    """
+    mean = moments.mean
+    return Moments(mean, moments.hessian - mean[:, :, None] * mean[:, None, :])
+
+
 class CrossMoments(NamedTuple):
     """Moments of a residual r of a layer's output with its input patches x.
 

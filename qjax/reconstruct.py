@@ -75,11 +75,11 @@ def refit(
     Args:
       operation: the linear operation.
       folded: kernel and bias so far.
-      moments: of the patches of `inputs`.
+      moments: of the patches of `inputs`, centered where the bias is free.
       inputs: x̂, for each batch.
       goal: what the output is for.
       stride: between the patches of a batch that count.
-      has_free_bias: whether the bias may change; otherwise no moment is centered.
+      has_free_bias: whether the bias may change.
 
     Returns:
       The new kernel and bias.
@@ -97,12 +97,8 @@ _apply_folded = jax.jit(apply_folded, static_argnums=0)
 def _shifted(
     folded: Folded, moments: observers.Moments, found: observers.CrossMoments, has_free_bias: bool
 ) -> Folded:
-    if not has_free_bias:
-        shift = least_squares_shift(moments.hessian, found.cross)
-        return Folded(folded.kernel + shift, folded.bias)
     mean = moments.mean[:, :, None]
-    hessian = moments.hessian - mean * mean.transpose(0, 2, 1)
-    cross = found.cross - mean * found.residual_mean[:, None, :]
-    shift = least_squares_shift(hessian, cross)
-    offset = found.residual_mean - jnp.sum(mean * shift, axis=1)
-    return Folded(folded.kernel + shift, folded.bias + offset.reshape(-1))
+    means = mean * found.residual_mean[:, None, :] if has_free_bias else 0.0
+    shift = least_squares_shift(moments.hessian, found.cross - means)
+    offset = found.residual_mean - jnp.sum(mean * shift, axis=1) if has_free_bias else 0.0
+    return Folded(folded.kernel + shift, folded.bias + jnp.ravel(offset))

@@ -9,13 +9,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import solve_triangular
 
 from qjax.affine import QParams, dequantize, fake_quant, quantize_array
 from qjax.quantized import expand_groups
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
-BLOCK = 128  # columns that GPTQ rounds between two updates of all the others
+BLOCK = 128  # elements that GPTQ rounds for one product with the errors before
 
 
 def elementwise(qparams: QParams, patch: int) -> QParams:
@@ -62,11 +61,12 @@ def least_squares_shift(hessian: jax.Array, cross: jax.Array) -> jax.Array:
 
 
 def round_gptq(kernel: jax.Array, hessian: jax.Array, qparams: QParams) -> jax.Array:
-    """Rounds the elements of a patch one after the other, each error made up for by the rest.
+    """Rounds the elements of a patch one after the other, each making up for the ones before.
 
-    In the order of decreasing H_kk: q_k = round(w_k), and all later w_j −= U_kj (w_k − q_k) / U_kk,
-    where U is upper triangular and H⁻¹ = Uᵀ U. Columns are taken in blocks: inside a block every
-    step updates the block, and the other columns follow once, when the block is done.
+    With H = L Lᵀ the squared error is ‖Lᵀ(w − q)‖². In the order of decreasing H_kk (which is the
+    last row of Lᵀ first) q_k = round(w_k + Σ_{j before k} L_jk (w_j − q_j) / L_kk): what GPTQ does
+    with the inverse of H, without that inverse. Elements are taken in blocks: what the ones before
+    a block add is one matrix product.
 
     Args:
       kernel: float[groups, patch, channels].
@@ -77,7 +77,7 @@ def round_gptq(kernel: jax.Array, hessian: jax.Array, qparams: QParams) -> jax.A
       Codes of the kernel's shape.
 
     References:
-      Frantar et al., 2023, arXiv:2210.17323, algorithm 1.
+      Frantar et al., 2023, arXiv:2210.17323, algorithm 1; Chen et al., 2025, arXiv:2507.18553.
     """
     full = elementwise(qparams, kernel.shape[1])
     full = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, kernel.shape), full)
@@ -88,48 +88,34 @@ def round_gptq(kernel: jax.Array, hessian: jax.Array, qparams: QParams) -> jax.A
 def _gptq_matrix(kernel: jax.Array, hessian: jax.Array, qparams: QParams) -> jax.Array:
     """GPTQ on one group: float[patch, channels] on the grid of `qparams`."""
     patch, channels = kernel.shape
-    order = jnp.argsort(-jnp.diagonal(hessian))
-    size = min(BLOCK, patch)
-    padding = -patch % size
-    inverse_factor = _inverse_factor(damped(hessian[order][:, order]))
-    columns = jnp.arange(patch + padding)
-    inverse_factor = jnp.pad(inverse_factor, (0, padding))
-    inverse_factor = inverse_factor + jnp.diag((columns >= patch).astype(jnp.float32))
+    size = max(d for d in range(1, min(BLOCK, patch) + 1) if patch % d == 0)
+    order = jnp.argsort(jnp.diagonal(hessian))
+    factor = jnp.linalg.cholesky(damped(hessian[order[:, None], order[None]]))
+    kernel, grid = (jax.tree.map(lambda leaf: leaf[order], tree) for tree in (kernel, qparams))
 
-    def padded(rows: jax.Array) -> jax.Array:
-        return jnp.pad(rows[order], ((0, padding), (0, 0)), mode="edge")
+    def do_block(index: jax.Array, errors: jax.Array) -> jax.Array:
+        start = patch - (index + 1) * size
+        columns = lax.dynamic_slice_in_dim(factor, start, size, axis=1)
+        earlier = jnp.matmul(columns.T, errors, precision="highest")
+        square = lax.dynamic_slice_in_dim(columns, start, size)
+        wanted, levels = (
+            jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), tree)
+            for tree in (kernel, grid)
+        )
 
-    permuted = jax.tree.map(padded, qparams)
+        def do_element(step: jax.Array, block: jax.Array) -> jax.Array:
+            k = size - 1 - step
+            shift = (earlier[k] + jnp.matmul(square[:, k], block, precision="highest")) / square[
+                k, k
+            ]
+            rounded = fake_quant(wanted[k] + shift, jax.tree.map(lambda leaf: leaf[k], levels))
+            return block.at[k].set(wanted[k] - rounded)
 
-    def do_block(index: jax.Array, weights: jax.Array) -> jax.Array:
-        start = index * size
-        factor_rows = lax.dynamic_slice_in_dim(inverse_factor, start, size)
-        factor = lax.dynamic_slice_in_dim(factor_rows, start, size, axis=1)
-        grid = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size), permuted)
+        block = lax.fori_loop(0, size, do_element, jnp.zeros((size, channels)))
+        return lax.dynamic_update_slice_in_dim(errors, block, start, axis=0)
 
-        def do_column(
-            k: jax.Array, state: tuple[jax.Array, jax.Array]
-        ) -> tuple[jax.Array, jax.Array]:
-            block, errors = state
-            rounded = fake_quant(block[k], jax.tree.map(lambda leaf: leaf[k], grid))
-            error = (block[k] - rounded) / factor[k, k]
-            return block - factor[k][:, None] * error[None], errors.at[k].set(error)
-
-        block = lax.dynamic_slice_in_dim(weights, start, size)
-        block, errors = lax.fori_loop(0, size, do_column, (block, jnp.zeros_like(block)))
-        later = jnp.where(columns[None] >= start + size, factor_rows, 0.0)
-        weights = weights - jnp.matmul(later.T, errors, precision="highest")
-        return lax.dynamic_update_slice_in_dim(weights, block, start, axis=0)
-
-    blocks = (patch + padding) // size
-    weights = lax.fori_loop(0, blocks, do_block, padded(kernel))
-    return jnp.zeros_like(kernel).at[order].set(weights[:patch])
-
-
-def _inverse_factor(matrix: jax.Array) -> jax.Array:
-    """The upper triangular U with matrix⁻¹ = Uᵀ U, by the Cholesky factor from the last row up."""
-    upper = jnp.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1]
-    return solve_triangular(upper, jnp.eye(len(matrix)), lower=False)
+    errors = lax.fori_loop(0, patch // size, do_block, jnp.zeros_like(kernel))
+    return jnp.zeros_like(kernel).at[order].set(kernel - errors)
 
 
 @partial(jax.jit, static_argnames="sweeps")

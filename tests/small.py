@@ -12,14 +12,7 @@ import numpy as np
 
 import qjax
 
-CHEAP = qjax.Recipe(
-    range_method="absmax",
-    reconstructions=0,
-    rounding="nearest",
-    sweeps=0,
-    bias_correction=False,
-    sequential=False,
-)
+CHEAP = qjax.Recipe().naive()
 
 
 def apply_fn(params: Any, x: jax.Array) -> jax.Array:

@@ -280,3 +280,61 @@ def test_top1_counts_every_image_once():
     assert seen == [(4, 10), (8, 10), (10, 10)]
     with pytest.raises(ValueError, match="got 10 images and 9 labels"):
         qjax.top1(lambda params, x: x, None, logits, labels[:9])
+
+
+# ---- A width for every layer
+
+
+def found_in(capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
+    """What was printed, and the JSON of its last line."""
+    out = capsys.readouterr().out
+    return out, json.loads(out.splitlines()[-1])
+
+
+def test_average_bits_gives_widths_that_can_be_used_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert quantize("--average-bits", "4.5", "--json") == 0
+    out, result = found_in(capsys)
+    assert "mean bits" in out
+    widths = [layer["weight_bits"] for layer in result["layers"]]
+    sizes = [np.prod(layer["kernel_shape"]) for layer in result["layers"]]
+    assert np.average(widths, weights=sizes) <= 4.5
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(result))
+    assert quantize("--recipe", str(file), "--json") == 0
+    _, again = found_in(capsys)
+    assert [layer["weight_bits"] for layer in again["layers"]] == widths
+    assert again["quantized_top1"] == result["quantized_top1"]
+
+
+def test_max_bytes_bounds_what_is_stored(capsys: pytest.CaptureFixture[str]):
+    assert quantize("--json") == 0
+    _, at_8_bits = found_in(capsys)
+    budget = at_8_bits["bytes_quantized"] - 10
+    assert quantize("--max-bytes", str(budget), "--json") == 0
+    _, result = found_in(capsys)
+    assert result["bytes_quantized"] <= budget
+    assert quantize("--max-bytes", "3") == 2
+    assert "`--max-bytes` must be above the" in capsys.readouterr().err
+
+
+def test_target_drop_says_what_it_expects_to_lose(capsys: pytest.CaptureFixture[str]):
+    assert quantize("--target-drop", "50", "--json") == 0
+    out, result = found_in(capsys)
+    assert "estimated loss of accuracy, without labels" in out
+    assert result["layers"][0]["weight_bits"] == 2, "almost any loss is allowed"
+
+
+def test_budgets_exclude_each_other(capsys: pytest.CaptureFixture[str]):
+    assert quantize("--average-bits", "4", "--max-bytes", "9") == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "not json"])
+def test_a_file_without_a_recipe_is_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").write_text(text)
+    assert quantize("--recipe", str(tmp_path / "file")) == 2
+    assert "`--recipe` must name a file with a recipe" in capsys.readouterr().err

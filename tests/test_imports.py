@@ -38,6 +38,7 @@ ORDER = (
     "studies",
     "svg",
     "page",
+    "cli_allocate",
     "cli_explain",
     "cli_study",
     "cli",

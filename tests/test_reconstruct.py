@@ -27,7 +27,8 @@ FOLDED = Folded(
 X: Any = RNG.normal(size=(16, *CASE.x.shape[1:])).astype(np.float32)
 X_HAT: Any = X + RNG.normal(size=X.shape).astype(np.float32)
 TARGET = apply_folded(OPERATION, FOLDED, X)
-MOMENTS = observers.observe(observers.moments(OPERATION), [X_HAT])
+PLAIN = observers.observe(observers.moments(OPERATION), [X_HAT])
+MOMENTS = observers.centered(jax.tree.map(jnp.copy, PLAIN))
 
 
 def error_shown(goal: Goal, folded: Folded) -> float:
@@ -44,7 +45,8 @@ def goal(activation: Any, shortcut: Any = None) -> Goal:
 def refitted(wanted: Goal, steps: int, has_free_bias: bool = True) -> Folded:
     folded = FOLDED
     for _ in range(steps):
-        folded = refit(OPERATION, folded, MOMENTS, [X_HAT], wanted, 1, has_free_bias)
+        moments = MOMENTS if has_free_bias else PLAIN
+        folded = refit(OPERATION, folded, moments, [X_HAT], wanted, 1, has_free_bias)
     return folded
 
 

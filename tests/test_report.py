@@ -38,9 +38,7 @@ RECORD = LayerReport(
     bytes_float=18560,
     bytes_quantized=2688,
 )
-CHEAP = Recipe(
-    range_method="absmax", rounding="nearest", sweeps=0, bias_correction=False, sequential=False
-)
+CHEAP = Recipe().naive()
 
 
 def report(*records: LayerReport, skipped: tuple[Skipped, ...] = ()) -> Report:

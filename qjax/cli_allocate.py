@@ -1,0 +1,84 @@
+"""`qjax quantize --average-bits | --max-bytes | --target-drop`: a width for every layer."""
+
+import argparse
+import math
+from typing import Any
+
+from qjax import io
+from qjax.allocate import Allocation, allocate, meet_target
+from qjax.progress import Progress
+from qjax.quantize import Quantized, quantize
+from qjax.sensitivity import Sensitivity, measure_sensitivities
+from qjax.spec import Recipe
+
+SENSITIVITY_IMAGES = 256  # of the calibration images
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the budgets; at most one of them may be given."""
+    group = parser.add_argument_group("a width for every layer (instead of --bits)")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--average-bits", type=float, metavar="X", help="of weights and activations each")
+    add("--max-bytes", type=int, metavar="N", help="of all parameters; activations keep --bits")
+    add(
+        "--target-drop",
+        type=float,
+        metavar="POINTS",
+        help="the fewest bits whose estimated loss of top-1 accuracy is within this",
+    )
+
+
+def is_wanted(arguments: argparse.Namespace) -> bool:
+    """Whether a budget was given."""
+    budgets = (arguments.average_bits, arguments.max_bytes, arguments.target_drop)
+    return any(budget is not None for budget in budgets)
+
+
+def run(
+    arguments: argparse.Namespace, model: Any, calibration: Any, recipe: Recipe, progress: Progress
+) -> tuple[Quantized, str]:
+    """Measures sensitivities, allocates widths and quantizes with them.
+
+    Args:
+      arguments: the budget.
+      model: the pretrained model.
+      calibration: its calibration inputs.
+      recipe: what else is to be done.
+      progress: called with (what is being done, how much is done, how much there is).
+
+    Returns:
+      The quantized network, and the explanation to print.
+
+    Raises:
+      ValueError: the budget cannot be kept.
+    """
+    few = calibration[:SENSITIVITY_IMAGES]
+    network = (model.apply_fn, model.params)
+    found = measure_sensitivities(*network, few, recipe, progress=progress)
+    if arguments.target_drop is not None:
+        chosen, q, drop = meet_target(
+            *network, calibration, recipe, found, arguments.target_drop, progress
+        )
+        return q, f"{chosen}\n\nestimated loss of accuracy, without labels: {drop:.2f} points"
+    if arguments.max_bytes is None:
+        chosen = allocate(found, recipe, average_bits=arguments.average_bits)
+    else:
+        chosen = _within_bytes(arguments.max_bytes, network, few, recipe, found)
+    return quantize(*network, calibration, chosen.recipe, progress=progress), str(chosen)
+
+
+def _within_bytes(
+    budget: int, network: tuple[Any, Any], images: Any, recipe: Recipe, found: Any
+) -> Allocation:
+    """Allocates what a budget for all parameters leaves to the codes of the kernels."""
+    q = quantize(*network, images[:1], recipe.naive())
+    weights: list[Sensitivity] = [item for item in found if item.part == "weights"]
+    bits = {record.name: record.weight_bits or 32 for record in q.report}
+    codes = sum(math.ceil(bits[item.layer] * item.elements / 8) for item in weights)
+    others = io.stored_bytes(q) - codes
+    if budget < others:
+        raise ValueError(
+            f"`--max-bytes` must be above the {others:,} bytes of scales, biases and what stays in "
+            f"float; got {budget:,}."
+        )
+    return allocate(found, recipe, max_kernel_bytes=budget - others)
