@@ -366,18 +366,15 @@ class _Walk:
                 self._at_output(real),
                 _sqnr_db(self.z, real),
             )
+        if activation == "other":
+            return self._unknown_activation()
         if activation != "none":
             is_free = layer.outputs is not None and float(layer.outputs.range[0]) >= 0
-            real = (
-                output_matrix(self.site.layer.operation, self.actual.activated)
-                if activation == "other"
-                else _activate(real, activation)
-            )
-            real = np.asarray(real, np.float64)
+            real = _activate(real, activation)
             self._add(
                 f"activation: {activation}",
                 "nothing to do: the clamp at code 0 was the ReLU" if is_free else "y = act(y)",
-                "codes" if layer.outputs is not None and activation != "other" else "float32",
+                "codes" if layer.outputs is not None else "float32",
                 self._at_output(real),
                 None if target is None else _sqnr_db(target, real),
             )
@@ -410,6 +407,17 @@ class _Walk:
                 "only where something other than a layer reads y (a residual sum, pooling, the "
                 "output):\na layer that reads the codes folds s_y into its own multiplier",
             )
+
+    def _unknown_activation(self) -> None:
+        rounded = self.layer.activated
+        note = "" if rounded is None else f"then rounded to {rounded.bits} bits"
+        values = () if self.site.movement else self._at_output(self._network_output(True))
+        self._add("activation: other", "y = act(y), on real values", "float32", values, None, note)
+
+    def _network_output(self, is_activated: bool) -> np.ndarray:
+        """What the network itself computes, [positions, groups, channels]."""
+        value = self.actual.activated if is_activated else self.actual.output
+        return np.asarray(output_matrix(self.site.layer.operation, value), np.float64)
 
     def _activated_reference(self) -> np.ndarray | None:
         activation = self.site.layer.activation
@@ -459,8 +467,7 @@ class _Walk:
     def _agreement(self, codes: np.ndarray, outputs: QParams) -> str:
         if self.site.movement or self.site.output is self.site.activated and self.layer.activated:
             return "not compared with the network's own codes, which are rounded again or moved"
-        network = output_matrix(self.site.layer.operation, self.actual.output)
-        network = np.asarray(quantize_array(network, outputs), np.float64)
+        network = np.asarray(quantize_array(jnp.float32(self._network_output(False)), outputs))
         return f"equal to the network's own code in {np.mean(network == codes):.2%} of the outputs"
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from qjax.analysis import predict
 from qjax.quantize import Quantized, quantize
+from qjax.sensitivity import at_width
 from qjax.spec import (
     MAX_BITS,
     MIN_BITS,
@@ -205,11 +206,6 @@ def search_bits(
         if rows[-1].agreement >= wanted or bits == MAX_BITS:
             break
     return q, tuple(rows)  # pyright: ignore[reportPossiblyUnboundVariable]
-
-
-def at_width(base: Recipe, bits: int) -> Recipe:
-    """The recipe with that width of all that is not in float."""
-    return dataclasses.replace(base, **_at(base, ("weights", "inputs", "outputs"), bits))
 
 
 # ---- The questions

@@ -39,7 +39,9 @@ def quantized(**changes: Any) -> qjax.Quantized:
     return qjax.quantize(apply_fn, make_params(), images(), recipe)
 
 
-_FIELDS = ("range_method", "rounding", "sweeps", "bias_correction", "sequential")
+_FIELDS = (
+    *("range_method", "reconstructions", "rounding", "sweeps", "bias_correction", "sequential"),
+)
 
 
 class Test(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any
 import hypothesis
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 import small
@@ -142,3 +143,16 @@ def test_a_multiplier_in_fixed_point(multiplier: float):
 )
 def test_signed_bits(low: int, high: int, bits: int):
     assert signed_bits(low, high) == bits
+
+
+@pytest.mark.parametrize("id", ["activations", "grouped_dense", "haiku_cnn"])
+def test_every_kind_of_layer_is_explained(id: str):
+    case: Any = next(case for case in models.CASES if case.id == id)
+    q = qjax.quantize(case.apply_fn, case.params, case.x, small.CHEAP)
+    for record in q.report:
+        explanation = qjax.explain(q, record.name, case.x, case.params)
+        assert max(map(len, str(explanation).splitlines())) <= 100
+        errors = [step.sqnr_db for step in explanation.steps if step.sqnr_db is not None]
+        assert min(errors) > 15, f"{record.name}: every step is near the float network's"
+        codes = steps(explanation)["zero point and clamp"].note
+        assert "equal to the network's own code in 100.00%" in codes or "not compared" in codes
