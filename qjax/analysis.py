@@ -1,7 +1,7 @@
-"""Measuring what quantization did to a network: layers, predictions, cost."""
+"""Measuring what quantization did to a network: layers and predictions."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +11,8 @@ from qjax.affine import QParams, fake_quant, sqnr_db
 from qjax.layers import Network, Site, find_layers
 from qjax.quantize import Quantized
 from qjax.quantized import QuantizedLayer, dequantized_kernel, expand_groups
-from qjax.report import LayerReport
 from qjax.tap import Tap, float_layers, shapes_of, tapped
 
-FLOAT_BITS = 32
-ACCUMULATOR_BITS = 32
 BINS = 64  # of the histograms
 Z95 = 1.959964  # standard deviations that hold 95 % of a normal distribution
 
@@ -308,24 +305,3 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     center = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
     return 100 * max(center - half, 0.0), 100 * min(center + half, 1.0)
-
-
-def energy(records: Sequence[LayerReport]) -> tuple[float, float]:
-    """Energy per image in the classroom's unit: (float, quantized).
-
-    E = N_mul·b_w·b_x + N_add·b_acc: a multiplier costs the product of the widths of its operands,
-    an adder the width of its sum; 32 bits for what is in float.
-
-    Args:
-      records: the layers.
-    """
-
-    def cost(weight_bits: int, input_bits: int) -> int:
-        return weight_bits * input_bits + ACCUMULATOR_BITS
-
-    before = sum(record.macs * cost(FLOAT_BITS, FLOAT_BITS) for record in records)
-    after = sum(
-        record.macs * cost(record.weight_bits or FLOAT_BITS, record.input_bits or FLOAT_BITS)
-        for record in records
-    )
-    return float(before), float(after)

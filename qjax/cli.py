@@ -18,6 +18,7 @@ import jax
 import pretrained
 from pretrained import datasets
 from qjax import cli_allocate, cli_explain, cli_study, io, page
+from qjax.cost import MODELS, cost
 from qjax.evaluate import top1
 from qjax.progress import Progress, progress_bar
 from qjax.quantize import quantize
@@ -113,6 +114,13 @@ def _add_quantize(commands: Any) -> None:
         metavar="PERCENT",
         help="ignore --bits: start at 2 and add a bit until this share of the calibration images "
         "is predicted as in float (%(const)s)",
+    )
+    add(
+        "--cost",
+        choices=MODELS,
+        metavar="MODEL",
+        help="table of operations, bytes and energy, by a "
+        "model: bits (E = multiplications * b_w * b_x + additions * b_acc) or picojoules (45 nm)",
     )
     add("--report", metavar="FILE", help="write a page to read: report.html")
     add("--out", metavar="DIR", help="save the quantized model for qjax.load")
@@ -261,12 +269,15 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
         "naive_top1": naive_top1,
         "bytes_float": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
         "bytes_quantized": io.stored_bytes(q),
+        "bit_operations": cost(q).total.bit_operations,
         "seconds": seconds,
         "recipe": wanted.to_json(),
         "layers": [io.record_to_json(record) for record in q.report],
         "versions": io.versions(),
     }
     print(q.report, _summary(result), sep="\n\n")
+    if arguments.cost is not None:
+        print(f"\n{cost(q, model=arguments.cost)}\n")
     if arguments.out is not None:
         print(f"saved        {arguments.out}")
     if arguments.report is not None:

@@ -21,11 +21,11 @@ from qjax.analysis import (
     Histogram,
     LayerQuality,
     compare,
-    energy,
     predict,
     quality,
     sensitivity,
 )
+from qjax.cost import cost
 from qjax.curves import Curves, layer_curves
 from qjax.progress import Progress
 from qjax.quantize import Quantized
@@ -34,6 +34,7 @@ from qjax.report import LayerReport
 SAMPLE = 128  # calibration images that the layers are measured on
 CURVES = 3  # layers whose cost functions are drawn: the most sensitive ones
 WORST = 8  # images shown
+FLOAT_MAC = 32 * 32 + 32  # energy of a multiplication and an addition in float, see `cost`
 MAX_CLASSES = 20  # of a confusion matrix that is drawn whole
 
 
@@ -128,7 +129,7 @@ def gather(
         comparison,
         [(np.asarray(test.images[i]), int(test.labels[i])) for i in comparison.worst[:WORST]],
         sizes,
-        energy(q.report),
+        (sum(record.macs for record in q.report) * FLOAT_MAC, cost(q).total.energy),
     )
 
 

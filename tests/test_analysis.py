@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import small
 
-from qjax.analysis import compare, energy, predict, quality, sensitivity, wilson_interval
+from qjax.analysis import compare, predict, quality, sensitivity, wilson_interval
 
 
 def test_predictions_of_all_images_in_order():
@@ -67,12 +67,3 @@ def test_a_layer_in_float_is_exact_and_not_sensitive():
     alone = sensitivity(q, small.make_params(), x)
     assert alone["head"] > 100, "float rounding only"
     assert alone["conv"] == pytest.approx(found.logits, abs=1e-2), "the only layer there is"
-
-
-def test_energy_is_the_sum_of_multiplications_and_additions():
-    q = small.quantized(bits=4, overrides=(("head", (("weights", None),)),))
-    conv, head = (record.macs for record in q.report)
-    assert (conv, head) == (9 * 8 * 6, 24)
-    before, after = energy(q.report)
-    assert before == (conv + head) * (32 * 32 + 32)
-    assert after == conv * (4 * 4 + 32) + head * (32 * 4 + 32)

@@ -338,3 +338,8 @@ def test_a_file_without_a_recipe_is_refused(
     (tmp_path / "file").write_text(text)
     assert quantize("--recipe", str(tmp_path / "file")) == 2
     assert "`--recipe` must name a file with a recipe" in capsys.readouterr().err
+
+
+def test_cost_prints_a_table(capsys: pytest.CaptureFixture[str]):
+    assert quantize("--cost", "picojoules") == 0
+    assert "energy (pJ)" in capsys.readouterr().out
