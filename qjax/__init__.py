@@ -7,12 +7,14 @@ from qjax.explain import Explanation, explain
 from qjax.integer import integer
 from qjax.io import load, save
 from qjax.layers import Layer, trace
+from qjax.narrow import Accumulator
 from qjax.quantize import Quantized, quantize
 from qjax.report import LayerReport, Report
 from qjax.spec import QuantSpec, Recipe, recipe
 
 __all__ = [
     "Explanation",
+    "Accumulator",
     "Cost",
     "Layer",
     "LayerCost",

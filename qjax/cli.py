@@ -17,7 +17,7 @@ import jax
 
 import pretrained
 from pretrained import datasets
-from qjax import cli_allocate, cli_explain, cli_study, io, page
+from qjax import cli_accumulators, cli_allocate, cli_explain, cli_study, io, page
 from qjax.cost import MODELS, cost
 from qjax.evaluate import top1
 from qjax.progress import Progress, progress_bar
@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_quantize(commands)
     _add_command(commands, cli_explain, "explain", "follow one layer step by step on a test image")
+    _add_command(
+        commands, cli_accumulators, "accumulators", "measure how wide the accumulators must be"
+    )
     _add_command(commands, cli_study, "study", "answer a question by quantizing in several ways")
     return parser
 

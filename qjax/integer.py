@@ -39,8 +39,9 @@ from qjax import interpret, lowerings
 from qjax.affine import QParams, dequantize, quantize_array
 from qjax.emit import Activated, QuantizedFunction, moved, schedule
 from qjax.layers import Network, Site, clip_bounds, find_layers
-from qjax.linear import along_channels
+from qjax.linear import along_channels, from_output_matrix
 from qjax.lowerings import Lowering, Method, signed
+from qjax.narrow import MAX_BITS, MIN_BITS, Accumulator, Check, Overflow, fit, sum_term_by_term
 from qjax.quantize import Quantized
 from qjax.quantized import QuantizedLayer, accumulator_scale, apply_linear
 from qjax.requantize import Arithmetic, requantize, to_codes
@@ -91,6 +92,7 @@ def integer(
     *,
     arithmetic: Arithmetic = "float",
     lowering: Method | Mapping[str, Method] | None = None,
+    accumulator: Accumulator | Mapping[str, Accumulator] | None = None,
 ) -> "IntegerFunction":
     """Turns a quantized network into one that computes with integers.
 
@@ -101,6 +103,7 @@ def integer(
       lowering: how accumulators are computed, `int8`, `dot` or `float32` (see `qjax.lowerings`),
         for all layers or by layer name; by default the fastest one of a table, which uses `float32`
         in `float` arithmetic only. It does not change the result.
+      accumulator: narrower accumulators to simulate, for all layers or by layer name.
 
     Returns:
       A pure function of (q.params, x) that returns what `q.apply_fn` returns. Lowerings are chosen
@@ -115,19 +118,36 @@ def integer(
     by_name: Mapping[str, Method | None] = (
         lowering if isinstance(lowering, Mapping) else dict.fromkeys(layers, lowering)
     )
-    for name, method in by_name.items():
-        if name not in layers:
-            raise ValueError(
-                f"`lowering` names {name!r}, which is no layer; the layers are {', '.join(layers)}."
-            )
+    _check_names("lowering", by_name, layers)
+    for method in by_name.values():
         _check_choice("lowering", method, (None, *get_args(Method)))
+    narrow: Mapping[str, Accumulator] = (
+        dict.fromkeys(layers, accumulator)
+        if isinstance(accumulator, Accumulator)
+        else accumulator or {}
+    )
+    _check_names("accumulator", narrow, layers)
+    for chosen in narrow.values():
+        if not MIN_BITS <= chosen.bits <= MAX_BITS:
+            raise ValueError(
+                f"`accumulator` must have {MIN_BITS} to {MAX_BITS} bits; got {chosen.bits}."
+            )
+        _check_choice("accumulator.overflow", chosen.overflow, get_args(Overflow))
+        _check_choice("accumulator.check", chosen.check, get_args(Check))
     for name, layer in layers.items():
         if layer.has_integer_accumulator and lowerings.largest(layer) >= lowerings.INT_LIMIT:
             raise ValueError(
                 f"layer {name!r} can reach {lowerings.largest(layer):,} in its accumulator, beyond "
                 "32 bits; use fewer bits for its weights or its inputs."
             )
-    return IntegerFunction(q.apply_fn, layers, by_name, arithmetic)
+    return IntegerFunction(q.apply_fn, layers, by_name, arithmetic, narrow)
+
+
+def _check_names(argument: str, given: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
+    for name in given.keys() - layers.keys():
+        raise ValueError(
+            f"`{argument}` names {name!r}, which is no layer; the layers are {', '.join(layers)}."
+        )
 
 
 def _check_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:
@@ -145,12 +165,14 @@ class IntegerFunction:
       layers: the layers whose codes it was made for.
       methods: the lowering that was asked for, by layer.
       arithmetic: of requantization.
+      narrow: the accumulators to simulate, by layer.
     """
 
     function: QuantizedFunction
     layers: Mapping[str, QuantizedLayer]
     methods: Mapping[str, Method | None]
     arithmetic: Arithmetic
+    narrow: Mapping[str, Accumulator]
     _biases: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __call__(self, params: Mapping[str, Any], x: Any) -> Any:
@@ -314,7 +336,10 @@ class IntegerFunction:
             return y if layer.outputs is None else self._to_grid(y, layer.outputs, name, "outputs")
         assert layer.inputs is not None and bias is not None
         x = self._to_grid(value, layer.inputs, name, "inputs")
-        acc = self.accumulate(site, layer, bias, x, lowering)
+        if name in self.narrow:
+            acc = self._narrow(site, layer, bias, x, self.narrow[name])
+        else:
+            acc = self.accumulate(site, layer, bias, x, lowering)
         acc = acc if self.arithmetic == "float" else acc.astype(jnp.int32)
         accumulators[name] = acc
         scale = accumulator_scale(operation, layer)
@@ -354,6 +379,28 @@ class IntegerFunction:
         operation = site.layer.operation
         operands = lowerings.operands(operation, layer, bias, lowering)
         return lowerings.accumulate(operation, operands, x.codes, x.qparams.zero_point, lowering)
+
+    def _narrow(
+        self, site: Site, layer: QuantizedLayer, bias: jax.Array, x: Codes, accumulator: Accumulator
+    ) -> jax.Array:
+        """Computes a layer's sums as a narrower accumulator holds them."""
+        operation = site.layer.operation
+        if accumulator.check == "sum" or accumulator.overflow == "wrap":
+            acc = self.accumulate(site, layer, bias, x, Lowering("int8"))
+            return fit(acc, accumulator)
+        kernel = lowerings.operands(operation, layer, bias, Lowering("dot")).kernel
+        kernel = kernel.astype(jnp.int32)
+        shape = jax.eval_shape(
+            lambda x, kernel: operation.apply(x, operation.from_matrix(kernel)), x.centered, kernel
+        ).shape
+        groups, _, channels = kernel.shape
+        acc = sum_term_by_term(
+            operation.patches(x.centered),
+            kernel,
+            layer.bias.reshape(groups, channels),
+            accumulator,
+        )
+        return from_output_matrix(operation, acc, shape)
 
     def _to_grid(self, value: Any, qparams: QParams, name: str, field: str) -> Codes:
         """Brings a value to the codes of a layer's input or output."""

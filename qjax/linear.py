@@ -214,12 +214,25 @@ Linear = Convolution | DotProduct
 
 def output_matrix(operation: Linear, y: jax.Array) -> jax.Array:
     """Reorders an output to [positions, groups, channels], positions as in `patches`."""
-    channel_axes = [axis % y.ndim for axis in operation.channel_axes]
-    is_convolution = isinstance(operation, Convolution)
-    order = operation.dimension_numbers.out_spec if is_convolution else range(y.ndim)
-    positions = [axis for axis in order if axis not in channel_axes]
     groups, _, channels = operation.matrix_shape
-    return y.transpose(*positions, *channel_axes).reshape(-1, groups, channels)
+    return y.transpose(_output_order(operation, y.ndim)).reshape(-1, groups, channels)
+
+
+def from_output_matrix(
+    operation: Linear, matrix: jax.Array, output_shape: tuple[int, ...]
+) -> jax.Array:
+    """Undoes `output_matrix`: [positions, groups, channels] to an output of that shape."""
+    order = _output_order(operation, len(output_shape))
+    y = matrix.reshape([output_shape[axis] for axis in order])
+    return y.transpose(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _output_order(operation: Linear, rank: int) -> list[int]:
+    """The axes of an output: positions as in `patches`, then channels."""
+    channel_axes = [axis % rank for axis in operation.channel_axes]
+    is_convolution = isinstance(operation, Convolution)
+    order = operation.dimension_numbers.out_spec if is_convolution else range(rank)
+    return [*(axis for axis in order if axis not in channel_axes), *channel_axes]
 
 
 def linear_operation(equation: core.JaxprEqn, kernel_is_lhs: bool) -> Linear:

@@ -21,7 +21,13 @@ import numpy as np
 from jax import lax
 
 from qjax.affine import QParams
-from qjax.linear import Convolution, DotProduct, Linear, along_channels
+from qjax.linear import (
+    Convolution,
+    DotProduct,
+    Linear,
+    along_channels,
+    from_output_matrix,
+)
 from qjax.quantized import QuantizedLayer
 
 Method = Literal["int8", "dot", "float32"]
@@ -299,7 +305,4 @@ def _dot(operation: Linear, x: jax.Array, kernel: jax.Array) -> jax.Array:
     acc = lax.dot_general(
         patches, kernel, (((2,), (1,)), ((1,), (0,))), preferred_element_type=jnp.int32
     )
-    batch, feature, *spatial = operation.dimension_numbers.out_spec
-    order = (batch, *spatial, feature)
-    acc = acc.transpose(1, 0, 2).reshape([shape[axis] for axis in order])
-    return acc.transpose(sorted(range(len(order)), key=order.__getitem__))
+    return from_output_matrix(operation, acc.transpose(1, 0, 2), shape)
