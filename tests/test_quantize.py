@@ -383,7 +383,9 @@ def test_bias_correction_removes_the_mean_error():
 
 def test_sequential_fitting_knows_the_error_of_earlier_layers():
     together, apart = (
-        qjax.quantize(mlp, PARAMS, X, weights_only(QuantSpec(3), sequential=sequential))
+        qjax.quantize(
+            mlp, PARAMS, X, weights_only(QuantSpec(3), sequential=sequential, reconstructions=1)
+        )
         for sequential in (True, False)
     )
     first = [q.params["layers"]["first"] for q in (together, apart)]
