@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py search
 python scripts/benchmark.py ablation --models lenet5-mnist
+python scripts/benchmark.py integer
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import benchmark_integer
 import evaluate
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,8 @@ def main() -> None:
     commands = parser.add_subparsers(metavar="BENCHMARK", required=True)
     add_search(commands)
     add_ablation(commands)
+    benchmark_integer.add_integer(commands)
+    benchmark_integer.add_lowerings(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -1,0 +1,223 @@
+"""The benchmarks of `qjax.integer`: `benchmark.py integer` and `benchmark.py lowerings`."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from safetensors.numpy import save_file
+
+import qjax
+from pretrained.resnet import resnet_cifar, resnet_imagenet
+from qjax.lowerings import Method
+
+CALIBRATION_IMAGES = 128
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet20": lambda: resnet_cifar(20),
+    "resnet18": lambda: resnet_imagenet(18, num_classes=10, large_stem=False),
+}
+
+
+def add_integer(commands: Any) -> None:
+    """Adds the command `integer`."""
+    text = "images per second and size of integer and float32 inference, side by side"
+    parser = commands.add_parser("integer", help=text, description=text)
+    _add_arguments(parser)
+    add = parser.add_argument
+    add("--batches", nargs="+", type=int, default=[1, 32, 128], metavar="N", help="images per call")
+    parser.set_defaults(run=run_integer)
+
+
+def add_lowerings(commands: Any) -> None:
+    """Adds the command `lowerings`."""
+    text = (
+        "time of every lowering of every shape of layer: what the table in qjax.lowerings rests on"
+    )
+    parser = commands.add_parser("lowerings", help=text, description=text)
+    _add_arguments(parser)
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images (%(default)s)")
+    parser.set_defaults(run=run_lowerings)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
+    add("--seconds", type=float, default=4.0, metavar="S", help="per variant (%(default)s)")
+    add("--json", action="store_true", help="end with the results as one line of JSON")
+
+
+class Times(NamedTuple):
+    """What variants of one computation take.
+
+    Attributes:
+      first: seconds of each one's first call, compilation included.
+      median: seconds of each one's later calls.
+      ratios: medians of time(first variant) / time(variant) over rounds in which all took turns.
+    """
+
+    first: list[float]
+    median: list[float]
+    ratios: list[float]
+
+
+def side_by_side(variants: list[Callable[[], Any]], seconds: float) -> Times:
+    """Times variants in turns, so that what else the machine does meets all of them."""
+
+    def timed(function: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        return time.perf_counter() - start
+
+    first = [timed(variant) for variant in variants]
+    rounds = [[timed(variant) for variant in variants]]
+    end = time.perf_counter() + seconds * len(variants)
+    while len(rounds) < 5 or time.perf_counter() < end:
+        rounds.append([timed(variant) for variant in variants])
+    columns = list(zip(*rounds, strict=True))
+    ratios = [statistics.median(row[0] / row[i] for row in rounds) for i in range(len(variants))]
+    return Times(first, [statistics.median(column) for column in columns], ratios)
+
+
+def network(name: str, recipe: qjax.Recipe) -> tuple[Callable[..., Any], Any, qjax.Quantized]:
+    """A quantized network of random weights: time does not depend on their values."""
+    model = NETWORKS[name]()
+    images = np.random.default_rng(0).standard_normal((CALIBRATION_IMAGES, 32, 32, 3), np.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
+    apply_fn: Callable[..., Any] = model.apply
+    return apply_fn, variables, qjax.quantize(apply_fn, variables, images, recipe)
+
+
+def device() -> str:
+    """The device, with the instructions that matter."""
+    kind = jax.devices()[0].device_kind
+    if kind != "cpu":
+        return kind
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return f"cpu ({platform.machine()})"
+    has_dot = "avx512_vnni" in flags or "avx_vnni" in flags
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} cores of a CPU {'with' if has_dot else 'without'} int8 dot instructions"
+
+
+def run_integer(arguments: argparse.Namespace) -> None:
+    """Measures and prints speed and size."""
+    print(f"8 bits everywhere, random weights, images of 32x32, {device()}\n")
+    print("network   images   float32/s   integer/s   ratio   first call float, integer")
+    results = []
+    for name in arguments.networks:
+        apply_fn, variables, q = network(name, qjax.recipe(8).naive())
+        run, plain = qjax.integer(q), jax.jit(apply_fn)
+        for batch in arguments.batches:
+            x = jax.random.normal(jax.random.key(1), (batch, 32, 32, 3))
+            times = side_by_side(
+                [partial(plain, variables, x), partial(run, q.params, x)], arguments.seconds
+            )
+            speeds = [batch / seconds for seconds in times.median]
+            print(
+                f"{name:9}{batch:>7}{speeds[0]:>12.1f}{speeds[1]:>12.1f}{times.ratios[1]:>8.2f}"
+                f"{times.first[0]:>14.1f} s,{times.first[1]:>5.1f} s"
+            )
+            results.append({"network": name, "images": batch, **times._asdict()})
+    print("\nratio: median over rounds in which both took turns\n")
+    print(
+        "network   bits   float on disk   quantized   ratio   float in memory   quantized   ratio"
+    )
+    for name in arguments.networks:
+        for bits in (8, 4):
+            sizes = measure_sizes(name, bits)
+            disk, memory = (
+                f"{plain / 1e6:>9.2f} MB{small / 1e6:>9.2f} MB{small / plain:>8.3f}"
+                for plain, small in (sizes.disk, sizes.memory)
+            )
+            print(f"{name:9}{bits:>5}{disk:>33}{memory:>35}")
+            results.append({"network": name, "bits": bits, **sizes._asdict()})
+    if arguments.json:
+        print(json.dumps(results))
+
+
+class Sizes(NamedTuple):
+    """Bytes of the parameters, (float, quantized).
+
+    Attributes:
+      disk: as one safetensors file, and as the file of codes in an artifact.
+      memory: of all arrays.
+    """
+
+    disk: tuple[int, int]
+    memory: tuple[int, int]
+
+
+def measure_sizes(name: str, bits: int) -> Sizes:
+    """The sizes of a network at a width."""
+    _, variables, q = network(name, qjax.recipe(bits).naive())
+    leaves = jax.tree.leaves(variables)
+    codes = jax.tree.leaves(q.params)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "float.safetensors"
+        save_file({str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}, file)
+        qjax.save(Path(folder) / "q", q)
+        disk = file.stat().st_size, (Path(folder) / "q" / "model.safetensors").stat().st_size
+    return Sizes(disk, (sum(a.nbytes for a in leaves), sum(a.nbytes for a in codes)))
+
+
+def run_lowerings(arguments: argparse.Namespace) -> None:
+    """Times a network of one layer for every shape of layer and every lowering."""
+    print(f"8 bits, {arguments.batch} images, milliseconds per layer, {device()}\n")
+    print(f"{'input':>16}{'kernel':>14}{'stride':>8}{'float net':>11}", end="")
+    methods: tuple[Method, ...] = ("int8", "dot", "float32")
+    print("".join(f"{method:>9}" for method in methods) + "   chosen")
+    results, seen = [], set()
+    for name in arguments.networks:
+        model = NETWORKS[name]()
+        shape = jax.ShapeDtypeStruct((arguments.batch, 32, 32, 3), jnp.float32)
+        variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+        for layer in qjax.trace(model.apply, variables, shape):
+            operation, x_shape = layer.operation, layer.input_shape
+            key = (x_shape, operation)
+            if key in seen:
+                continue
+            seen.add(key)
+            times, chosen = time_lowerings(operation, x_shape, methods, arguments.seconds)
+            stride = getattr(operation, "window_strides", (1,))[0]
+            kernel = "x".join(map(str, operation.kernel_shape))
+            row = "".join(f"{seconds * 1e3:>9.2f}" for seconds in times.median[1:])
+            size = "x".join(map(str, x_shape[1:]))
+            print(
+                f"{size:>16}{kernel:>14}{stride:>8}{times.median[0] * 1e3:>11.2f}{row}   {chosen}"
+            )
+            fields = {"input": x_shape, "kernel": operation.kernel_shape, "stride": stride}
+            results.append(fields | {"chosen": chosen, "median": times.median})
+    if arguments.json:
+        print(json.dumps(results))
+
+
+def time_lowerings(
+    operation: Any, x_shape: tuple[int, ...], methods: tuple[Method, ...], seconds: float
+) -> tuple[Times, Method]:
+    """Times one layer in float and in every lowering: (times, what the table chooses)."""
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.standard_normal(operation.kernel_shape, np.float32)}
+    x = jnp.asarray(rng.standard_normal(x_shape, np.float32))
+
+    def layer(params: Any, x: jax.Array) -> jax.Array:
+        return jax.nn.relu(operation.apply(x, params["kernel"]))
+
+    q = qjax.quantize(layer, params, x, qjax.recipe(8).naive())
+    plain = jax.jit(layer)
+    runs = [qjax.integer(q, lowering=method) for method in methods]
+    variants = [partial(plain, params, x), *(partial(run, q.params, x) for run in runs)]
+    (chosen,) = qjax.integer(q).lowerings(x).values()
+    return side_by_side(variants, seconds), chosen.method
