@@ -2,7 +2,7 @@
 
 The steps are those of Jacob et al., 2018, arXiv:1712.05877, section 2, done in 64-bit integers:
 acc = Σ (q_w − z_w)(q_x − z_x) + q_b, then q_y = clip(round(M·acc) + z_y) with M = s_w·s_x / s_y in
-fixed point, M ≈ M0 / 2^shift.
+fixed point, M = M0 / 2^shift (`qjax.requantize`).
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ from qjax.quantized import (
     dequantized_kernel,
     relative_codes,
 )
+from qjax.requantize import fixed_point, multiply_shift
 from qjax.tap import Tap, float_layers, shapes_of, tapped
 
 SHOWN = 8  # elements of a patch that are written out
 ACCUMULATOR_BITS = 32
-MULTIPLIER_BITS = 31  # of M0, a positive int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -431,17 +431,18 @@ class _Walk:
         if self.layer.has_integer_accumulator:
             multiplier = self.scale / scale
             own = multiplier[self.group, self.column]
-            fixed, shift = fixed_point(multiplier)
-            scaled = _shift_right(self.acc.astype(np.int64) * fixed, shift)
+            fixed, shift = fixed_point(jnp.float32(multiplier))
+            acc = jnp.asarray(self.acc, jnp.int32)
+            rounded = multiply_shift(acc, fixed[None], shift[None], rounds=True)
+            scaled = np.asarray(rounded, np.float64)
             self._add(
                 "requantization",
                 f"round(M·a), M = s_w·s_x / s_y = {own:.8g}",
                 "int32",
                 self._at_output(scaled),
                 None,
-                f"M ≈ M0 / 2^shift = {fixed[self.group, self.column]} / "
-                f"2^{shift[self.group, self.column]}: a {MULTIPLIER_BITS}-bit product and a shift, "
-                f"off by at most 2^-{MULTIPLIER_BITS} of M",
+                f"M in float32 = M0 / 2^shift = {fixed[self.group, self.column]} / "
+                f"2^{shift[self.group, self.column]}: a product with a 31-bit integer and a shift",
             )
         else:
             scaled = np.rint(real / scale)
@@ -474,34 +475,6 @@ class _Walk:
 def signed_bits(low: float, high: float) -> int:
     """The least width of a two's complement integer that holds low … high."""
     return max(int(max(high, -low - 1, 0)).bit_length() + 1, 1)
-
-
-def fixed_point(multiplier: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Writes positive factors as M0 / 2^shift with M0 in [2^30, 2^31).
-
-    Args:
-      multiplier: float64[...], from 2^-31 to 2^30.
-
-    Returns:
-      M0 and shift, int64[...].
-
-    References:
-      Jacob et al., 2018, arXiv:1712.05877, eq. 6.
-    """
-    fraction, exponent = np.frexp(np.asarray(multiplier, np.float64))
-    fixed = np.rint(fraction * 2.0**MULTIPLIER_BITS).astype(np.int64)
-    is_full = fixed == 2**MULTIPLIER_BITS
-    shift = MULTIPLIER_BITS - exponent.astype(np.int64) - is_full
-    return np.where(is_full, fixed // 2, fixed), np.clip(shift, 0, 62)
-
-
-def _shift_right(product: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Divides by 2^shift, rounding half to even, in integers."""
-    quotient = product >> shift
-    remainder = product - (quotient << shift)
-    half = np.where(shift > 0, np.int64(1) << np.maximum(shift - 1, 0), 1)
-    is_up = (remainder > half) | ((remainder == half) & (quotient % 2 == 1) & (shift > 0))
-    return (quotient + is_up).astype(np.float64)
 
 
 def _product(patches: np.ndarray, kernel: np.ndarray) -> np.ndarray:

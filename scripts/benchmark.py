@@ -41,6 +41,7 @@ def main() -> None:
     add_ablation(commands)
     benchmark_integer.add_integer(commands)
     benchmark_integer.add_lowerings(commands)
+    benchmark_integer.add_agreement(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -1,4 +1,4 @@
-"""The benchmarks of `qjax.integer`: `benchmark.py integer` and `benchmark.py lowerings`."""
+"""The benchmarks of `qjax.integer`: `benchmark.py integer`, `lowerings` and `agreement`."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,16 @@ import numpy as np
 from flax import linen as nn
 from safetensors.numpy import save_file
 
+import pretrained
 import qjax
+from pretrained import datasets
 from pretrained.resnet import resnet_cifar, resnet_imagenet
 from qjax.lowerings import Method
+from qjax.progress import progress_bar
+from qjax.requantize import Arithmetic
 
 CALIBRATION_IMAGES = 128
+TEST_BATCH = 500
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: resnet_cifar(20),
     "resnet18": lambda: resnet_imagenet(18, num_classes=10, large_stem=False),
@@ -48,6 +53,19 @@ def add_lowerings(commands: Any) -> None:
     _add_arguments(parser)
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images (%(default)s)")
     parser.set_defaults(run=run_lowerings)
+
+
+def add_agreement(commands: Any) -> None:
+    """Adds the command `agreement`."""
+    text = (
+        "how far the codes of integer evaluation are from fake quantization's, on all test images"
+    )
+    parser = commands.add_parser("agreement", help=text, description=text)
+    add = parser.add_argument
+    add("--models", nargs="+", default=["lenet5-mnist", "resnet20-cifar10"], metavar="NAME|PATH")
+    add("--bits", type=int, default=8, metavar="N", help="of all tensors (%(default)s)")
+    add("--json", action="store_true", help="end with the results as one line of JSON")
+    parser.set_defaults(run=run_agreement)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -221,3 +239,67 @@ def time_lowerings(
     variants = [partial(plain, params, x), *(partial(run, q.params, x) for run in runs)]
     (chosen,) = qjax.integer(q).lowerings(x).values()
     return side_by_side(variants, seconds), chosen.method
+
+
+def run_agreement(arguments: argparse.Namespace) -> None:
+    """Compares every arithmetic of requantization with fake quantization."""
+    results = []
+    for name in arguments.models:
+        model = pretrained.load(name)
+        images = datasets.load(model.dataset, "train").images
+        drawn = datasets.calibration_draw(images, min(1024, len(images) - 1), 0)
+        recipe = qjax.recipe(arguments.bits)
+        q = qjax.quantize(model.apply_fn, model.params, model.preprocess(drawn), recipe)
+        test = datasets.load(model.dataset, "test")
+        with progress_bar(model.name) as progress:
+            found = compare_codes(q, model.preprocess, test, progress)
+        print(f"\n{Path(model.name).name}, {arguments.bits} bits, {len(test.images):,} test images")
+        print("arithmetic       codes that differ   by at most   top-1")
+        for arithmetic, row in found.items():
+            print(f"{arithmetic:12}{row.differing:>20.4%}{row.largest:>13}{row.top1:>8.2f}")
+            results.append({"model": name, "arithmetic": arithmetic, **row._asdict()})
+    if arguments.json:
+        print(json.dumps(results))
+
+
+class Agreement(NamedTuple):
+    """How an evaluation compares with fake quantization.
+
+    Attributes:
+      differing: the share of the codes of all layers' outputs that differ.
+      largest: by how many steps at most.
+      top1: the accuracy in percent, by the codes of the last layer.
+    """
+
+    differing: float
+    largest: int
+    top1: float
+
+
+def compare_codes(
+    q: qjax.Quantized, preprocess: Callable[[Any], Any], test: Any, progress: Any
+) -> dict[str, Agreement]:
+    """Compares the codes of every layer on every test image, by arithmetic."""
+    runs = {"fake": q.apply_fn.codes}
+    runs |= {name: qjax.integer(q, arithmetic=name).codes for name in get_args(Arithmetic)}
+    differing, largest, right = ({name: 0 for name in runs} for _ in range(3))
+    total = 0
+    for start in range(0, len(test.images), TEST_BATCH):
+        progress("", start, len(test.images))
+        x, labels = (a[start : start + TEST_BATCH] for a in (test.images, test.labels))
+        x = preprocess(x)
+        codes = {name: jax.device_get(run(q.params, x)) for name, run in runs.items()}
+        total += sum(array.size for array in codes["fake"].values())
+        for name, found in codes.items():
+            for layer, expected in codes["fake"].items():
+                off = np.abs(found[layer].astype(np.int64) - expected)
+                differing[name] += np.count_nonzero(off)
+                largest[name] = max(largest[name], int(off.max()))
+            *_, logits = found.values()
+            right[name] += int(np.sum(logits.argmax(-1) == labels))
+    return {
+        name: Agreement(
+            differing[name] / total, largest[name], 100 * right[name] / len(test.labels)
+        )
+        for name in runs
+    }

@@ -1,20 +1,17 @@
 """The explanation of a layer: its numbers are those of integer arithmetic done by hand."""
 
 import dataclasses
-from fractions import Fraction
 from typing import Any
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
 import small
-from hypothesis import strategies as st
 
 import qjax
-from qjax.explain import Explanation, fixed_point, signed_bits
+from qjax.explain import Explanation, signed_bits
 
 
 def steps(explanation: Explanation) -> dict[str, Any]:
@@ -127,14 +124,6 @@ def _activations(params: Any, x: jax.Array) -> jax.Array:
 def test_an_unknown_layer_is_refused():
     with pytest.raises(ValueError, match="`layer` must be one of conv, head; got 'stem'"):
         qjax.explain(small.quantized(), "stem", small.images()[:1])
-
-
-@hypothesis.given(st.floats(2.0**-30, 2.0**29))
-def test_a_multiplier_in_fixed_point(multiplier: float):
-    fixed, shift = (int(v) for v in fixed_point(multiplier))
-    assert 2**30 <= fixed < 2**31
-    error = Fraction(fixed) / Fraction(2) ** shift / Fraction(multiplier) - 1
-    assert abs(error) <= Fraction(1, 2**31)
 
 
 @pytest.mark.parametrize(
