@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend import core
 
 from qjax import interpret, observers, search
-from qjax.affine import QParams, affine_qparams, fake_quant, sqnr_db
+from qjax.affine import QParams, affine_qparams, dequantize, fake_quant, sqnr_db
 from qjax.emit import Activated, moved
 from qjax.fold import Folded, apply_folded
 from qjax.layers import Network, Site, keeps_codes
@@ -26,12 +26,11 @@ from qjax.quantized import (
     QuantizedLayer,
     apply_linear,
     dequantized_bias,
-    dequantized_kernel,
     quantize_bias,
 )
 from qjax.reconstruct import Goal, lacking, refit
-from qjax.rounding import coordinate_sweeps, round_gptq, round_nearest
-from qjax.spec import LayerRecipe, QuantSpec, Recipe
+from qjax.rounding import coordinate_sweeps, elementwise, round_gptq, round_nearest
+from qjax.spec import LayerRecipe, QuantSpec, RangeMethod, Recipe, Rounding
 from qjax.streams import Streams, cut
 
 # Samples per layer, spread evenly over all calibration images and positions.
@@ -200,39 +199,46 @@ def _fit_kernel(
     steps = min(recipe.reconstructions, 1 if goal.activation is _identity else math.inf)
     for _ in range(int(steps)):
         folded = refit(operation, folded, moments, seen, goal, stride, recipe.bias_correction)
-    layer, sqnr, clip = _round_layer(operation, recipe, task.grid, folded, moments, inputs)
+    how = (recipe.weights, recipe.range_method, recipe.rounding, recipe.sweeps, task.grid)
+    codes, weights, sqnr, clip = _round_kernel(*how, folded.kernel, moments.hessian)
+    layer = QuantizedLayer(codes, folded.bias, weights, inputs, None, None)
+    layer = dataclasses.replace(layer, bias=_quantize_bias(operation, layer, folded.bias))
     return layer, float(sqnr), float(clip)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _round_layer(
-    operation: Linear,
-    recipe: LayerRecipe,
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _round_kernel(
+    spec: QuantSpec,
+    range_method: RangeMethod,
+    rounding: Rounding,
+    sweeps: int,
     grid: search.Grid,
-    folded: Folded,
-    moments: observers.Moments,
-    inputs: QParams | None,
-) -> tuple[QuantizedLayer, jax.Array, jax.Array]:
-    assert recipe.weights is not None
-    kernel, hessian = folded.kernel, moments.hessian
-    weights = search.search_weights(kernel, hessian, recipe.weights, recipe.range_method, grid)
-    widest = search.search_weights(kernel, hessian, recipe.weights, "absmax")
-    if recipe.rounding == "gptq":
+    kernel: jax.Array,
+    hessian: jax.Array,
+) -> tuple[jax.Array, QParams, jax.Array, jax.Array]:
+    """Rounds a kernel: (codes, qparams, SQNR in dB, share of the range kept).
+
+    Compiled once per shape and format of kernels, whatever else differs between layers.
+    """
+    weights = search.search_weights(kernel, hessian, spec, range_method, grid)
+    widest = search.search_weights(kernel, hessian, spec, "absmax")
+    if rounding == "gptq":
         codes = round_gptq(kernel, hessian, weights)
     else:
         codes = round_nearest(kernel, weights)
-    if recipe.sweeps:
-        codes, weights = coordinate_sweeps(codes, kernel, hessian, weights, recipe.sweeps)
-    layer = QuantizedLayer(codes, folded.bias, weights, inputs, None, None)
-    layer = dataclasses.replace(layer, bias=quantize_bias(operation, layer, folded.bias))
-    sqnr = sqnr_db(kernel, dequantized_kernel(layer))
-    return layer, sqnr, jnp.mean(weights.scale / widest.scale)
+    if sweeps:
+        codes, weights = coordinate_sweeps(codes, kernel, hessian, weights, sweeps)
+    values = dequantize(codes, elementwise(weights, kernel.shape[1]))
+    return codes, weights, sqnr_db(kernel, values), jnp.mean(weights.scale / widest.scale)
 
 
 @partial(jax.jit, static_argnums=0)
 def _shift_bias(operation: Linear, layer: QuantizedLayer, shift: jax.Array) -> QuantizedLayer:
     bias = quantize_bias(operation, layer, dequantized_bias(operation, layer) + shift)
     return dataclasses.replace(layer, bias=bias)
+
+
+_quantize_bias = jax.jit(quantize_bias, static_argnums=0)
 
 
 def _fit_output(

@@ -30,7 +30,8 @@ from pretrained import datasets
 from qjax.progress import progress_bar
 from qjax.spec import Recipe
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS, README = ROOT / "docs", ROOT / "README.md"
 HELD_OUT = 2000  # training images
 WIDTHS = (8, 6, 5, 4, 3, 2)
 FORMATS = {"W6A6": (6, 6), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8)}
@@ -139,11 +140,11 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     table = tables()[name]
     for model in arguments.models:
         measure_missing(model, table, arguments.seeds, arguments.calibration_size, path)
-    document = path.with_suffix(".md")
-    text = markdown(table, read(path), f"python scripts/evaluate.py {name}")
-    temporary = document.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, document)
+    lines = read(path)
+    text = document(table, lines, f"python scripts/evaluate.py {name}")
+    write(path.with_suffix(".md"), text)
+    if path.parent == DOCS:
+        show_in_readme(name, rows_of_markdown(table, lines, with_error=False))
     print(text)
 
 
@@ -205,46 +206,67 @@ def logits_error(
     return noise / signal
 
 
-def markdown(table: Table, lines: Sequence[dict[str, Any]], command: str) -> str:
-    """The table as a document."""
+def document(table: Table, lines: Sequence[dict[str, Any]], command: str) -> str:
+    """The table as a page."""
+    calibrated = [line for line in lines if line["row"] != FLOAT]
+    images = sorted({line["calibration_images"] for line in calibrated})
+    counts = " or ".join(f"{n:,}" for n in images)
+    return f"""# {table.title}
+
+Measured by `{command}`: top-1 in percent on all test images, and in brackets the error
+|f(x) − f̂(x)|² / |f(x)|² of the logits on {HELD_OUT:,} training images that were not calibrated on.
+{counts} calibration images; means over the draws.
+
+{rows_of_markdown(table, lines, with_error=True)}
+"""
+
+
+def rows_of_markdown(table: Table, lines: Sequence[dict[str, Any]], with_error: bool) -> str:
+    """The table, all models in one."""
     columns = list(dict.fromkeys(column for _, column in table.recipes))
     text = [
-        f"# {table.title}",
-        "",
-        f"Measured by `{command}`; top-1 in percent on all test images.",
+        f"| | float | draws | | {' | '.join(columns)} |",
+        f"|---|---|---|---|{'---|' * len(columns)}",
     ]
     for model in dict.fromkeys(line["model"] for line in lines):
         mine = [line for line in lines if line["model"] == model]
         reference = next(line["top1"] for line in mine if line["row"] == FLOAT)
-        some = next((line for line in mine if line["row"] != FLOAT), None)
-        if some is None:
-            continue
-        text += [
-            "",
-            f"## {model}",
-            "",
-            f"Float {reference:.2f}; {some['test_images']:,} test images, "
-            f"{some['calibration_images']:,} calibration images, "
-            f"{len({line['seed'] for line in mine if line['row'] != FLOAT})} draws.",
-            "",
-            f"| | {' | '.join(columns)} |",
-            f"|---|{'---|' * len(columns)}",
-        ]
-        text += [
-            f"| {row} | {' | '.join(cell(mine, row, column) for column in columns)} |"
-            for row in table.rows
-        ]
-    return "\n".join(text) + "\n"
+        draws = len({line["seed"] for line in mine if line["row"] != FLOAT})
+        head = f"{model.removesuffix('.torch.safetensors')} | {reference:.2f} | {draws}"
+        for row in table.rows:
+            cells = [cell(mine, row, column, with_error) for column in columns]
+            if any(cells):
+                text.append(f"| {head} | {row} | {' | '.join(cells)} |")
+                head = " | | "
+    return "\n".join(text)
 
 
-def cell(lines: Sequence[dict[str, Any]], row: str, column: str) -> str:
-    """Top-1 and, in brackets, the logits' error: means over the draws."""
+def cell(lines: Sequence[dict[str, Any]], row: str, column: str, with_error: bool) -> str:
+    """Means over the draws."""
     found = [line for line in lines if (line["row"], line["column"]) == (row, column)]
     if not found:
-        return "–"
-    top1 = statistics.mean(line["top1"] for line in found)
+        return ""
+    top1 = f"{statistics.mean(line['top1'] for line in found):.2f}"
     error = statistics.mean(line["error"] for line in found)
-    return f"{top1:.2f} ({error:.1e})"
+    return f"{top1} ({error:.1e})" if with_error else top1
+
+
+def write(path: Path, text: str) -> None:
+    """Replaces a file as a whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def show_in_readme(name: str, text: str) -> None:
+    """Replaces what stands in README between the marks of a table, where it has them."""
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, mark, rest = README.read_text().partition(start)
+    if mark:
+        _, mark, after = rest.partition(end)
+        if not mark:
+            raise ValueError(f"README.md has {start.strip()} but not {end} behind it.")
+        write(README, f"{before}{start}\n{text}\n\n{end}{after}")
 
 
 if __name__ == "__main__":
