@@ -2,11 +2,7 @@
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from measure import Times, device, side_by_side
 from safetensors.numpy import save_file
 
 import pretrained
@@ -75,38 +72,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="end with the results as one line of JSON")
 
 
-class Times(NamedTuple):
-    """What variants of one computation take.
-
-    Attributes:
-      first: seconds of each one's first call, compilation included.
-      median: seconds of each one's later calls.
-      ratios: medians of time(first variant) / time(variant) over rounds in which all took turns.
-    """
-
-    first: list[float]
-    median: list[float]
-    ratios: list[float]
-
-
-def side_by_side(variants: list[Callable[[], Any]], seconds: float) -> Times:
-    """Times variants in turns, so that what else the machine does meets all of them."""
-
-    def timed(function: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        return time.perf_counter() - start
-
-    first = [timed(variant) for variant in variants]
-    rounds = [[timed(variant) for variant in variants]]
-    end = time.perf_counter() + seconds * len(variants)
-    while len(rounds) < 5 or time.perf_counter() < end:
-        rounds.append([timed(variant) for variant in variants])
-    columns = list(zip(*rounds, strict=True))
-    ratios = [statistics.median(row[0] / row[i] for row in rounds) for i in range(len(variants))]
-    return Times(first, [statistics.median(column) for column in columns], ratios)
-
-
 def network(name: str, recipe: qjax.Recipe) -> tuple[Callable[..., Any], Any, qjax.Quantized]:
     """A quantized network of random weights: time does not depend on their values."""
     model = NETWORKS[name]()
@@ -114,20 +79,6 @@ def network(name: str, recipe: qjax.Recipe) -> tuple[Callable[..., Any], Any, qj
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])
     apply_fn: Callable[..., Any] = model.apply
     return apply_fn, variables, qjax.quantize(apply_fn, variables, images, recipe)
-
-
-def device() -> str:
-    """The device, with the instructions that matter."""
-    kind = jax.devices()[0].device_kind
-    if kind != "cpu":
-        return kind
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return f"cpu ({platform.machine()})"
-    has_dot = "avx512_vnni" in flags or "avx_vnni" in flags
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores} cores of a CPU {'with' if has_dot else 'without'} int8 dot instructions"
 
 
 def run_integer(arguments: argparse.Namespace) -> None:
@@ -282,7 +233,7 @@ def compare_codes(
     """Compares the codes of every layer on every test image, by arithmetic."""
     runs = {"fake": q.apply_fn.codes}
     runs |= {name: qjax.integer(q, arithmetic=name).codes for name in get_args(Arithmetic)}
-    differing, largest, right = ({name: 0 for name in runs} for _ in range(3))
+    differing, largest, right = (dict.fromkeys(runs, 0) for _ in range(3))
     total = 0
     for start in range(0, len(test.images), TEST_BATCH):
         progress("", start, len(test.images))
@@ -293,7 +244,7 @@ def compare_codes(
         for name, found in codes.items():
             for layer, expected in codes["fake"].items():
                 off = np.abs(found[layer].astype(np.int64) - expected)
-                differing[name] += np.count_nonzero(off)
+                differing[name] += int(np.count_nonzero(off))
                 largest[name] = max(largest[name], int(off.max()))
             *_, logits = found.values()
             right[name] += int(np.sum(logits.argmax(-1) == labels))

@@ -1,0 +1,101 @@
+"""Timing: in a process of its own, side by side, and on which device."""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Measured(NamedTuple):
+    """What one variant takes.
+
+    Attributes:
+      first: seconds of the first call, compilation included.
+      steady: seconds of a later call, the median.
+      peak: bytes of memory that its process held at most.
+      losses: values by which two variants can be told to compute the same.
+    """
+
+    first: float
+    steady: float
+    peak: int
+    losses: list[float]
+
+
+def in_own_process(measure: Callable[..., Any], arguments: argparse.Namespace) -> Measured:
+    """Runs a measurement, which returns (first, steady, losses), in a fresh process."""
+    fields = {key: value for key, value in vars(arguments).items() if key != "run"}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_with_peak, measure, argparse.Namespace(**fields)).result()
+
+
+def _with_peak(measure: Callable[..., Any], arguments: argparse.Namespace) -> Measured:
+    first, steady, losses = measure(arguments)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Measured(first, steady, peak, losses)
+
+
+def timed(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Seconds of the first call, and the median of `repeats` later ones."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        seconds.append(time.perf_counter() - start)
+    return seconds[0], statistics.median(seconds[1:])
+
+
+class Times(NamedTuple):
+    """What variants of one computation take.
+
+    Attributes:
+      first: seconds of each one's first call, compilation included.
+      median: seconds of each one's later calls.
+      ratios: medians of time(first variant) / time(variant) over rounds in which all took turns.
+    """
+
+    first: list[float]
+    median: list[float]
+    ratios: list[float]
+
+
+def side_by_side(variants: list[Callable[[], Any]], seconds: float) -> Times:
+    """Times variants in turns, so that what else the machine does meets all of them."""
+
+    def timed(function: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        return time.perf_counter() - start
+
+    first = [timed(variant) for variant in variants]
+    rounds = [[timed(variant) for variant in variants]]
+    end = time.perf_counter() + seconds * len(variants)
+    while len(rounds) < 5 or time.perf_counter() < end:
+        rounds.append([timed(variant) for variant in variants])
+    columns = list(zip(*rounds, strict=True))
+    ratios = [statistics.median(row[0] / row[i] for row in rounds) for i in range(len(variants))]
+    return Times(first, [statistics.median(column) for column in columns], ratios)
+
+
+def device() -> str:
+    """The device, with the instructions that matter."""
+    kind = jax.devices()[0].device_kind
+    if kind != "cpu":
+        return kind
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return f"cpu ({platform.machine()})"
+    has_dot = "avx512_vnni" in flags or "avx_vnni" in flags
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} cores of a CPU {'with' if has_dot else 'without'} int8 dot instructions"
