@@ -405,7 +405,7 @@ class _Walk:
                 self._at_output(real),
                 None if target is None else _sqnr_db(target, real),
                 "only where something other than a layer reads y (a residual sum, pooling, the "
-                "output):\na layer that reads the codes folds s_y into its own multiplier",
+                "output)\na layer that reads the codes folds s_y into its own multiplier",
             )
 
     def _unknown_activation(self) -> None:
