@@ -128,6 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration draw")
     parser.add_argument("--calibration-size", type=int, default=1024, metavar="N", help="images")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="of the table (all)")
     parser.add_argument("--results", type=Path, metavar="FILE", help="docs/results-TABLE.jsonl")
     parser.add_argument("--restart", action="store_true", help="measure everything anew")
 
@@ -139,8 +140,11 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     if arguments.restart:
         path.unlink(missing_ok=True)
     table = tables()[name]
+    for row in arguments.rows or ():
+        if row not in table.rows:
+            raise SystemExit(f"`--rows` must be of {', '.join(table.rows)}; got {row!r}.")
     for model in arguments.models:
-        measure_missing(model, table, arguments.seeds, arguments.calibration_size, path)
+        measure_missing(model, table, arguments, path)
     lines = read(path)
     text = document(table, lines, f"python scripts/evaluate.py {name}")
     write(path.with_suffix(".md"), text)
@@ -154,10 +158,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def measure_missing(name: str, table: Table, seeds: Sequence[int], size: int, path: Path) -> None:
+def measure_missing(name: str, table: Table, arguments: argparse.Namespace, path: Path) -> None:
     """Measures what `path` does not hold yet of a model, and appends it line by line."""
     label = Path(name).name
-    wanted = [(FLOAT, FLOAT, 0), *((*key, seed) for seed in seeds for key in table.recipes)]
+    keys = [key for key in table.recipes if key[0] in (arguments.rows or table.rows)]
+    wanted = [(FLOAT, FLOAT, 0), *((*key, seed) for seed in arguments.seeds for key in keys)]
     held = {
         (line["row"], line["column"], line["seed"]) for line in read(path) if line["model"] == label
     }
@@ -170,7 +175,7 @@ def measure_missing(name: str, table: Table, seeds: Sequence[int], size: int, pa
     accuracy = partial(
         qjax.top1, images=test.images, labels=test.labels, preprocess=model.preprocess
     )
-    used = min(size, len(images) - 1)
+    used = min(arguments.calibration_size, len(images) - 1)
     with progress_bar(label) as progress:
         for done, (row, column, seed) in enumerate(missing):
             if done % KEPT_COMPILED == 0:  # thousands of kernels use up the process's memory maps
