@@ -8,6 +8,7 @@ from qjax.integer import integer
 from qjax.io import load, save
 from qjax.layers import Layer, trace
 from qjax.narrow import Accumulator
+from qjax.packing import pack, unpack
 from qjax.quantize import Quantized, quantize
 from qjax.report import LayerReport, Report
 from qjax.spec import QuantSpec, Recipe, recipe
@@ -30,6 +31,7 @@ __all__ = [
     "fake_quant",
     "integer",
     "load",
+    "pack",
     "quantize",
     "quantize_array",
     "recipe",
@@ -37,4 +39,5 @@ __all__ = [
     "sqnr_db",
     "top1",
     "trace",
+    "unpack",
 ]

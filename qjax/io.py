@@ -1,9 +1,8 @@
 """Saving a quantized network to a directory, and loading it bit for bit.
 
-`model.safetensors` holds the arrays of `Quantized.params` by path. The codes of a kernel are one
-dense stream of bits: code i, less the smallest code, takes the bits i·b to i·b + b − 1, the lowest
-first, so 4-bit codes go two to a byte and 3-bit codes eight to three bytes. Types that safetensors
-has no NumPy name for, such as bfloat16, are stored as their bytes.
+`model.safetensors` holds the arrays of `Quantized.params` by path, the codes of a kernel as one
+dense stream of bits (see `qjax.packing`). Types that safetensors has no NumPy name for, such as
+bfloat16, are stored as their bytes.
 
 `manifest.json` holds everything that is no array: formats, shapes, recipe, report, the structure of
 the float params, and the SHA-256 of both files (its own without that entry).
@@ -31,6 +30,7 @@ from safetensors import numpy as safetensors
 from qjax.affine import QParams
 from qjax.emit import QuantizedFunction
 from qjax.layers import Skipped, path_names
+from qjax.packing import pack_codes, unpack_codes
 from qjax.quantize import Quantized
 from qjax.quantized import QuantizedLayer, apply_layer
 from qjax.report import LayerReport, Report
@@ -56,7 +56,7 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
     check_destination(path)
     path = Path(path).resolve()
     layers: Mapping[str, QuantizedLayer] = q.params["layers"]
-    packed = {name: _with_kernel(layer, _pack) for name, layer in layers.items()}
+    packed = {name: _with_kernel(layer, pack_codes) for name, layer in layers.items()}
     arrays = _by_path({"layers": packed, "rest": q.params["rest"]})
     data = safetensors.save({name: _storable(array) for name, array in arrays.items()})
     manifest = {
@@ -123,7 +123,7 @@ def load(
     leaves = [arrays[name] for name in path_names(template)]
     tree = jax.tree.unflatten(jax.tree.structure(template), leaves)
     layers = {
-        name: _with_kernel(layer, _unpack, manifest["layers"][name]["kernel_shape"])
+        name: _with_kernel(layer, unpack_codes, manifest["layers"][name]["kernel_shape"])
         for name, layer in tree["layers"].items()
     }
     function = QuantizedFunction(
@@ -236,22 +236,6 @@ def _with_kernel(layer: QuantizedLayer, change: Callable[..., Any], *args: Any) 
     if layer.weights is None:
         return layer
     return dataclasses.replace(layer, kernel=change(layer.kernel, layer.weights, *args))
-
-
-def _pack(codes: jax.Array, weights: QParams) -> np.ndarray:
-    """Joins codes to one stream of bits: uint8[ceil(codes.size * bits / 8)]."""
-    offsets = np.asarray(codes, np.int32).reshape(-1, 1) - weights.qmin
-    bits = np.unpackbits(offsets.astype("<u2").view(np.uint8), axis=1, bitorder="little")
-    return np.packbits(bits[:, : weights.bits], bitorder="little")
-
-
-def _unpack(stream: np.ndarray, weights: QParams, shape: Sequence[int]) -> np.ndarray:
-    """Cuts a stream of bits into codes; the inverse of `_pack`."""
-    count = math.prod(shape)
-    bits = np.unpackbits(stream, count=count * weights.bits, bitorder="little")
-    padded = np.pad(bits.reshape(count, weights.bits), ((0, 0), (0, 16 - weights.bits)))
-    offsets = np.packbits(padded, axis=1, bitorder="little").view("<u2").astype(np.int32)
-    return (offsets + weights.qmin).astype(weights.dtype).reshape(shape)
 
 
 # ---- What is no array

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
+import jax
 import numpy as np
 
 from qjax.analysis import predict
@@ -23,6 +24,7 @@ WIDTHS = (8, 4)
 ALL_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
 GROUP_SIZES = (64, 16)
 AGREEMENT = 99.0  # percent of the calibration images, at which a width is good enough
+KEPT_COMPILED = 6  # networks whose compiled functions are kept; twenty use up the memory maps
 
 Progress = Callable[[str, int, int], None]
 Labels = tuple[str, ...]
@@ -162,9 +164,13 @@ class Measure:
         self._network = apply_fn, params, batches
         self._top1 = top1
         self._logits = predict(apply_fn, params, batches)
+        self._quantized = 0
 
     def quantize(self, recipe: Recipe) -> Quantized:
         """Quantizes the network."""
+        self._quantized += 1
+        if self._quantized % KEPT_COMPILED == 0:
+            jax.clear_caches()
         return quantize(*self._network, recipe)
 
     def row(self, labels: Labels, q: Quantized) -> Row:

@@ -122,7 +122,7 @@ class Sizes(NamedTuple):
 
     Attributes:
       disk: as one safetensors file, and as the file of codes in an artifact.
-      memory: of all arrays.
+      memory: of all arrays, codes packed by `qjax.pack`.
     """
 
     disk: tuple[int, int]
@@ -133,7 +133,7 @@ def measure_sizes(name: str, bits: int) -> Sizes:
     """The sizes of a network at a width."""
     _, variables, q = network(name, qjax.recipe(bits).naive())
     leaves = jax.tree.leaves(variables)
-    codes = jax.tree.leaves(q.params)
+    codes = jax.tree.leaves(qjax.pack(q.params))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "float.safetensors"
         save_file({str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}, file)

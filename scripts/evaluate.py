@@ -29,6 +29,7 @@ import qjax
 from pretrained import datasets
 from qjax.progress import progress_bar
 from qjax.spec import Recipe
+from qjax.studies import KEPT_COMPILED
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
@@ -37,7 +38,6 @@ WIDTHS = (8, 6, 5, 4, 3, 2)
 FORMATS = {"W6A6": (6, 6), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8)}
 FORMATS |= {"W4A4": (4, 4), "W3A3": (3, 3)}
 FLOAT = "float"
-KEPT_COMPILED = 6  # measurements
 
 
 class Table(NamedTuple):
@@ -178,7 +178,7 @@ def measure_missing(name: str, table: Table, arguments: argparse.Namespace, path
     used = min(arguments.calibration_size, len(images) - 1)
     with progress_bar(label) as progress:
         for done, (row, column, seed) in enumerate(missing):
-            if done % KEPT_COMPILED == 0:  # thousands of kernels use up the process's memory maps
+            if done % KEPT_COMPILED == 0:
                 jax.clear_caches()
             progress(f"{row}, {column}, draw {seed}", done, len(missing))
             line = {"model": label, "row": row, "column": column, "seed": seed}

@@ -17,6 +17,7 @@ ORDER = (
     "layers",
     "fold",
     "quantized",
+    "packing",
     "emit",
     "streams",
     "equalize",
