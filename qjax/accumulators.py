@@ -63,8 +63,9 @@ def accumulator_ranges(
         progress("", done, len(batches))
         for name, acc in run.accumulators(q.params, batch).items():
             values = np.asarray(acc, np.float64)
-            lows[name] = min(lows.get(name, 0), int(values.min()))
-            highs[name] = max(highs.get(name, 0), int(values.max()))
+            low, high = int(values.min()), int(values.max())
+            lows[name] = min(lows.get(name, low), low)
+            highs[name] = max(highs.get(name, high), high)
             counts[name] = counts.get(name, 0) + values.size
             sums[name] = sums.get(name, 0.0) + values.sum()
             squares[name] = squares.get(name, 0.0) + np.square(values).sum()

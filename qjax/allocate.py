@@ -10,10 +10,20 @@ import numpy as np
 
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
-from qjax.sensitivity import PARTS, Part, Sensitivity
+from qjax.sensitivity import PARTS, Part, Sensitivity, at_width
 from qjax.spec import Recipe
 
 AVERAGES = tuple(np.arange(2, 8.25, 0.25).tolist())  # budgets that `meet_target` chooses from
+FLOAT_BITS = 32
+
+
+class BudgetError(ValueError):
+    """A budget that even the cheapest choices exceed; `least` is what they cost."""
+
+    def __init__(self, message: str, least: int) -> None:
+        """Takes the message and the least possible cost."""
+        super().__init__(message)
+        self.least = least
 
 
 class Choice(NamedTuple):
@@ -37,14 +47,15 @@ def least_error(items: Sequence[Sequence[Choice]], budget: int) -> list[int]:
       The position of the choice for each item.
 
     Raises:
-      ValueError: even the cheapest choices exceed the budget.
+      BudgetError: even the cheapest choices exceed the budget.
     """
     cheapest = [min(choice.cost for choice in item) for item in items]
-    if sum(cheapest) > budget:
-        raise ValueError(f"the least possible cost is {sum(cheapest)}; the budget is {budget}.")
+    least = sum(cheapest)
+    if least > budget:
+        raise BudgetError(f"the least possible cost is {least}; the budget is {budget}.", least)
     costs, errors = np.zeros(1, np.int64), np.zeros(1)
     steps = []
-    left = budget - sum(cheapest)
+    left = budget - least
     for item, least in zip(items, cheapest, strict=True):
         extra = np.array([choice.cost - least for choice in item])
         all_costs = (costs[:, None] + extra).reshape(-1)
@@ -67,7 +78,7 @@ class Allocation(NamedTuple):
 
     Attributes:
       recipe: a recipe that has them as overrides.
-      widths: by layer and part.
+      widths: by layer and part; 32 is float.
       average_bits: by part, over all elements.
       error: by part, the sum of the sensitivities of what was chosen.
     """
@@ -103,7 +114,7 @@ def allocate(
 
     Args:
       sensitivities: from `measure_sensitivities`.
-      recipe: what else is to be done; its overrides come after the chosen widths and win.
+      recipe: what else is to be done; the widths that its overrides give are kept and counted.
       average_bits: what the widths of each part may be on average over its elements.
       max_kernel_bytes: what the codes of all kernels may take, each kernel in whole bytes; the
         activations keep the recipe's width.
@@ -112,10 +123,12 @@ def allocate(
       An `Allocation`.
 
     Raises:
-      ValueError: not exactly one budget is given, or it is too small.
+      ValueError: not exactly one budget is given.
+      BudgetError: it is too small.
     """
     if (average_bits is None) == (max_kernel_bytes is None):
         raise ValueError("give one of `average_bits` and `max_kernel_bytes`.")
+    given = _given_widths(recipe, list(dict.fromkeys(item.layer for item in sensitivities)))
     widths: dict[tuple[str, Part], int] = {}
     averages: dict[Part, float] = {}
     errors: dict[Part, float] = {}
@@ -124,30 +137,59 @@ def allocate(
         if not found or (max_kernel_bytes is not None and part == "activations"):
             continue
         total = sum(item.elements for item in found)
-        if max_kernel_bytes is None:
-            assert average_bits is not None
-            unit, budget = 1, int(average_bits * total)
-        else:
-            unit, budget = 8, max_kernel_bytes
-        items = [
-            [Choice(-(-bits * item.elements // unit), e) for bits, e in item.errors.items()]
+        options = [
+            [(given[item.layer, part], _error(item, given[item.layer, part]))]
+            if (item.layer, part) in given
+            else list(item.errors.items())
             for item in found
         ]
+        unit = 1 if max_kernel_bytes is None else 8
+        items = [
+            [Choice(-(-bits * item.elements // unit), error) for bits, error in option]
+            for item, option in zip(found, options, strict=True)
+        ]
         try:
-            chosen = least_error(items, budget)
-        except ValueError as error:
-            given = "average_bits" if max_kernel_bytes is None else "max_kernel_bytes"
-            value = average_bits if max_kernel_bytes is None else max_kernel_bytes
-            least = min(found[0].errors)
-            raise ValueError(
-                f"`{given}` must allow {least} bits for the {part} of every layer; got {value}."
-            ) from error
-        chosen_bits = [list(item.errors)[k] for item, k in zip(found, chosen, strict=True)]
-        widths |= {(item.layer, part): b for item, b in zip(found, chosen_bits, strict=True)}
-        pairs = list(zip(found, chosen_bits, strict=True))
-        averages[part] = sum(item.elements * bits for item, bits in pairs) / total
-        errors[part] = sum(item.errors[bits] for item, bits in pairs)
-    return Allocation(_with_widths(recipe, widths), widths, averages, errors)
+            chosen = least_error(items, int((average_bits or 0) * total) + (max_kernel_bytes or 0))
+        except BudgetError as error:
+            name, least, value = "max_kernel_bytes", f"{error.least:,}", max_kernel_bytes
+            if average_bits is not None:
+                name, least, value = "average_bits", f"{error.least / total:.2f}", average_bits
+            message = (
+                f"`{name}` must be at least {least} for the {part} of all layers; got {value}."
+            )
+            raise BudgetError(message, error.least) from error
+        picked = [option[k] for option, k in zip(options, chosen, strict=True)]
+        widths |= {(i.layer, part): bits for i, (bits, _) in zip(found, picked, strict=True)}
+        bits_in_all = sum(i.elements * bits for i, (bits, _) in zip(found, picked, strict=True))
+        averages[part] = bits_in_all / total
+        errors[part] = sum(error for _, error in picked)
+    free = {key: bits for key, bits in widths.items() if key not in given}
+    return Allocation(_with_widths(recipe, free), widths, averages, errors)
+
+
+def _given_widths(recipe: Recipe, names: Sequence[str]) -> dict[tuple[str, Part], int]:
+    """The widths that stay whatever is chosen, because overrides give them."""
+    two, three = (at_width(recipe, width).by_layer(names) for width in (2, 3))
+    fields: dict[Part, tuple[str, ...]] = {
+        "weights": ("weights",),
+        "activations": ("inputs", "outputs"),
+    }
+    given: dict[tuple[str, Part], int] = {}
+    for name in names:
+        for part, members in fields.items():
+            specs = [getattr(two[name], field) for field in members]
+            if specs == [getattr(three[name], field) for field in members]:
+                given[name, part] = max((s.bits for s in specs if s), default=FLOAT_BITS)
+    return given
+
+
+def _error(item: Sensitivity, bits: int) -> float:
+    """The measured error at a width, or at the next narrower one that was measured."""
+    if bits == FLOAT_BITS:
+        return 0.0
+    return item.errors[
+        max((width for width in item.errors if width <= bits), default=min(item.errors))
+    ]
 
 
 def _with_widths(recipe: Recipe, widths: Mapping[tuple[str, Part], int]) -> Recipe:

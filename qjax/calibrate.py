@@ -347,7 +347,7 @@ def fit_range(
     return chosen, float(chosen.scale / widest.scale)
 
 
-def _coprime_stride(size: int, limit: int) -> int:
+def coprime_stride(size: int, limit: int) -> int:
     """The least stride that leaves at most `limit` of `size` elements and meets every channel."""
     stride = max(1, math.ceil(size / limit))
     while math.gcd(stride, size) != 1:
@@ -370,7 +370,7 @@ def _sampled(values: Arrays) -> jax.Array:
 def patch_stride(operation: Linear, x: Arrays, limit: int) -> int:
     """The stride between positions that leaves about `limit` patches of all the batches `x`."""
     positions = jax.eval_shape(operation.patches, x[0]).shape[0]
-    return _coprime_stride(positions, max(1, limit // len(x)))
+    return coprime_stride(positions, max(1, limit // len(x)))
 
 
 def _sampled_patches(operation: Linear, x: Arrays) -> jax.Array:

@@ -1,6 +1,6 @@
 """The command line: `qjax quantize` quantizes a pretrained model and reports what that costs.
 
-`qjax explain` and `qjax study` have modules of their own.
+The other commands and the options of `quantize` that choose widths have modules of their own.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from qjax.evaluate import top1
 from qjax.progress import Progress, progress_bar
 from qjax.quantize import quantize
 from qjax.spec import OutputPosition, RangeMethod, Recipe, Rounding, recipe
-from qjax.studies import AGREEMENT
 
 CALIBRATION_SIZE = 1024  # training images, or all of them if there are fewer
 MODEL = "resnet20-digits"
@@ -110,15 +109,6 @@ def _add_quantize(commands: Any) -> None:
         help="also quantize naively (absmax ranges, nearest rounding, no correction)",
     )
     add(
-        "--search-bits",
-        type=float,
-        nargs="?",
-        const=AGREEMENT,
-        metavar="PERCENT",
-        help="ignore --bits: start at 2 and add a bit until this share of the calibration images "
-        "is predicted as in float (%(const)s)",
-    )
-    add(
         "--cost",
         choices=MODELS,
         metavar="MODEL",
@@ -164,7 +154,8 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN=N|float",
-        help="width in the layers whose name matches a glob, e.g. '*conv1=4'; repeatable",
+        help="width in the layers whose name matches a glob, e.g. '*conv1=4', of what is not in "
+        "float; repeatable, later ones win",
     )
     choose = partial(_add_choice, add)
     choose("--range-method", RangeMethod, Recipe.range_method, "how clipping ranges are chosen")
@@ -226,9 +217,10 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
     wanted = _recipe(arguments)
     if arguments.out is not None:
         io.check_destination(arguments.out)
-    if arguments.report is not None and not Path(arguments.report).parent.is_dir():
-        raise ValueError(f"`--report` needs an existing folder; got {arguments.report!r}.")
+    if arguments.report is not None:
+        _check_report(Path(arguments.report))
     cli_study.check(arguments)
+    cli_allocate.check(arguments, wanted)
     is_silent = arguments.quiet or not sys.stderr.isatty()
     stage: Stage = _no_bar if is_silent else progress_bar
     with stage("loading") as progress:
@@ -288,11 +280,16 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
             sizes = result["bytes_float"], result["bytes_quantized"]
             facts = page.gather(q, model, calibration, test, sizes, progress)
         unfinished = Path(f"{arguments.report}.unfinished")
-        unfinished.write_text(page.render(facts))
+        unfinished.write_text(page.render(facts), encoding="utf-8")
         unfinished.replace(arguments.report)
         print(f"page         {arguments.report}")
     if arguments.json:
         print(json.dumps(result, allow_nan=False))
+
+
+def _check_report(path: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"`--report` must name a file in an existing folder; got {str(path)!r}.")
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
@@ -313,7 +310,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         equalize=arguments.equalize,
         sequential=not arguments.no_sequential,
         bias_correction=not arguments.no_bias_correction,
-        overrides=dict(arguments.override),
+        overrides=arguments.override,
         **fields,
     )
 

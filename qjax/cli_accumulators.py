@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from qjax.accumulators import WIDTHS, study_accumulators
 from qjax.evaluate import top1
-from qjax.narrow import Check, Overflow
+from qjax.narrow import MAX_BITS, MIN_BITS, Check, Overflow
 from qjax.progress import Progress
 from qjax.quantize import BATCH_SIZE, quantize
 from qjax.spec import Recipe
@@ -15,7 +15,14 @@ from qjax.spec import Recipe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what only this command takes."""
     add = parser.add_argument_group("what to study").add_argument
-    add("--widths", type=int, nargs="+", default=WIDTHS, metavar="N", help="in bits (10 to 32)")
+    add(
+        "--widths",
+        type=int,
+        nargs="+",
+        default=WIDTHS,
+        metavar="N",
+        help="in bits, 2 to 32 (10 to 32)",
+    )
     add(
         "--overflow",
         choices=get_args(Overflow),
@@ -42,7 +49,11 @@ def run(
 
     Returns:
       The tables to print.
+
+    Raises:
+      ValueError: an accumulator has no such width, or none would hold integers.
     """
+    _check(arguments, recipe)
     q = quantize(model.apply_fn, model.params, calibration, recipe, progress=progress)
     measure = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
     size = min(BATCH_SIZE, len(calibration))
@@ -61,3 +72,13 @@ def run(
         f"{len(test.images):,} test images of {test.name},\nall accumulators at that width: "
         f"{arguments.overflow}, checked after every {arguments.check}"
     )
+
+
+def _check(arguments: argparse.Namespace, recipe: Recipe) -> None:
+    """Refuses widths that no accumulator has, and recipes without integer accumulators."""
+    if not all(MIN_BITS <= bits <= MAX_BITS for bits in arguments.widths):
+        raise ValueError(
+            f"`--widths` must be from {MIN_BITS} to {MAX_BITS} bits; got {list(arguments.widths)}."
+        )
+    if recipe.weights is None or recipe.inputs is None:
+        raise ValueError("integer accumulators need quantized weights and inputs; got float.")

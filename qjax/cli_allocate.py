@@ -5,19 +5,29 @@ import math
 from typing import Any
 
 from qjax import io
-from qjax.allocate import Allocation, allocate, meet_target
+from qjax.allocate import Allocation, BudgetError, allocate, meet_target
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
-from qjax.sensitivity import Sensitivity, measure_sensitivities
+from qjax.sensitivity import WIDTHS, Sensitivity, measure_sensitivities
 from qjax.spec import Recipe
+from qjax.studies import AGREEMENT
 
 SENSITIVITY_IMAGES = 256  # of the calibration images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the budgets; at most one of them may be given."""
-    group = parser.add_argument_group("a width for every layer (instead of --bits)")
+    group = parser.add_argument_group("widths to be found (instead of --bits)")
     add = group.add_mutually_exclusive_group().add_argument
+    add(
+        "--search-bits",
+        type=float,
+        nargs="?",
+        const=AGREEMENT,
+        metavar="PERCENT",
+        help="one for all: start at 2 and add a bit until this share of the calibration images is "
+        "predicted as in float (%(const)s)",
+    )
     add("--average-bits", type=float, metavar="X", help="of weights and activations each")
     add("--max-bytes", type=int, metavar="N", help="of all parameters; activations keep --bits")
     add(
@@ -26,6 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="POINTS",
         help="the fewest bits whose estimated loss of top-1 accuracy is within this",
     )
+
+
+def check(arguments: argparse.Namespace, recipe: Recipe) -> None:
+    """Refuses a budget that no network can keep."""
+    average, size, drop = arguments.average_bits, arguments.max_bytes, arguments.target_drop
+    if average is not None and not WIDTHS[0] <= average <= WIDTHS[-1]:
+        raise ValueError(
+            f"`--average-bits` must be from {WIDTHS[0]} to {WIDTHS[-1]}; got {average}."
+        )
+    if size is not None and (size < 1 or recipe.weights is None):
+        got = "weights in float" if recipe.weights is None else size
+        raise ValueError(f"`--max-bytes` must be positive, and weights quantized; got {got}.")
+    if drop is not None and not drop >= 0:
+        raise ValueError(f"`--target-drop` must be at least 0 points; got {drop}.")
 
 
 def is_wanted(arguments: argparse.Namespace) -> bool:
@@ -76,9 +100,10 @@ def _within_bytes(
     bits = {record.name: record.weight_bits or 32 for record in q.report}
     codes = sum(math.ceil(bits[item.layer] * item.elements / 8) for item in weights)
     others = io.stored_bytes(q) - codes
-    if budget < others:
+    try:
+        return allocate(found, recipe, max_kernel_bytes=budget - others)
+    except BudgetError as error:
         raise ValueError(
-            f"`--max-bytes` must be above the {others:,} bytes of scales, biases and what stays in "
-            f"float; got {budget:,}."
-        )
-    return allocate(found, recipe, max_kernel_bytes=budget - others)
+            f"`--max-bytes` must be at least {others + error.least:,}, {others:,} of them for "
+            f"scales, biases and what stays in float; got {budget:,}."
+        ) from error

@@ -59,7 +59,7 @@ class LayerCost:
       additions: among them.
       weight_bytes: of the kernel's codes at their true width, scales, zero points and bias.
       activation_bytes: of its input and output at their true width.
-      bit_operations: macs · b_w · b_x.
+      bit_operations: macs · b_w · b_x, both 32 where one of them is in float.
       energy: in the model's unit.
     """
 

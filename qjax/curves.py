@@ -14,7 +14,13 @@ import jax.numpy as jnp
 
 from qjax import observers, search
 from qjax.affine import QParams, affine_qparams, dequantize, fake_quant, sqnr_db
-from qjax.calibrate import MOMENT_PATCHES, SAMPLED_PATCHES, fit_range, patch_stride
+from qjax.calibrate import (
+    MOMENT_PATCHES,
+    SAMPLED_PATCHES,
+    coprime_stride,
+    fit_range,
+    patch_stride,
+)
 from qjax.layers import Layer
 from qjax.quantized import QuantizedLayer, apply_layer
 from qjax.rounding import elementwise, round_nearest
@@ -194,7 +200,7 @@ _ACTIVATIONS = {"relu": jax.nn.relu, "relu6": jax.nn.relu6}
 
 def _output_curves(layer: Layer, folded: QuantizedLayer, x: jax.Array, spec: QuantSpec) -> Curves:
     z = jax.jit(apply_layer, static_argnums=0)(layer.operation, folded, x).reshape(-1)
-    sample = z[:: max(1, z.size // SAMPLED_OUTPUTS)]
+    sample = z[:: coprime_stride(z.size, SAMPLED_OUTPUTS)]
     activation = _ACTIVATIONS.get(layer.activation, _identity)
     extremes = observers.observe(observers.min_max(), [sample])
     low, high = extremes

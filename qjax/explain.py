@@ -15,6 +15,7 @@ import numpy as np
 from qjax.affine import QParams, quantize_array
 from qjax.layers import Site, find_layers
 from qjax.linear import output_matrix
+from qjax.narrow import signed_width
 from qjax.quantize import Quantized
 from qjax.quantized import (
     QuantizedLayer,
@@ -311,7 +312,7 @@ class _Walk:
             for code in (layer.inputs.qmin, layer.inputs.qmax)
         )
         largest = np.abs(self.w_codes).max() * max(-low, high)
-        products = signed_bits(-largest, largest)
+        products = signed_width(-largest, largest)
         self._add(
             "products",
             "p = (q_w − z_w)(q_x − z_x)",
@@ -333,14 +334,14 @@ class _Walk:
             f"int{ACCUMULATOR_BITS}",
             self._at_output(self.acc),
             _sqnr_db(self.y, self.acc * self.scale),
-            f"{signed_bits(bounds[0].min(), bounds[1].max())} bits needed for any input, "
-            f"{signed_bits(self.acc.min(), self.acc.max())} by this one, {ACCUMULATOR_BITS} used\n"
+            f"{signed_width(bounds[0].min(), bounds[1].max())} bits needed for any input, "
+            f"{signed_width(self.acc.min(), self.acc.max())} by this one, {ACCUMULATOR_BITS} used\n"
             f"one unit is s_w·s_x = {self.scale[self.group, self.column]:.6g}, so a is "
             f"{self._at_output(self.acc * self.scale)[0]:.6g}",
             ACCUMULATOR_BITS,
         )
         self.acc = self.acc + bias
-        needed = signed_bits((bounds[0] + bias).min(), (bounds[1] + bias).max())
+        needed = signed_width((bounds[0] + bias).min(), (bounds[1] + bias).max())
         self._add(
             "bias",
             f"a + q_b, q_b = round(b / (s_w·s_x)) = {bias[self.group, self.column]:.0f}",
@@ -472,11 +473,6 @@ class _Walk:
         return f"equal to the network's own code in {np.mean(network == codes):.2%} of the outputs"
 
 
-def signed_bits(low: float, high: float) -> int:
-    """The least width of a two's complement integer that holds low … high."""
-    return max(int(max(high, -low - 1, 0)).bit_length() + 1, 1)
-
-
 def _product(patches: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Σ_k x[p, g, k]·w[g, k, m] in float64, exact for integers below 2^53."""
     return np.einsum("pgk,gkm->pgm", patches, kernel, optimize=True)
@@ -512,7 +508,7 @@ def _type(qparams: QParams) -> str:
 
 
 def _db(value: float) -> str:
-    return "exact" if math.isinf(value) else f"{value:.1f} dB"
+    return "exact" if value == math.inf else f"{value:.1f} dB"
 
 
 def _number(value: float) -> str:

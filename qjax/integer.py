@@ -251,13 +251,14 @@ class IntegerFunction:
     def _folded(self, params: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The biases with the zero-point corrections; remembered for the last params."""
         leaves = jax.tree.leaves(params["layers"])
-        if any(isinstance(leaf, Tracer) for leaf in leaves):
-            return _fold_biases(params["layers"])
         key = tuple(map(id, leaves))
-        if key not in self._biases:
+        if key in self._biases:
+            return self._biases[key][1]
+        folded = jax.jit(_fold_biases)(params["layers"])
+        if not any(isinstance(leaf, Tracer) for leaf in folded.values()):
             self._biases.clear()
-            self._biases[key] = leaves, jax.jit(_fold_biases)(params["layers"])
-        return self._biases[key][1]
+            self._biases[key] = leaves, folded
+        return folded
 
     def _evaluate(self, params: Mapping[str, Any], biases: Mapping[str, Any], x: Any) -> Any:
         network, env, _ = self._run(params, biases, x)

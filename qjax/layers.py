@@ -472,6 +472,8 @@ def clip_bounds(equation: core.JaxprEqn, known: Mapping[core.Var, Any]) -> Bound
     operands = [value(atom) for atom in equation.invars]
     inner = interpret.body(equation)
     if inner is not None:
+        if any(map(_rearranges, inner.jaxpr.eqns)):
+            return None
         known = dict(zip(inner.jaxpr.invars, operands, strict=True))
         for inner_equation in inner.jaxpr.eqns:
             known[inner_equation.outvars[0]] = clip_bounds(inner_equation, known)
@@ -489,6 +491,14 @@ def clip_bounds(equation: core.JaxprEqn, known: Mapping[core.Var, Any]) -> Bound
         if isinstance(bounds, tuple) and isinstance(limit, float):
             return _narrow(bounds, max if name == "max" else min, limit)
     return None
+
+
+def _rearranges(equation: core.JaxprEqn) -> bool:
+    """Whether an equation moves the elements of an array, or makes them integers."""
+    name, result = equation.primitive.name, equation.outvars[0]
+    if name in ("copy", "convert_element_type"):
+        return not jax.numpy.issubdtype(dtype(result), jax.numpy.floating)
+    return name in _MOVEMENT and math.prod(shape(equation.invars[0])) > 1
 
 
 _SELECTIONS = ("reduce_window_max", "reduce_max", "slice", "rev")

@@ -74,4 +74,4 @@ def sum_term_by_term(
 
 def signed_width(low: int, high: int) -> int:
     """The bits that a two's complement number needs to hold all of low … high."""
-    return max(int(high).bit_length(), (-int(low) - 1).bit_length() if low < 0 else 0) + 1
+    return int(max(high, -low - 1, 0)).bit_length() + 1

@@ -42,7 +42,7 @@ def pack(params: Any) -> Any:
     """
 
     def packed(layer: QuantizedLayer) -> QuantizedLayer:
-        if layer.weights is None:
+        if layer.weights is None or isinstance(layer.kernel, PackedCodes):
             return layer
         stream = pack_codes(layer.kernel, layer.weights)
         kernel: Any = PackedCodes(stream, layer.kernel.shape)

@@ -135,15 +135,25 @@ def gather(
 
 def _summary(q: Quantized, calibration: int, images: int, dataset: str) -> str:
     recipe = q.report.recipe
-    specs = {"weights": recipe.weights, "inputs": recipe.inputs, "outputs": recipe.outputs}
     widths = ", ".join(
-        f"{n} {'float' if s is None else f'{s.bits} bits'}" for n, s in specs.items()
+        f"{name} {_widths([getattr(record, field) for record in q.report])}"
+        for name, field in _WIDTHS.items()
     )
     return (
         f"{widths}; ranges by {recipe.range_method}, rounding by {recipe.rounding}; "
         f"calibrated on {calibration:,} training images without labels, tested on all "
         f"{images:,} test images of {dataset}."
     )
+
+
+_WIDTHS = {"weights": "weight_bits", "inputs": "input_bits", "outputs": "output_bits"}
+
+
+def _widths(bits: Sequence[int | None]) -> str:
+    """What the layers have: `8 bits`, `2 to 6 bits`, `8 bits or float`."""
+    given = sorted({width for width in bits if width is not None})
+    ends = " to ".join(dict.fromkeys(map(str, (given[0], given[-1])))) if given else ""
+    return " or ".join([f"{ends} bits"] * bool(given) + ["float"] * (None in bits))
 
 
 def render(facts: Facts) -> str:
@@ -396,12 +406,12 @@ def _cell(before: int, after: int, count: int) -> str:
 
 
 def _db(value: float, unit: str = " dB") -> str:
-    return "∞" if math.isinf(value) else f"{value:.1f}{unit}"
+    return "∞" if value == math.inf else f"{value:.1f}{unit}"
 
 
 def _value(value: float) -> str:
     """A number for sorting; infinity sorts last."""
-    return "1e9" if math.isinf(value) else f"{value:.6g}"
+    return "1e9" if value == math.inf else f"{value:.6g}"
 
 
 def _span(interval: tuple[float, float], sign: str = "") -> str:

@@ -39,7 +39,7 @@ class LayerReport:
       macs: multiply-accumulate operations per example.
       bytes_float: of kernel and bias in float32.
       bytes_quantized: of codes at their true width, scales, zero points and bias.
-      input_shape: shape of its input for one example; () in reports of artifacts of qjax 0.1.
+      input_shape: shape of its input for one example.
     """
 
     name: str
@@ -63,7 +63,7 @@ class LayerReport:
     macs: int
     bytes_float: int
     bytes_quantized: int
-    input_shape: tuple[int, ...] = ()
+    input_shape: tuple[int, ...]
 
 
 def layer_report(layer: Layer, fit: Fit) -> LayerReport:
@@ -191,7 +191,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _db(value: float) -> str:
-    return "∞" if math.isinf(value) else f"{value:.1f}"
+    return "∞" if value == math.inf else f"{value:.1f}"
 
 
 def si(value: float) -> str:

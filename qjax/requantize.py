@@ -108,7 +108,8 @@ def multiply_shift(acc: jax.Array, m: jax.Array, n: jax.Array, *, rounds: bool) 
 
 def _shift(acc: jax.Array, k: jax.Array) -> jax.Array:
     """Computes floor(acc·2^−k + 1/2), saturated."""
-    right = ((acc >> jnp.clip(k - 1, 0, 31)) + 1) >> 1  # of k ≥ 1
+    doubled = acc >> jnp.clip(k - 1, 0, 31)
+    right = (doubled >> 1) + (doubled & 1)  # of k ≥ 1
     up = jnp.clip(-k, 0, 30)
     most = _INT32_MAX >> up
     left = jnp.where(-k > 30, jnp.sign(acc) * most, jnp.clip(acc, -most, most)) << up

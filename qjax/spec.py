@@ -280,8 +280,9 @@ def recipe(
         _check_bits(argument, width)
         specs[target] = dataclasses.replace(getattr(LayerRecipe(), target), bits=width)
     overrides = recipe_fields.pop("overrides", ())
+    overrides = overrides.items() if isinstance(overrides, Mapping) else overrides
     if first_last_bits is not None:
         _check_bits("first_last_bits", first_last_bits)
         ends = {end: {"bits": first_last_bits} for end in ("@first", "@last")}
-        overrides = [*ends.items(), *dict(overrides).items()]
+        overrides = [*ends.items(), *overrides]
     return Recipe(**specs | recipe_fields, overrides=overrides)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from qjax.analysis import predict
+from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
 from qjax.sensitivity import at_width
 from qjax.spec import (
@@ -26,7 +27,6 @@ GROUP_SIZES = (64, 16)
 AGREEMENT = 99.0  # percent of the calibration images, at which a width is good enough
 KEPT_COMPILED = 6  # networks whose compiled functions are kept; twenty use up the memory maps
 
-Progress = Callable[[str, int, int], None]
 Labels = tuple[str, ...]
 Cases = Iterator[tuple[Labels, Recipe]]
 Run = Callable[[Recipe], Quantized]
@@ -266,17 +266,19 @@ def _symmetry(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
             activations, **_at(activations, ["inputs", "outputs"], bits, symmetric=False)
         )
         label = "symmetric unsigned, signed where a value is negative"
-        recipe = dataclasses.replace(unsigned, overrides=_without_zero_points(unsigned, run))
-        yield (str(bits), "activations", label), recipe
+        overrides = [*unsigned.overrides, *_without_zero_points(unsigned, run).items()]
+        yield (str(bits), "activations", label), dataclasses.replace(unsigned, overrides=overrides)
 
 
 def _without_zero_points(recipe: Recipe, run: Run) -> dict[str, dict[str, QuantSpec]]:
     """Signed formats where the asymmetric network has a zero point that is not 0."""
+    report = run(recipe).report
+    formats = recipe.by_layer([record.name for record in report])
     overrides: dict[str, dict[str, QuantSpec]] = {}
-    for record in run(recipe).report:
+    for record in report:
         codes = {"inputs": record.input_zero_point, "outputs": record.output_zero_point}
         overrides[record.name] = {
-            field: dataclasses.replace(getattr(recipe, field), symmetric=True)
+            field: dataclasses.replace(getattr(formats[record.name], field), symmetric=True)
             for field, zero_point in codes.items()
             if zero_point
         }

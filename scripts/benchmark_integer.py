@@ -246,7 +246,7 @@ def compare_codes(
                 off = np.abs(found[layer].astype(np.int64) - expected)
                 differing[name] += int(np.count_nonzero(off))
                 largest[name] = max(largest[name], int(off.max()))
-            *_, logits = found.values()
+            logits = found[q.report[-1].name]
             right[name] += int(np.sum(logits.argmax(-1) == labels))
     return {
         name: Agreement(

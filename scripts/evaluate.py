@@ -92,7 +92,6 @@ def tables() -> dict[str, Table]:
     }
     formats = {
         "W4A4, inputs and outputs": qjax.recipe(4),
-        "W4A4, inputs": qjax.recipe(4, outputs=None),
         "W3A8, inputs and outputs": qjax.recipe(8, weight_bits=3),
     }
     ablation = {}
@@ -130,19 +129,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration-size", type=int, default=1024, metavar="N", help="images")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="of the table (all)")
     parser.add_argument("--results", type=Path, metavar="FILE", help="docs/results-TABLE.jsonl")
-    parser.add_argument("--restart", action="store_true", help="measure everything anew")
+    parser.add_argument("--restart", action="store_true", help="measure anew what is kept")
 
 
 def run(name: str, arguments: argparse.Namespace) -> None:
     """Measures what is missing of a table, writes it and prints it."""
     path = arguments.results or DOCS / f"results-{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.restart:
-        path.unlink(missing_ok=True)
     table = tables()[name]
     for row in arguments.rows or ():
         if row not in table.rows:
             raise SystemExit(f"`--rows` must be of {', '.join(table.rows)}; got {row!r}.")
+    if arguments.restart:
+        forget(path, arguments)
     for model in arguments.models:
         measure_missing(model, table, arguments, path)
     lines = read(path)
@@ -158,24 +157,42 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def forget(path: Path, arguments: argparse.Namespace) -> None:
+    """Drops the measurements that are to be made anew."""
+    models = {Path(model).name for model in arguments.models}
+    kept = [
+        line
+        for line in read(path)
+        if line["model"] not in models
+        or line["seed"] not in arguments.seeds
+        or line["row"] not in (arguments.rows or [line["row"]])
+    ]
+    write(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
 def measure_missing(name: str, table: Table, arguments: argparse.Namespace, path: Path) -> None:
     """Measures what `path` does not hold yet of a model, and appends it line by line."""
     label = Path(name).name
     keys = [key for key in table.recipes if key[0] in (arguments.rows or table.rows)]
     wanted = [(FLOAT, FLOAT, 0), *((*key, seed) for seed in arguments.seeds for key in keys)]
-    held = {
-        (line["row"], line["column"], line["seed"]) for line in read(path) if line["model"] == label
-    }
+    lines = [line for line in read(path) if line["model"] == label]
+    held = {(line["row"], line["column"], line["seed"]) for line in lines}
     missing = [key for key in wanted if key not in held]
-    if not missing:
-        return
     model = pretrained.load(name)
     images = datasets.load(model.dataset, "train").images
+    used = min(arguments.calibration_size, len(images) - 1)
+    for line in lines:
+        if line.get("calibration_images", used) != used:
+            raise SystemExit(
+                f"{path} has {label} with {line['calibration_images']} calibration images, not "
+                f"{used}; pass --restart to measure it anew, or --results to keep both."
+            )
+    if not missing:
+        return
     test = datasets.load(model.dataset, "test")
     accuracy = partial(
         qjax.top1, images=test.images, labels=test.labels, preprocess=model.preprocess
     )
-    used = min(arguments.calibration_size, len(images) - 1)
     with progress_bar(label) as progress:
         for done, (row, column, seed) in enumerate(missing):
             if done % KEPT_COMPILED == 0:
@@ -222,7 +239,7 @@ def document(table: Table, lines: Sequence[dict[str, Any]], command: str) -> str
     return f"""# {table.title}
 
 Measured by `{command}`: top-1 in percent on all test images, and in brackets the error
-|f(x) − f̂(x)|² / |f(x)|² of the logits on {HELD_OUT:,} training images that were not calibrated on.
+|f(x) − f̂(x)|² / |f(x)|² of the logits on up to {HELD_OUT:,} training images not calibrated on.
 {counts} calibration images; means over the draws.
 
 {rows_of_markdown(table, lines, with_error=True)}
@@ -262,14 +279,14 @@ def cell(lines: Sequence[dict[str, Any]], row: str, column: str, with_error: boo
 def write(path: Path, text: str) -> None:
     """Replaces a file as a whole."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def show_in_readme(name: str, text: str) -> None:
     """Replaces what stands in README between the marks of a table, where it has them."""
     start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    before, mark, rest = README.read_text().partition(start)
+    before, mark, rest = README.read_text(encoding="utf-8").partition(start)
     if mark:
         _, mark, after = rest.partition(end)
         if not mark:

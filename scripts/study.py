@@ -50,7 +50,7 @@ def main() -> None:
         print(text, end="")
     else:
         arguments.out.parent.mkdir(exist_ok=True)
-        arguments.out.write_text(text)
+        arguments.out.write_text(text, encoding="utf-8")
 
 
 def document(name: str, calibration_size: int, thrifty: bool, layer: str | None = None) -> str:

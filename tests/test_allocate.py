@@ -74,6 +74,22 @@ def test_max_kernel_bytes_leaves_activations_alone():
     assert all(layer.inputs is not None and layer.inputs.bits == 7 for layer in layers.values())
 
 
+def test_widths_that_overrides_give_are_kept_and_counted():
+    wanted = qjax.recipe(8, overrides={"first": {"weight_bits": 8}})
+    allocation = allocate(SENSITIVITIES, wanted, average_bits=4.5)
+    assert allocation.widths["first", "weights"] == 8
+    assert allocation.widths["second", "weights"] == 4  # (100 * 8 + 900 * 4) / 1000
+    assert allocation.average_bits["weights"] == 4.4
+    assert allocation.recipe.by_layer(["first", "second"])["first"].weights == wanted.weights
+    allocation = allocate(
+        SENSITIVITIES,
+        qjax.recipe(8, overrides={"first": {"weights": None}}),
+        max_kernel_bytes=100 * 4 + 900 * 3 // 8 + 1,
+    )
+    assert allocation.widths["first", "weights"] == 32
+    assert allocation.widths["second", "weights"] == 3
+
+
 def test_the_table_names_every_layer_and_the_mean():
     lines = str(allocate(SENSITIVITIES, qjax.recipe(8), average_bits=4.5)).splitlines()
     assert [line.split()[0] for line in lines] == ["layer", "first", "second", "mean", "error"]
@@ -84,8 +100,11 @@ def test_the_table_names_every_layer_and_the_mean():
     [
         ({}, "give one of `average_bits` and `max_kernel_bytes`"),
         ({"average_bits": 4.0, "max_kernel_bytes": 9}, "give one of"),
-        ({"average_bits": 1.5}, "`average_bits` must allow 2 bits for the weights .*; got 1.5"),
-        ({"max_kernel_bytes": 9}, "`max_kernel_bytes` must allow 2 bits for the weights.*; got 9"),
+        ({"average_bits": 1.5}, "`average_bits` must be at least 2.00 for the weights .*; got 1.5"),
+        (
+            {"max_kernel_bytes": 9},
+            "`max_kernel_bytes` must be at least 250 for the weights.*; got 9",
+        ),
     ],
 )
 def test_bad_budgets_are_refused(budget: dict, message: str):

@@ -11,7 +11,7 @@ import pytest
 import small
 
 import qjax
-from qjax.explain import Explanation, signed_bits
+from qjax.explain import Explanation
 
 
 def steps(explanation: Explanation) -> dict[str, Any]:
@@ -124,14 +124,6 @@ def _activations(params: Any, x: jax.Array) -> jax.Array:
 def test_an_unknown_layer_is_refused():
     with pytest.raises(ValueError, match="`layer` must be one of conv, head; got 'stem'"):
         qjax.explain(small.quantized(), "stem", small.images()[:1])
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "bits"),
-    [(0, 0, 1), (-1, 0, 1), (0, 1, 2), (-128, 127, 8), (-129, 0, 9), (0, 128, 9)],
-)
-def test_signed_bits(low: int, high: int, bits: int):
-    assert signed_bits(low, high) == bits
 
 
 @pytest.mark.parametrize("id", ["activations", "grouped_dense", "haiku_cnn"])

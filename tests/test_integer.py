@@ -174,6 +174,32 @@ def test_bad_arguments_are_refused(options: dict[str, Any], message: str):
         qjax.integer(quantized("plain_mlp"), **options)
 
 
+def test_nothing_of_a_trace_is_left_behind():
+    q, x = quantized("plain_mlp"), CASES["plain_mlp"].x
+    function = qjax.integer(q)
+    traced = jax.jit(lambda x: function(q.params, x))(x)
+    np.testing.assert_array_equal(function(q.params, x), traced)
+    np.testing.assert_array_equal(jax.jit(lambda x: function(q.params, x))(x[:1]), traced[:1])
+
+
+@pytest.mark.parametrize(
+    "helper",
+    [lambda x: jnp.swapaxes(x, 1, 2), lambda x: x.astype(jnp.int32).astype(jnp.float32)],
+    ids=["transposed", "truncated"],
+)
+def test_what_a_jitted_function_does_to_the_values_is_done(helper: Any):
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = [jax.random.normal(key, (6, 6)) for key in keys[:2]]
+    x = 3 * jax.random.normal(keys[2], (8, 6, 6))
+
+    def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+        return jax.jit(helper)(x @ params[0]) @ params[1]
+
+    q = qjax.quantize(apply_fn, params, x, qjax.recipe(8).naive())
+    share, most = codes_differ(q, x, "float")
+    assert share <= 1e-2 and most <= 1
+
+
 def test_it_can_be_jitted_and_exported():
     q, x = quantized("plain_nchw"), CASES["plain_nchw"].x
     function = qjax.integer(q, arithmetic="fixed_point")

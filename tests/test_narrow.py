@@ -33,6 +33,14 @@ def test_the_signed_width_is_the_least_that_holds_both(a: int, b: int):
     assert fewer < 0 or low < -(2**fewer) or high >= 2**fewer
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "bits"),
+    [(0, 0, 1), (-1, 0, 1), (0, 1, 2), (-128, 127, 8), (-129, 0, 9), (0, 128, 9), (-2, -2, 2)],
+)
+def test_the_signed_width_at_the_edges(low: int, high: int, bits: int):
+    assert signed_width(low, high) == bits
+
+
 def loop(x: Any, kernel: Any, bias: Any, bits: int, overflow: str) -> np.ndarray:
     """One register per output, in Python's integers."""
     half = 2 ** (bits - 1)
