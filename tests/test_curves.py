@@ -57,6 +57,19 @@ def test_seeing_the_relu_is_worth_a_bit():
     assert 4 < output["output_mse"] - output["mse"] < 8
 
 
+def test_every_channel_is_looked_at():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2**14, 4)), jnp.float32)
+    found = []
+    for loud in (0, 15):
+        params = {"w": jnp.ones((4, 16)).at[:, loud].set(100.0)}
+        network = find_layers(lambda params, x: x @ params["w"], params, shapes_of(x))
+        folded = float_layers(network, params)["layers"]["w"]
+        recipe = LayerRecipe(None, None, QuantSpec(4, False, "per_tensor"))
+        (output,) = layer_curves(network.sites[0].layer, folded, x, recipe)
+        found.append([choice.tensor_sqnr_db for choice in output.choices])
+    np.testing.assert_allclose(*found, atol=0.5)
+
+
 def test_what_stays_in_float_has_no_curves():
     x = jnp.asarray(small.images())
     network = find_layers(small.apply_fn, small.make_params(), shapes_of(x))

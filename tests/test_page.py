@@ -55,6 +55,11 @@ def test_the_page_says_what_was_measured():
         assert f">{layer.name}</td>" in text and f"{layer.weights:.1f}</td>" in text
 
 
+def test_the_page_says_which_widths_the_layers_have():
+    widths = [page._widths(bits) for bits in ([8, 8], [6, 2, 4], [None, 8], [None])]
+    assert widths == ["8 bits", "2 to 6 bits", "8 bits or float", "float"]
+
+
 def test_the_page_is_well_formed_and_fetches_nothing():
     open_tags = []
 

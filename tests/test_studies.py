@@ -60,6 +60,16 @@ def test_every_granularity_and_every_symmetry():
     assert zero_points > signed and unsigned >= signed - 0.5
 
 
+def test_overrides_hold_in_every_case():
+    base = dataclasses.replace(small.CHEAP, overrides={"head": {"bits": 8}})
+    measure = Measure(small.apply_fn, small.make_params(), IMAGES, top1)
+    for name, question in QUESTIONS.items():
+        for _, recipe in question.cases(base, [4], measure.quantize):
+            head = recipe.by_layer(["conv", "head"])["head"]
+            specs = [spec for spec in (head.weights, head.inputs, head.outputs) if spec]
+            assert specs and {spec.bits for spec in specs} == {8}, name
+
+
 def test_positions_and_range_methods():
     found = made("output-position", 4)
     assert len(set(labels(found))) == 6
