@@ -315,7 +315,16 @@ logits lose {fall:.1f} dB per bit. At 2 bits a weight has 3 codes and an activat
 weights alone leave the logits at {weights:.1f} dB, the activations alone at {activations:.1f} dB; \
 the lower of the two is the concern. Two bits fewer are a quarter of the codes and four times the \
 error: the errors of all layers add up, and where their sum reaches the distance between the two \
-largest logits, predictions change."""
+largest logits, predictions change.{_refits(s)}"""
+
+
+def _refits(s: Subject) -> str:
+    if s.thrifty:
+        return ""
+    return (
+        " Kernels that are quantized are also refitted to their rounded inputs, those left in "
+        "float are not: activations alone can cost more than both together."
+    )
 
 
 def _position(s: Subject) -> str:
