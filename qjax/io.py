@@ -2,7 +2,7 @@
 
 `model.safetensors` holds the arrays of `Quantized.params` by path, the codes of a kernel as one
 dense stream of bits (see `qjax.packing`). Types that safetensors has no NumPy name for, such as
-bfloat16, are stored as their bytes.
+bfloat16, are stored as their bytes; integers that are all 0, as most zero points, are left out.
 
 `manifest.json` holds everything that is no array: formats, shapes, recipe, report, the structure of
 the float params, and the SHA-256 of both files (its own without that entry).
@@ -58,7 +58,9 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
     layers: Mapping[str, QuantizedLayer] = q.params["layers"]
     packed = {name: _with_kernel(layer, pack_codes) for name, layer in layers.items()}
     arrays = _by_path({"layers": packed, "rest": q.params["rest"]})
-    data = safetensors.save({name: _storable(array) for name, array in arrays.items()})
+    data = safetensors.save(
+        {name: _storable(array) for name, array in arrays.items() if not _is_integer_zero(array)}
+    )
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -113,7 +115,7 @@ def load(
     manifest, data = _read(path)
     stored = safetensors.load(data)
     arrays = {
-        name: _restored(name, stored[name], dtype, shape)
+        name: _restored(name, stored.get(name), dtype, shape)
         for name, (dtype, shape) in manifest["arrays"].items()
     }
     template = {
@@ -189,7 +191,7 @@ def _record_from_json(fields: Mapping[str, Any]) -> LayerReport:
 
 
 def stored_bytes(q: Quantized) -> int:
-    """The bytes of all arrays in an artifact: codes at their true width, and the rest of params."""
+    """The bytes of all arrays, codes at their true width; an artifact leaves out what is all 0."""
     rest = sum(leaf.nbytes for leaf in jax.tree.leaves(q.params["rest"]))
     return rest + sum(record.bytes_quantized for record in q.report)
 
@@ -221,8 +223,15 @@ def _storable(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array) if is_native else np.frombuffer(array.tobytes(), np.uint8)
 
 
-def _restored(name: str, stored: np.ndarray, dtype: str, shape: Sequence[int]) -> np.ndarray:
-    array = np.frombuffer(stored.tobytes(), jnp.dtype(dtype)).reshape(shape)
+def _is_integer_zero(array: np.ndarray) -> bool:
+    return array.dtype.kind in "iu" and not array.any()
+
+
+def _restored(name: str, stored: np.ndarray | None, dtype: str, shape: Sequence[int]) -> np.ndarray:
+    if stored is None:
+        array = np.zeros(shape, jnp.dtype(dtype))
+    else:
+        array = np.frombuffer(stored.tobytes(), jnp.dtype(dtype)).reshape(shape)
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise ValueError(
             f"`path` holds {dtype} values at {name!r}, which JAX would round; call "

@@ -117,6 +117,16 @@ def test_codes_take_their_true_width(q, tmp_path: Path, bits: int, symmetric: bo
         assert codes == layer.kernel.reshape(-1).tolist()
 
 
+def test_zero_points_that_are_all_zero_are_not_stored(q: qjax.Quantized, saved: Path):
+    stored = load_file(saved / "model.safetensors")
+    for name, layer in q.params["layers"].items():
+        for field in ("weights", "inputs", "outputs"):
+            qparams = getattr(layer, field)
+            if qparams is not None:
+                is_stored = f"layers/{name}/{field}/zero_point" in stored
+                assert is_stored == bool(jnp.any(qparams.zero_point != 0))
+
+
 def nnx_linear() -> tuple[Any, Any]:
     graph, state = nnx.split(nnx.Linear(7, 3, rngs=nnx.Rngs(0)))
     return (lambda params, x: nnx.merge(graph, params)(x)), state
