@@ -257,7 +257,7 @@ def rows_of_markdown(table: Table, lines: Sequence[dict[str, Any]], with_error: 
         mine = [line for line in lines if line["model"] == model]
         reference = next(line["top1"] for line in mine if line["row"] == FLOAT)
         draws = len({line["seed"] for line in mine if line["row"] != FLOAT})
-        head = f"{model.removesuffix('.torch.safetensors')} | {reference:.2f} | {draws}"
+        head = f"{model} | {reference:.2f} | {draws}"
         for row in table.rows:
             cells = [cell(mine, row, column, with_error) for column in columns]
             if any(cells):
