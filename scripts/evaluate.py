@@ -101,7 +101,11 @@ def tables() -> dict[str, Table]:
             recipe = dataclasses.replace(recipe, **changes)
             ablation[row, column] = recipe
     return {
-        "ablation": Table("What each ingredient adds", list(steps), ablation),
+        "ablation": Table(
+            "What each ingredient adds to those above it (the default: all but equalized channels)",
+            list(steps),
+            ablation,
+        ),
         "widths": Table("Top-1 by bit width", list(parts), widths),
         "mixed": Table("Top-1 by widths of weights and activations", list(FORMATS), mixed),
     }
