@@ -144,7 +144,7 @@ def test_bars_on_a_terminal_unless_quiet(
         (["--model", "broken"], "`params` must be finite; found NaN or infinity at 'head/w'"),
         (["--model", "black"], "`batches` must be finite; found NaN or infinity"),
         (["--colour"], "unrecognized arguments: --colour"),
-        (["--report", "/nowhere/report.html"], "`--report` needs an existing folder"),
+        (["--report", "/nowhere/report.html"], "`--report` must name a file in an existing folder"),
         (
             ["--search-bits", "0"],
             "`--search-bits` must be above 0 and at most 100 percent; got 0.0",
@@ -316,7 +316,7 @@ def test_max_bytes_bounds_what_is_stored(capsys: pytest.CaptureFixture[str]):
     _, result = found_in(capsys)
     assert result["bytes_quantized"] <= budget
     assert quantize("--max-bytes", "3") == 2
-    assert "`--max-bytes` must be above the" in capsys.readouterr().err
+    assert "`--max-bytes` must be at least" in capsys.readouterr().err
 
 
 def test_target_drop_says_what_it_expects_to_lose(capsys: pytest.CaptureFixture[str]):

@@ -20,6 +20,7 @@ RECORD = LayerReport(
     kind="conv",
     activation="relu",
     kernel_shape=(3, 3, 16, 32),
+    input_shape=(8, 8, 16),
     output_shape=(8, 8, 32),
     weight_bits=4,
     input_bits=8,
