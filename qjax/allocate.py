@@ -231,15 +231,17 @@ def meet_target(
 
     Raises:
       ValueError: no budget meets the target.
+      BudgetError: overrides give more than 8 bits on average.
     """
     reference = jax.nn.softmax(jax.jit(apply_fn)(params, images))
-    low, high, found = 0, len(AVERAGES) - 1, None
-    total = len(AVERAGES).bit_length()
+    allocations = _allocations(sensitivities, recipe)
+    low, high, found, drop = 0, len(allocations) - 1, None, 0.0
+    total = len(allocations).bit_length()
     done = 0
     while low <= high:
         middle = (low + high) // 2
-        progress(f"{AVERAGES[middle]:.2f} bits on average", done, total)
-        allocation = allocate(sensitivities, recipe, average_bits=AVERAGES[middle])
+        average, allocation = allocations[middle]
+        progress(f"{average:.2f} bits on average", done, total)
         q = quantize(apply_fn, params, images, allocation.recipe)
         drop = estimated_drop(reference, q.apply_fn(q.params, images))
         if drop <= target_drop:
@@ -252,6 +254,22 @@ def meet_target(
             f"`target_drop` of {target_drop} points is out of reach: {AVERAGES[-1]:g} bits on "
             f"average lose an estimated {drop:.2f}. Allow more, or leave some parts in float."
         )
+    return found
+
+
+def _allocations(
+    sensitivities: Sequence[Sensitivity], recipe: Recipe
+) -> list[tuple[float, Allocation]]:
+    """The allocations of all budgets that the widths given by overrides leave possible."""
+    found, refusal = [], None
+    for average in AVERAGES:
+        try:
+            found.append((average, allocate(sensitivities, recipe, average_bits=average)))
+        except BudgetError as error:
+            refusal = error
+    if not found:
+        assert refusal is not None
+        raise refusal
     return found
 
 

@@ -326,6 +326,12 @@ def test_target_drop_says_what_it_expects_to_lose(capsys: pytest.CaptureFixture[
     assert result["layers"][0]["weight_bits"] == 2, "almost any loss is allowed"
 
 
+def test_a_target_leaves_alone_what_overrides_give(capsys: pytest.CaptureFixture[str]):
+    assert quantize("--target-drop", "50", "--override", "hid*=8", "--json") == 0
+    _, result = found_in(capsys)
+    assert [layer["weight_bits"] for layer in result["layers"]] == [8, 2]
+
+
 def test_budgets_exclude_each_other(capsys: pytest.CaptureFixture[str]):
     assert quantize("--average-bits", "4", "--max-bytes", "9") == 2
     assert "not allowed with" in capsys.readouterr().err
