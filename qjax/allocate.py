@@ -15,6 +15,10 @@ from qjax.spec import Recipe
 
 AVERAGES = tuple(np.arange(2, 8.25, 0.25).tolist())  # budgets that `meet_target` chooses from
 FLOAT_BITS = 32
+_FIELDS: Mapping[Part, tuple[str, ...]] = {
+    "weights": ("weights",),
+    "activations": ("inputs", "outputs"),
+}
 
 
 class BudgetError(ValueError):
@@ -56,8 +60,8 @@ def least_error(items: Sequence[Sequence[Choice]], budget: int) -> list[int]:
     costs, errors = np.zeros(1, np.int64), np.zeros(1)
     steps = []
     left = budget - least
-    for item, least in zip(items, cheapest, strict=True):
-        extra = np.array([choice.cost - least for choice in item])
+    for item, lowest in zip(items, cheapest, strict=True):
+        extra = np.array([choice.cost - lowest for choice in item])
         all_costs = (costs[:, None] + extra).reshape(-1)
         all_errors = (errors[:, None] + np.array([c.error for c in item])).reshape(-1)
         order = np.lexsort((all_errors, all_costs))
@@ -148,15 +152,17 @@ def allocate(
             [Choice(-(-bits * item.elements // unit), error) for bits, error in option]
             for item, option in zip(found, options, strict=True)
         ]
+        budget = max_kernel_bytes if average_bits is None else int(average_bits * total)
+        assert budget is not None
         try:
-            chosen = least_error(items, int((average_bits or 0) * total) + (max_kernel_bytes or 0))
+            chosen = least_error(items, budget)
         except BudgetError as error:
-            name, least, value = "max_kernel_bytes", f"{error.least:,}", max_kernel_bytes
-            if average_bits is not None:
-                name, least, value = "average_bits", f"{error.least / total:.2f}", average_bits
-            message = (
-                f"`{name}` must be at least {least} for the {part} of all layers; got {value}."
-            )
+            if average_bits is None:
+                needed = f"`max_kernel_bytes` must be at least {error.least:,}"
+            else:
+                needed = f"`average_bits` must be at least {error.least / total:.2f}"
+            value = max_kernel_bytes if average_bits is None else average_bits
+            message = f"{needed} for the {part} of all layers; got {value}."
             raise BudgetError(message, error.least) from error
         picked = [option[k] for option, k in zip(options, chosen, strict=True)]
         widths |= {(i.layer, part): bits for i, (bits, _) in zip(found, picked, strict=True)}
@@ -170,15 +176,11 @@ def allocate(
 def _given_widths(recipe: Recipe, names: Sequence[str]) -> dict[tuple[str, Part], int]:
     """The widths that stay whatever is chosen, because overrides give them."""
     two, three = (at_width(recipe, width).by_layer(names) for width in (2, 3))
-    fields: dict[Part, tuple[str, ...]] = {
-        "weights": ("weights",),
-        "activations": ("inputs", "outputs"),
-    }
     given: dict[tuple[str, Part], int] = {}
     for name in names:
-        for part, members in fields.items():
-            specs = [getattr(two[name], field) for field in members]
-            if specs == [getattr(three[name], field) for field in members]:
+        for part, fields in _FIELDS.items():
+            specs = [getattr(two[name], field) for field in fields]
+            if specs == [getattr(three[name], field) for field in fields]:
                 given[name, part] = max((s.bits for s in specs if s), default=FLOAT_BITS)
     return given
 
@@ -195,8 +197,7 @@ def _error(item: Sensitivity, bits: int) -> float:
 def _with_widths(recipe: Recipe, widths: Mapping[tuple[str, Part], int]) -> Recipe:
     overrides: dict[str, dict[str, Any]] = {}
     for (layer, part), bits in widths.items():
-        fields = ("weights",) if part == "weights" else ("inputs", "outputs")
-        used = [field for field in fields if getattr(recipe, field) is not None]
+        used = [field for field in _FIELDS[part] if getattr(recipe, field) is not None]
         changes = {f"{field.removesuffix('s')}_bits": bits for field in used}
         overrides.setdefault(layer, {}).update(changes)
     return dataclasses.replace(recipe, overrides=[*overrides.items(), *recipe.overrides])
@@ -234,14 +235,20 @@ def meet_target(
       BudgetError: overrides give more than 8 bits on average.
     """
     reference = jax.nn.softmax(jax.jit(apply_fn)(params, images))
-    allocations = _allocations(sensitivities, recipe)
-    low, high, found, drop = 0, len(allocations) - 1, None, 0.0
-    total = len(allocations).bit_length()
+    last = len(AVERAGES) - 1
+    low, high, found, drop = 0, last, None, 0.0
+    total = len(AVERAGES).bit_length()
     done = 0
     while low <= high:
         middle = (low + high) // 2
-        average, allocation = allocations[middle]
-        progress(f"{average:.2f} bits on average", done, total)
+        progress(f"{AVERAGES[middle]:.2f} bits on average", done, total)
+        try:
+            allocation = allocate(sensitivities, recipe, average_bits=AVERAGES[middle])
+        except BudgetError:  # the widths that overrides give take more
+            if middle == last:
+                raise
+            low = middle + 1
+            continue
         q = quantize(apply_fn, params, images, allocation.recipe)
         drop = estimated_drop(reference, q.apply_fn(q.params, images))
         if drop <= target_drop:
@@ -254,22 +261,6 @@ def meet_target(
             f"`target_drop` of {target_drop} points is out of reach: {AVERAGES[-1]:g} bits on "
             f"average lose an estimated {drop:.2f}. Allow more, or leave some parts in float."
         )
-    return found
-
-
-def _allocations(
-    sensitivities: Sequence[Sensitivity], recipe: Recipe
-) -> list[tuple[float, Allocation]]:
-    """The allocations of all budgets that the widths given by overrides leave possible."""
-    found, refusal = [], None
-    for average in AVERAGES:
-        try:
-            found.append((average, allocate(sensitivities, recipe, average_bits=average)))
-        except BudgetError as error:
-            refusal = error
-    if not found:
-        assert refusal is not None
-        raise refusal
     return found
 
 

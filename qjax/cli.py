@@ -219,7 +219,6 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
         io.check_destination(arguments.out)
     if arguments.report is not None:
         _check_report(Path(arguments.report))
-    cli_study.check(arguments)
     cli_allocate.check(arguments, wanted)
     is_silent = arguments.quiet or not sys.stderr.isatty()
     stage: Stage = _no_bar if is_silent else progress_bar

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from qjax import io
-from qjax.allocate import Allocation, BudgetError, allocate, meet_target
+from qjax.allocate import FLOAT_BITS, Allocation, BudgetError, allocate, meet_target
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
 from qjax.sensitivity import WIDTHS, Sensitivity, measure_sensitivities
@@ -16,7 +16,7 @@ SENSITIVITY_IMAGES = 256  # of the calibration images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the budgets; at most one of them may be given."""
+    """Declares what widths can be found by; at most one of them may be given."""
     group = parser.add_argument_group("widths to be found (instead of --bits)")
     add = group.add_mutually_exclusive_group().add_argument
     add(
@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace, recipe: Recipe) -> None:
-    """Refuses a budget that no network can keep."""
+    """Refuses a goal that no network can meet."""
+    share = arguments.search_bits
+    if share is not None and not 0 < share <= 100:
+        raise ValueError(f"`--search-bits` must be above 0 and at most 100 percent; got {share}.")
     average, size, drop = arguments.average_bits, arguments.max_bytes, arguments.target_drop
     if average is not None and not WIDTHS[0] <= average <= WIDTHS[-1]:
         raise ValueError(
@@ -97,7 +100,7 @@ def _within_bytes(
     """Allocates what a budget for all parameters leaves to the codes of the kernels."""
     q = quantize(*network, images[:1], recipe.naive())
     weights: list[Sensitivity] = [item for item in found if item.part == "weights"]
-    bits = {record.name: record.weight_bits or 32 for record in q.report}
+    bits = {record.name: record.weight_bits or FLOAT_BITS for record in q.report}
     codes = sum(math.ceil(bits[item.layer] * item.elements / 8) for item in weights)
     others = io.stored_bytes(q) - codes
     try:

@@ -56,13 +56,6 @@ def run(
     )
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Refuses a share of the images that there cannot be."""
-    wanted = arguments.search_bits
-    if wanted is not None and not 0 < wanted <= 100:
-        raise ValueError(f"`--search-bits` must be above 0 and at most 100 percent; got {wanted}.")
-
-
 def search(
     arguments: argparse.Namespace,
     model: Any,

@@ -151,9 +151,12 @@ _WIDTHS = {"weights": "weight_bits", "inputs": "input_bits", "outputs": "output_
 
 def _widths(bits: Sequence[int | None]) -> str:
     """What the layers have: `8 bits`, `2 to 6 bits`, `8 bits or float`."""
-    given = sorted({width for width in bits if width is not None})
-    ends = " to ".join(dict.fromkeys(map(str, (given[0], given[-1])))) if given else ""
-    return " or ".join([f"{ends} bits"] * bool(given) + ["float"] * (None in bits))
+    given = [width for width in bits if width is not None]
+    if not given:
+        return "float"
+    low, high = min(given), max(given)
+    text = f"{low} bits" if low == high else f"{low} to {high} bits"
+    return text if len(given) == len(bits) else f"{text} or float"
 
 
 def render(facts: Facts) -> str:

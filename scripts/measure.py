@@ -47,12 +47,14 @@ def _with_peak(measure: Callable[..., Any], arguments: argparse.Namespace) -> Me
 
 def timed(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
     """Seconds of the first call, and the median of `repeats` later ones."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        seconds.append(time.perf_counter() - start)
+    seconds = [_seconds(function) for _ in range(repeats + 1)]
     return seconds[0], statistics.median(seconds[1:])
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
 
 
 class Times(NamedTuple):
@@ -71,17 +73,11 @@ class Times(NamedTuple):
 
 def side_by_side(variants: list[Callable[[], Any]], seconds: float) -> Times:
     """Times variants in turns, so that what else the machine does meets all of them."""
-
-    def timed(function: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        return time.perf_counter() - start
-
-    first = [timed(variant) for variant in variants]
-    rounds = [[timed(variant) for variant in variants]]
+    first = list(map(_seconds, variants))
+    rounds = [list(map(_seconds, variants))]
     end = time.perf_counter() + seconds * len(variants)
     while len(rounds) < 5 or time.perf_counter() < end:
-        rounds.append([timed(variant) for variant in variants])
+        rounds.append(list(map(_seconds, variants)))
     columns = list(zip(*rounds, strict=True))
     ratios = [statistics.median(row[0] / row[i] for row in rounds) for i in range(len(variants))]
     return Times(first, [statistics.median(column) for column in columns], ratios)
