@@ -42,6 +42,15 @@ class QParams:
         return jnp.dtype(f"int{width}" if self.qmin < 0 else f"uint{width}")
 
     @property
+    def inverse_scale(self) -> jax.Array:
+        """Codes per real unit, 1 / scale.
+
+        Values are multiplied by it: a compiler rewrites some divisions by `scale` to that and
+        leaves others, which then round differently.
+        """
+        return 1 / self.scale
+
+    @property
     def range(self) -> tuple[jax.Array, jax.Array]:
         """The smallest and the largest representable real value, each of `scale`'s shape."""
         codes = jnp.array([self.qmin, self.qmax])
@@ -105,7 +114,7 @@ def float_codes(x: jax.Array, qparams: QParams) -> jax.Array:
       Bengio et al., 2013, arXiv:1308.3432 (straight-through estimator).
     """
     _check_rank(x, qparams)
-    return round_codes(x.astype(jnp.float32) / qparams.scale, qparams)
+    return round_codes(x.astype(jnp.float32) * qparams.inverse_scale, qparams)
 
 
 def round_codes(codes: jax.Array, qparams: QParams) -> jax.Array:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend import core
 
 from qjax import interpret, observers, search
@@ -89,6 +90,7 @@ def calibrate(
     by_name = dict(zip(names, folded, strict=True))
     streams = Streams(network, leaves, batches, recipe.sequential)
     grid = search.Grid(recipe.grid_size, recipe.refinements)
+    logits = _logits(network) if recipe.logits else None
     grids: dict[core.Var, QParams] = {}
     fits: dict[str, Fit] = {}
     for segment in cut(network):
@@ -98,15 +100,26 @@ def calibrate(
         match segment.step:
             case Site(layer=layer) as site:
                 progress(layer.name, len(fits), len(names))
-                task = Task(site, recipes[layer.name], grid)
+                task = Task(site, recipes[layer.name], grid, site is logits)
                 fits[layer.name] = _fit_layer(task, by_name[layer.name], streams, grids)
             case Activated(site=site):
                 name = site.layer.name
-                task = Task(site, recipes[name], grid)
+                task = Task(site, recipes[name], grid, site is logits)
                 fits[name] = _fit_activated(task, fits[name], streams, grids)
             case None:
                 progress("", len(names), len(names))
     return fits
+
+
+def _logits(network: Network) -> Site:
+    """The layer whose output is the output of the network."""
+    for site in network.sites:
+        if site.output in network.flat.outputs:
+            return site
+    raise ValueError(
+        "`logits` needs a layer whose pre-activation output the network returns; it returns "
+        "something else. Quantize with logits=False."
+    )
 
 
 def _follow_grid(equation: core.JaxprEqn, grids: dict[core.Var, QParams]) -> None:
@@ -123,11 +136,13 @@ class Task(NamedTuple):
       site: where it stands.
       recipe: what to do with it.
       grid: the candidates of each search.
+      makes_logits: whether its output is the network's, and to be taken for logits.
     """
 
     site: Site
     recipe: LayerRecipe
     grid: search.Grid
+    makes_logits: bool
 
 
 def _fit_layer(task: Task, folded: Folded, streams: Streams, grids: dict[core.Var, QParams]) -> Fit:
@@ -257,13 +272,29 @@ def _fit_output(
         high = jnp.minimum(high, 6)
 
     def searched(extremes: search.Range) -> QParams:
+        if task.makes_logits and method == "output_mse":
+            z, z_hat = (
+                jnp.concatenate([moved(task.site, batch) for batch in values])
+                for values in (target, actual)
+            )
+            return search.search_logits(z, z_hat, extremes, spec, task.grid)
         # An activation of unknown form is only known at the shape of a whole batch.
         is_pointwise = activation in (_identity, jax.nn.relu, jax.nn.relu6)
         z, z_hat = (_sampled(v) if is_pointwise else v[0] for v in (target, actual))
         added = None if shortcut is None else _sampled(shortcut)
         return search.search_output(z, z_hat, extremes, spec, activation, task.grid, added)
 
-    return fit_range(method, spec, actual, (low, high), searched, task.grid)
+    outputs, clip = fit_range(method, spec, actual, (low, high), searched, task.grid)
+    return _with_exact_products(outputs), clip
+
+
+def _with_exact_products(qparams: QParams) -> QParams:
+    """Rounds a scale to 16 significant bits: times a code of 8 bits it is exact in float32.
+
+    The sum of two such values is rounded once, in whatever way a compiler fuses it, so that every
+    evaluation of a residual sum is the same.
+    """
+    return dataclasses.replace(qparams, scale=lax.reduce_precision(qparams.scale, 8, 15))
 
 
 def _activation(site: Site) -> Callable[[jax.Array], jax.Array]:
@@ -297,14 +328,18 @@ def _fit_activated(task: Task, fit: Fit, streams: Streams, grids: dict[core.Var,
     if spec is None or position == "pre_activation" or is_already_done:
         return fit
     floats, values = streams.read(task.site.activated)
+    method = task.recipe.range_method
 
     def searched(extremes: search.Range) -> QParams:
+        if task.makes_logits and method == "output_mse":
+            z, z_hat = jnp.concatenate(floats), jnp.concatenate(values)
+            return search.search_logits(z, z_hat, extremes, spec, task.grid)
         samples = _sampled(floats), _sampled(values)
         return search.search_output(*samples, extremes, spec, _identity, task.grid)
 
     extremes = observers.observe(observers.min_max(), values)
-    method = task.recipe.range_method
     activated, clip = fit_range(method, spec, values, extremes, searched, task.grid)
+    activated = _with_exact_products(activated)
     grids[task.site.activated] = activated
     streams.write(task.site.activated, floats, [_fake_quant(v, activated) for v in values])
     layer = dataclasses.replace(fit.layer, activated=activated)

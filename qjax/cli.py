@@ -171,6 +171,11 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     add("--no-bias-correction", action="store_true", help="keep the mean error of each channel")
     add("--equalize", action="store_true", help="even out the channels between two layers first")
     add(
+        "--logits",
+        action="store_true",
+        help="choose the range of the network's output by the error of the classes' probabilities",
+    )
+    add(
         "--reconstructions",
         type=int,
         default=Recipe.reconstructions,
@@ -307,6 +312,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         reconstructions=arguments.reconstructions,
         sweeps=arguments.sweeps,
         equalize=arguments.equalize,
+        logits=arguments.logits,
         sequential=not arguments.no_sequential,
         bias_correction=not arguments.no_bias_correction,
         overrides=arguments.override,

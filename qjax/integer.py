@@ -352,7 +352,7 @@ class IntegerFunction:
         else:
             limit = max(lowerings.largest(self.layers[name]), 1)
             qparams, grid = _wide(jnp.max(scale) * float(limit)), None
-        multiplier = along_channels(operation, scale / qparams.scale, acc.ndim)
+        multiplier = along_channels(operation, scale * qparams.inverse_scale, acc.ndim)
         if grid is None:
             codes = requantize(acc, multiplier, self.arithmetic)
         else:

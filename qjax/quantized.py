@@ -157,4 +157,5 @@ def apply_layer(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.A
     if not layer.has_integer_accumulator:
         return fake_quant(apply_linear(operation, layer, x), layer.outputs)
     acc, scale = _accumulate(operation, layer, x)
-    return layer.outputs.scale * round_codes(acc * (scale / layer.outputs.scale), layer.outputs)
+    codes = round_codes(acc * (scale * layer.outputs.inverse_scale), layer.outputs)
+    return layer.outputs.scale * codes

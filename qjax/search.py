@@ -7,7 +7,8 @@ The objective of `output_mse` is the mean squared error of the layer's output:
 
 * weights: E‖(ŵ_c − w_c)ᵀ x‖² = (ŵ_c − w_c)ᵀ H (ŵ_c − w_c) per output channel c, with H = E[x xᵀ];
 * inputs: E‖W·(x̂ − x)‖²;
-* outputs: E‖act(ẑ) − act(z)‖², which sees that a ReLU discards the negative half.
+* outputs: E‖act(ẑ) − act(z)‖², which sees that a ReLU discards the negative half;
+* logits of classes: E‖√softmax(ẑ) − √softmax(z)‖², twice the squared Hellinger distance.
 
 `mse` is the error of the tensor itself, `kl` the divergence of the distribution of its codes from
 that of its values.
@@ -25,6 +26,8 @@ from qjax.affine import QParams, affine_qparams, fake_quant, quantize_array
 from qjax.spec import QuantSpec
 
 CANDIDATE_BYTES = 2**27  # what the candidates evaluated at the same time may take
+
+TURNS = 3  # of the search between the two ends of a range
 
 HISTOGRAM_BINS = 2048  # of the distributions that `kl` compares
 
@@ -257,6 +260,46 @@ def search_output(
     return _search_range(_output_loss, data, extremes, spec, grid, activation)
 
 
+def search_logits(
+    target: jax.Array, actual: jax.Array, extremes: Range, spec: QuantSpec, grid: Grid = GRID
+) -> QParams:
+    """Chooses the clipping range of logits: E‖√softmax(q(ẑ)) − √softmax(z)‖².
+
+    Half the divergence KL(softmax(z) ‖ softmax(q(ẑ))) where that is small, but bounded, so that no
+    single example decides. Every pair of candidates for the two ends is tried: there are many
+    local minima.
+
+    Args:
+      target: z, the logits to be had, float[..., classes].
+      actual: ẑ, the logits to be quantized, of that shape.
+      extremes: the least and the greatest value to represent, scalars.
+      spec: the number format.
+      grid: its size is the number of candidates for each end of the range.
+
+    Returns:
+      Scalar qparams.
+    """
+    low, high = _nearest_probabilities(target, actual, extremes, spec, grid.size)
+    return affine_qparams(low, high, spec)
+
+
+@partial(jax.jit, static_argnames=("spec", "size"))
+def _nearest_probabilities(
+    target: jax.Array, actual: jax.Array, extremes: Range, spec: QuantSpec, size: int
+) -> Range:
+    shares = jnp.arange(size + 1) / size
+    low, high = jnp.meshgrid(shares * extremes[0], shares[1:] * extremes[1])
+    ranges = jnp.stack([low.ravel(), high.ravel()], axis=1)
+    wanted = jnp.sqrt(jax.nn.softmax(target))
+
+    def loss(ends: jax.Array) -> jax.Array:
+        found = jnp.sqrt(jax.nn.softmax(fake_quant(actual, affine_qparams(ends[0], ends[1], spec))))
+        return jnp.mean(jnp.sum(jnp.square(found - wanted), axis=-1))
+
+    low, high = ranges[jnp.argmin(map_candidates(loss, ranges, actual.nbytes))]
+    return low, high
+
+
 def _input_loss(data: tuple[jax.Array, ...], qparams: QParams, _: None) -> jax.Array:
     patches, kernel = data
     error = fake_quant(patches, qparams) - patches
@@ -348,11 +391,18 @@ def _search_range(
     grid: Grid,
     activation: Callable[[jax.Array], jax.Array] | None,
 ) -> QParams:
-    """Searches the upper end of the range, then the lower one; a symmetric range as a whole."""
-    is_one_sided = float(extremes[0]) >= 0
-    for end in ("both",) if spec.symmetric else ("high",) if is_one_sided else ("high", "low"):
-        extremes = _search_end(loss, data, extremes, spec, grid, activation, end)
+    """Searches both ends of the range in turns, each for the other one found last.
+
+    A symmetric range is searched as a whole, and one that starts at 0 at its upper end alone.
+    """
+    search = partial(_search_end, loss, data, spec=spec, grid=grid, activation=activation)
+    if spec.symmetric or float(extremes[0]) >= 0:
+        low, high = search(extremes, end="both" if spec.symmetric else "high")
+        return affine_qparams(low, high, spec)
     low, high = extremes
+    for _ in range(TURNS):
+        _, high = search((low, extremes[1]), end="high")
+        low, _ = search((extremes[0], high), end="low")
     return affine_qparams(low, high, spec)
 
 

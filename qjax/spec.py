@@ -127,6 +127,9 @@ class Recipe(LayerRecipe):
     Attributes:
       equalize: rescale the channels between two layers that only a ReLU separates, so that their
         activations have like ranges; float accuracy is not touched.
+      logits: the network's output is logits of classes along its last axis; `output_mse` chooses
+        their range by the error of the probabilities, and lets go of logits that no probability
+        shows.
       sequential: fit each layer on the input that its already quantized predecessors produce,
         toward the output that the float network has there, rather than on the float input alone.
       grid_size: candidate clipping ranges per pass of a search.
@@ -141,6 +144,7 @@ class Recipe(LayerRecipe):
     """
 
     equalize: bool = False
+    logits: bool = False
     sequential: bool = True
     grid_size: int = 32
     refinements: int = 1
@@ -197,6 +201,7 @@ class Recipe(LayerRecipe):
             sweeps=0,
             bias_correction=False,
             equalize=False,
+            logits=False,
             sequential=False,
         )
 

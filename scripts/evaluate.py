@@ -76,6 +76,8 @@ def tables() -> dict[str, Table]:
         for name, (weight_bits, activation_bits) in FORMATS.items()
         for column, fields in columns.items()
     }
+    for name, bits in {"W4A4, logits by their probabilities": 4, "W3A3, likewise": 3}.items():
+        mixed[name, "inputs and outputs"] = qjax.recipe(bits, logits=True)
     used = Recipe()
     steps: dict[str, dict[str, Any]] = {
         "extremes, nearest codes": {},
@@ -89,6 +91,7 @@ def tables() -> dict[str, Table]:
         "+ fits to what the activation shows": {"reconstructions": 3},
         "+ coordinate sweeps": {"sweeps": 2},
         "+ equalized channels": {"equalize": True},
+        "+ logits by their probabilities": {"logits": True},
     }
     formats = {
         "W4A4, inputs and outputs": qjax.recipe(4),
@@ -102,12 +105,16 @@ def tables() -> dict[str, Table]:
             ablation[row, column] = recipe
     return {
         "ablation": Table(
-            "What each ingredient adds to those above it (the default: all but equalized channels)",
+            "What each ingredient adds to those above it (the default: all but the last two)",
             list(steps),
             ablation,
         ),
         "widths": Table("Top-1 by bit width", list(parts), widths),
-        "mixed": Table("Top-1 by widths of weights and activations", list(FORMATS), mixed),
+        "mixed": Table(
+            "Top-1 by widths of weights and activations",
+            list(dict.fromkeys(row for row, _ in mixed)),
+            mixed,
+        ),
     }
 
 

@@ -116,6 +116,22 @@ def test_the_codes_are_those_of_fake_quantization(id: str):
     assert share <= 1e-4 and most <= 1
 
 
+def test_the_codes_of_residual_sums_are_the_same_in_every_program():
+    """Many codes, to meet values that two roundings of a sum or a quotient would tell apart."""
+    keys = jax.random.split(jax.random.key(0), 7)
+    params = [jax.random.normal(key, (32, 32)) / 4 for key in keys[:6]]
+    x = jax.random.normal(keys[6], (20_000, 32))
+
+    def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+        x = jax.nn.relu(x @ params[0])
+        for first, second in zip(params[1::2], params[2::2], strict=False):
+            x = jax.nn.relu(x + jax.nn.relu(x @ first) @ second)
+        return x @ params[5]
+
+    q = qjax.quantize(apply_fn, params, x, qjax.Recipe(sweeps=0, reconstructions=0))
+    assert codes_differ(q, x, "float") == (0.0, 0)
+
+
 @pytest.mark.parametrize("id", ["linen_resnet", "linen_mobilenet", "plain_nchw"])
 def test_fixed_point_is_as_good(id: str):
     share, most = codes_differ(quantized(id), CASES[id].x, "fixed_point")

@@ -372,6 +372,31 @@ def test_an_override_that_matches_no_layer_is_refused():
         qjax.quantize(mlp, PARAMS, X, recipe)
 
 
+@pytest.mark.parametrize("position", ["pre_activation", "post_activation"])
+def test_logits_keep_the_probabilities(position: Any):
+    outputs = dataclasses.replace(ACTIVATIONS, bits=3)
+    recipe = cheap(outputs=outputs, output_position=position, range_method="output_mse")
+    found = [
+        qjax.quantize(mlp, PARAMS, X, dataclasses.replace(recipe, logits=logits))
+        for logits in (False, True)
+    ]
+    roots = jnp.sqrt(jax.nn.softmax(mlp(PARAMS, X)))
+    by_values, by_probabilities = (
+        float(jnp.sum(jnp.square(jnp.sqrt(jax.nn.softmax(q.apply_fn(q.params, X))) - roots)))
+        for q in found
+    )
+    assert by_probabilities < by_values
+    before, after = (
+        {name: layer for name, layer in q.params["layers"].items() if name != "last"} for q in found
+    )
+    chex.assert_trees_all_equal(before, after)
+
+
+def test_logits_that_no_layer_makes_are_refused():
+    with pytest.raises(ValueError, match=r"`logits` needs a layer whose .* logits=False"):
+        qjax.quantize(lambda params, x: mlp(params, x).sum(), PARAMS, X, cheap(logits=True))
+
+
 def test_bias_correction_removes_the_mean_error():
     errors = []
     for corrects in (False, True):

@@ -142,7 +142,7 @@ def test_weights_equal_a_loop_over_the_candidates(spec: QuantSpec, method: str):
 def loop_range(
     loss: Callable[[Loop], float], low: Any, high: Any, spec: QuantSpec
 ) -> tuple[Any, Any]:
-    """Tries the upper ends of a range, then the lower ends; of a symmetric range both at once."""
+    """Tries the upper ends of a range and the lower ends in turns; of a symmetric range both."""
 
     def least(candidates: list[tuple[Any, Any]]) -> tuple[Any, Any]:
         return min(candidates, key=lambda ends: loss(loop_qparams(*ends, spec)))
@@ -150,8 +150,13 @@ def loop_range(
     ends = np.float32(low), np.float32(high)
     if spec.symmetric:
         return least([(alpha * ends[0], alpha * ends[1]) for alpha in GRID_ALPHAS])
-    ends = least([(ends[0], alpha * ends[1]) for alpha in GRID_ALPHAS])
-    return least([(alpha * ends[0], ends[1]) for alpha in GRID_ALPHAS]) if low < 0 else ends
+    first = ends[0]
+    for _ in range(3 if low < 0 else 1):
+        chosen = least([(first, alpha * ends[1]) for alpha in GRID_ALPHAS])
+        if low < 0:
+            chosen = least([(alpha * ends[0], chosen[1]) for alpha in GRID_ALPHAS])
+        first = chosen[0]
+    return chosen
 
 
 RANGE_SPECS = {
@@ -202,6 +207,29 @@ def test_output_equals_a_loop_over_the_candidates(
     low, high = loop_range(loss, first, last, spec)
     qparams = search_output(OUTPUTS, OUTPUTS_HAT, (first, last), spec, jax_activation, GRID)
     chex.assert_trees_all_close(qparams, affine_qparams(low, high, spec), rtol=1e-6)
+
+
+@each_range_spec
+def test_logits_equal_a_loop_over_the_candidates(spec: QuantSpec):
+    z, z_hat = (3 * values.reshape(-1, 10) for values in (OUTPUTS, OUTPUTS_HAT))
+
+    def roots(logits: np.ndarray) -> np.ndarray:
+        powers = np.exp(logits.astype(np.float64))
+        return np.sqrt(powers / powers.sum(-1, keepdims=True))
+
+    def loss(ends: tuple[Any, Any]) -> float:
+        error = roots(loop_fake_quant(z_hat, loop_qparams(*ends, spec), spec)) - roots(z)
+        return float(np.sum(np.square(error)))
+
+    extremes = z_hat.min(), z_hat.max()
+    candidates = [
+        (np.float32(low) * extremes[0], high * extremes[1])
+        for low in (0, *GRID_ALPHAS)
+        for high in GRID_ALPHAS
+    ]
+    expected = affine_qparams(*min(candidates, key=loss), spec)
+    qparams = search.search_logits(z, z_hat, extremes, spec, GRID)
+    chex.assert_trees_all_close(qparams, expected, rtol=1e-6)
 
 
 # ---- Laws of the search
