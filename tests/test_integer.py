@@ -1,6 +1,7 @@
 """Integers for real: accumulators equal NumPy in int64, codes those of fake quantization."""
 
 import functools
+import re
 from typing import Any
 
 import hypothesis
@@ -130,6 +131,17 @@ def test_the_codes_of_residual_sums_are_the_same_in_every_program():
 
     q = qjax.quantize(apply_fn, params, x, qjax.Recipe(sweeps=0, reconstructions=0))
     assert codes_differ(q, x, "float") == (0.0, 0)
+
+
+@pytest.mark.parametrize("kind", ["fake", "integer"])
+def test_no_quotient_is_left_to_the_compiler(kind: str):
+    """It computes some as products with the reciprocal, which round differently."""
+    q, x = quantized("linen_resnet"), CASES["linen_resnet"].x
+    codes = q.apply_fn.codes if kind == "fake" else qjax.integer(q).codes
+    text = jax.jit(codes).lower(q.params, x).compile().as_text()
+    assert text is not None
+    quotients = re.findall(r"= f32\[([\d,]*)\]\S* divide\(", text)
+    assert quotients and set(quotients) <= {"", "1"}, "only reciprocals of scales"
 
 
 @pytest.mark.parametrize("id", ["linen_resnet", "linen_mobilenet", "plain_nchw"])
