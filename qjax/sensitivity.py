@@ -49,6 +49,8 @@ class Grid:
     qmin: jax.Array
     qmax: jax.Array
 
+    inverse_scale = QParams.inverse_scale
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
