@@ -144,6 +144,11 @@ class Task(NamedTuple):
     grid: search.Grid
     makes_logits: bool
 
+    @property
+    def is_judged_by_softmax(self) -> bool:
+        """Whether the range of the output is the one that keeps the probabilities of classes."""
+        return self.makes_logits and self.recipe.range_method == "output_mse"
+
 
 def _fit_layer(task: Task, folded: Folded, streams: Streams, grids: dict[core.Var, QParams]) -> Fit:
     """Fits a layer up to its pre-activation output and writes that to the streams."""
@@ -272,7 +277,7 @@ def _fit_output(
         high = jnp.minimum(high, 6)
 
     def searched(extremes: search.Range) -> QParams:
-        if task.makes_logits and method == "output_mse":
+        if task.is_judged_by_softmax:
             z, z_hat = (
                 jnp.concatenate([moved(task.site, batch) for batch in values])
                 for values in (target, actual)
@@ -331,7 +336,7 @@ def _fit_activated(task: Task, fit: Fit, streams: Streams, grids: dict[core.Var,
     method = task.recipe.range_method
 
     def searched(extremes: search.Range) -> QParams:
-        if task.makes_logits and method == "output_mse":
+        if task.is_judged_by_softmax:
             z, z_hat = jnp.concatenate(floats), jnp.concatenate(values)
             return search.search_logits(z, z_hat, extremes, spec, task.grid)
         samples = _sampled(floats), _sampled(values)
