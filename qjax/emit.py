@@ -25,7 +25,11 @@ ApplyLayer = Callable[[Any, QuantizedLayer, jax.Array], jax.Array]
 
 
 def schedule(network: Network) -> tuple[Step, ...]:
-    """Orders what is left to evaluate once every layer with its chain is a single step."""
+    """Orders what is left to evaluate once every layer with its chain is a single step.
+
+    What a layer's output is added to comes before the layer, wherever no other layer is missing
+    for it: the layer is then fitted for the sum.
+    """
     ends = {site.chain[-1]: site for site in network.sites}
     inside = {position for site in network.sites for position in site.chain}
     activated = {site.activated: site for site in network.sites if site.activation}
@@ -43,7 +47,26 @@ def schedule(network: Network) -> tuple[Step, ...]:
         if isinstance(step, Activated) or live.intersection(writes(step)):
             kept.append(step)
             live.update(reads(step))
-    return tuple(reversed(kept))
+    steps = kept[::-1]
+    for step in kept:
+        if isinstance(step, Site) and step.shortcut is not None:
+            steps = _with_shortcut_first(step, step.shortcut.value, steps)
+    return tuple(steps)
+
+
+def _with_shortcut_first(site: Site, shortcut: core.Var, steps: Sequence[Step]) -> Sequence[Step]:
+    """Moves the equations behind a shortcut before the layer; no change if a layer is among them."""
+    position = next(index for index, step in enumerate(steps) if step is site)
+    wanted, early, late = {shortcut}, [], []
+    for step in reversed(steps[position:]):
+        if wanted.isdisjoint(writes(step)):
+            late.append(step)
+        else:
+            early.append(step)
+            wanted.update(reads(step))
+    if any(isinstance(step, Site | Activated) for step in early):
+        return steps
+    return [*steps[:position], *early[::-1], *late[::-1]]
 
 
 def reads(step: Step) -> list[core.Var]:

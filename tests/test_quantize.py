@@ -418,6 +418,26 @@ def test_sequential_fitting_knows_the_error_of_earlier_layers():
     assert mlp_db(together) > mlp_db(apart) + 1
 
 
+def residual(shortcut_comes_late: bool, params: Any, x: jax.Array) -> jax.Array:
+    hidden = jax.nn.relu(x @ params["first"] + params["bias"][None])
+    if shortcut_comes_late:
+        branch = hidden @ params["middle"]
+        shortcut = jnp.flip(hidden, axis=1)
+    else:
+        shortcut = jnp.flip(hidden, axis=1)
+        branch = hidden @ params["middle"]
+    return jax.nn.relu(shortcut + branch) @ params["last"]
+
+
+def test_a_shortcut_is_known_whenever_it_is_computed():
+    recipe = dataclasses.replace(CHEAP, range_method="output_mse")
+    early, late = (
+        qjax.quantize(functools.partial(residual, comes_late), PARAMS, X, recipe)
+        for comes_late in (False, True)
+    )
+    chex.assert_trees_all_equal(early.params, late.params)
+
+
 @pytest.mark.parametrize("recipe", [CHEAP, Recipe()], ids=["cheap", "default"])
 def test_dead_channels_and_dead_inputs_are_harmless(recipe: Recipe):
     params = PARAMS | {
