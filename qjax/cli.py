@@ -19,6 +19,7 @@ import pretrained
 from pretrained import datasets
 from qjax import cli_accumulators, cli_allocate, cli_explain, cli_study, io, page
 from qjax.cost import MODELS, cost
+from qjax.document import check_destination, write
 from qjax.evaluate import top1
 from qjax.progress import Progress, progress_bar
 from qjax.quantize import quantize
@@ -222,8 +223,7 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
     wanted = _recipe(arguments)
     if arguments.out is not None:
         io.check_destination(arguments.out)
-    if arguments.report is not None:
-        _check_report(Path(arguments.report))
+    check_destination(arguments.report)
     cli_allocate.check(arguments, wanted)
     is_silent = arguments.quiet or not sys.stderr.isatty()
     stage: Stage = _no_bar if is_silent else progress_bar
@@ -283,17 +283,10 @@ def _run_quantize(arguments: argparse.Namespace) -> None:
         with stage("measuring") as progress:
             sizes = result["bytes_float"], result["bytes_quantized"]
             facts = page.gather(q, model, calibration, test, sizes, progress)
-        unfinished = Path(f"{arguments.report}.unfinished")
-        unfinished.write_text(page.render(facts), encoding="utf-8")
-        unfinished.replace(arguments.report)
+        write(arguments.report, page.render(facts))
         print(f"page         {arguments.report}")
     if arguments.json:
         print(json.dumps(result, allow_nan=False))
-
-
-def _check_report(path: Path) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"`--report` must name a file in an existing folder; got {str(path)!r}.")
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from qjax import page
 from qjax.curves import Curves, layer_curves
+from qjax.document import check_destination, write
 from qjax.explain import explain
 from qjax.layers import find_layers
 from qjax.progress import Progress
@@ -20,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("layer", metavar="LAYER", help="name of a layer, e.g. layer1/block0/conv1")
     add("--image", type=int, default=0, metavar="N", help="test image to follow (%(default)s)")
     add("--ranges", action="store_true", help="also compare the cost functions of its ranges")
+    add("--report", metavar="FILE", help="and draw them on a page to look at: ranges.html")
 
 
 def run(
@@ -44,8 +47,9 @@ def run(
       The text to print.
 
     Raises:
-      ValueError: there is no such image or layer.
+      ValueError: there is no such image or layer, or the page cannot be written.
     """
+    check_destination(arguments.report)
     if not 0 <= arguments.image < len(test.images):
         raise ValueError(
             f"`--image` must be from 0 to {len(test.images) - 1}; got {arguments.image}."
@@ -59,13 +63,16 @@ def run(
     q = quantize(model.apply_fn, model.params, calibration, recipe, progress=progress)
     x = model.preprocess(test.images[arguments.image : arguments.image + 1])
     text = str(explain(q, name, x, model.params))
-    if not arguments.ranges:
+    if not arguments.ranges and arguments.report is None:
         return text
     floats = float_layers(network, model.params)
     sample = jnp.asarray(calibration[:256])
     taps = tapped(model.apply_fn, shapes_of(model.params), sample, [name])(floats, sample)[1]
     formats = recipe.by_layer(list(layers))[name]
     curves = layer_curves(layers[name], floats["layers"][name], taps[name].input, formats)
+    if arguments.report is not None:
+        title = f"{model.name}, {name}: how the ranges were found"
+        write(arguments.report, page.render_curves(title, {name: curves}))
     return "\n\n".join([text, *map(describe_curves, curves)])
 
 

@@ -1,10 +1,13 @@
 """`qjax study`: one question, answered by quantizing a model in several ways."""
 
 import argparse
+import textwrap
 from functools import partial
 from typing import Any
 
+from qjax.document import check_destination, write
 from qjax.evaluate import top1
+from qjax.page_study import render_study
 from qjax.progress import Progress
 from qjax.quantize import Quantized
 from qjax.spec import Recipe
@@ -23,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="widths in bits (2 to 16 for weight-bits and activation-bits, else 8 4)",
     )
+    add("--report", metavar="FILE", help="write a page to look at: study.html")
 
 
 def run(
@@ -37,7 +41,11 @@ def run(
 
     Returns:
       The table to print.
+
+    Raises:
+      ValueError: the page cannot be written.
     """
+    check_destination(arguments.report)
     measure = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
     result = study(
         arguments.name,
@@ -49,11 +57,14 @@ def run(
         widths=arguments.widths,
         progress=progress,
     )
-    return (
-        f"{result}\n\ntop-1 in percent of {len(test.images):,} test images of {test.name}; "
-        f"agreement with the float\nnetwork's predictions (percent) and SQNR of the logits on "
+    note = (
+        f"top-1 in percent of {len(test.images):,} test images of {test.name}; agreement with the "
+        "float network's predictions (percent) and SQNR of the logits on "
         f"{len(calibration):,} calibration images"
     )
+    if arguments.report is not None:
+        write(arguments.report, render_study(result, f"{model.name}: {note}"))
+    return f"{result}\n\n{textwrap.fill(note, 80)}"
 
 
 def search(

@@ -54,8 +54,8 @@ def schedule(network: Network) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _with_shortcut_first(site: Site, shortcut: core.Var, steps: Sequence[Step]) -> Sequence[Step]:
-    """Moves the equations behind a shortcut before the layer; no change if a layer is among them."""
+def _with_shortcut_first(site: Site, shortcut: core.Var, steps: list[Step]) -> list[Step]:
+    """Moves the equations behind a shortcut before the layer, unless a layer is among them."""
     position = next(index for index, step in enumerate(steps) if step is site)
     wanted, early, late = {shortcut}, [], []
     for step in reversed(steps[position:]):

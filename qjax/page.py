@@ -9,7 +9,6 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from qjax.analysis import (
 )
 from qjax.cost import cost
 from qjax.curves import Curves, layer_curves
+from qjax.document import document
 from qjax.progress import Progress
 from qjax.quantize import Quantized
 from qjax.report import LayerReport
@@ -168,12 +168,22 @@ def render(facts: Facts) -> str:
     Returns:
       One HTML document that loads nothing.
     """
-    template = resources.files("qjax").joinpath("page.html").read_text()
     sections = (_head, _table, _quality, _details, _curves, _predictions)
     body = "\n".join(section(facts) for section in sections)
-    return template.replace("{{title}}", escape(f"{facts.model}, quantized")).replace(
-        "{{body}}", body
-    )
+    return document(f"{facts.model}, quantized", body)
+
+
+def render_curves(title: str, curves: Mapping[str, Sequence[Curves]]) -> str:
+    """Writes a page of cost functions alone.
+
+    Args:
+      title: plain text.
+      curves: by layer, the cost functions of its ranges.
+
+    Returns:
+      One HTML document that loads nothing.
+    """
+    return document(title, f"<h1>{escape(title)}</h1>\n<p>{_READING}</p>\n{_charts(curves)}")
 
 
 # ---- Sections
@@ -313,9 +323,23 @@ def _histogram(name: str, h: Histogram) -> str:
     return f"<figure><figcaption>{escape(name)}: {text}</figcaption>{chart}</figure>"
 
 
+_READING = (
+    "Each curve is a cost function over the share of the full range that is kept (errors as noise "
+    "over signal, divergence in nats); its dot is what it chooses, absmax keeps all. The tables "
+    "say what each choice does to the layer's output, all else in float."
+)
+
+
 def _curves(facts: Facts) -> str:
+    return (
+        f"<h2>How the ranges were found</h2>\n<p>The most sensitive layers. {_READING}</p>\n"
+        f"{_charts(facts.curves)}"
+    )
+
+
+def _charts(layers: Mapping[str, Sequence[Curves]]) -> str:
     parts = []
-    for name, tensors in facts.curves.items():
+    for name, tensors in layers.items():
         charts = "\n".join(_tensor_curves(curves) for curves in tensors)
         parts.append(f'<h3>{escape(name)}</h3>\n<div class="three">{charts}</div>')
     key = "".join(
@@ -327,13 +351,7 @@ def _curves(facts: Facts) -> str:
             ("percentile", "percentile"),
         )
     )
-    return (
-        "<h2>How the ranges were found</h2>\n<p>The most sensitive layers. Each curve is a cost "
-        "function over the share of the full range that is kept (errors as noise over signal, "
-        "divergence in nats); its dot is what it chooses, absmax keeps all. The tables say what "
-        "each choice does to the layer's output, all else in float.</p>\n"
-        f"<figure><figcaption>{key}</figcaption></figure>\n" + "\n".join(parts)
-    )
+    return f"<figure><figcaption>{key}</figcaption></figure>\n" + "\n".join(parts)
 
 
 def _tensor_curves(curves: Curves) -> str:

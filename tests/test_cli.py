@@ -214,9 +214,24 @@ def test_study_answers_a_question(capsys: pytest.CaptureFixture[str]):
     assert "300 test images of noise" in stdout and "40 calibration images" in stdout
 
 
+def test_explain_and_study_draw_a_page(tmp_path: Path):
+    path = tmp_path / "page.html"
+    options = ["--model", "tiny", *CHEAP[:3], "--report", str(path)]
+    assert main(["explain", "hidden", *options]) == 0
+    drawn = path.read_text()
+    assert "<h1>tiny, hidden: how the ranges were found</h1>" in drawn
+    assert drawn.count("<svg") == 3 and drawn.count('class="curve output_mse"') == 3
+    assert main(["study", "weight-bits", *options, "--widths", "3", "12"]) == 0
+    drawn = path.read_text()
+    assert drawn.count("<tr>") == 4 and drawn.count('style="width: 75.00%"') >= 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
+        (["study", "symmetry", "--report", "no/page.html"], "`--report` must name a file"),
+        (["explain", "head", "--report", "no/page.html"], "`--report` must name a file"),
         (["explain", "stem"], "`LAYER` must be one of hidden, head; got 'stem'"),
         (["explain", "head", "--image", "300"], "`--image` must be from 0 to 299; got 300"),
         (["study", "everything"], "argument NAME: invalid choice: 'everything'"),
