@@ -26,7 +26,7 @@ def check_destination(path: str | None) -> None:
         raise ValueError(f"`--report` must name a file in an existing folder; got {path!r}.")
 
 
-def write(path: str, text: str) -> None:
+def write(path: str | Path, text: str) -> None:
     """Writes a document whole or not at all."""
     unfinished = Path(f"{path}.unfinished")
     unfinished.write_text(text, encoding="utf-8")

@@ -71,14 +71,20 @@ class Study(NamedTuple):
         return f"{self.question}\n\n{table(self.header, self.rows, self.float_top1)}"
 
 
-def table(header: Labels, rows: Sequence[Row], float_top1: float) -> str:
-    """Writes rows below a header, numbers to the right."""
+def cells(header: Labels, rows: Sequence[Row], float_top1: float) -> list[tuple[str, ...]]:
+    """The lines of a table, a text per column: the header, the rows, the float network."""
     lines = [(*header, "top-1", "agreement", "logits dB", "bytes")]
     for row in rows:
         numbers = (f"{row.top1:.2f}", f"{row.agreement:.1f}", f"{row.logits_sqnr_db:.1f}")
         lines.append((*row.labels, *numbers, f"{row.bytes:,}"))
     if rows:
         lines.append(("float", *[""] * (len(header) - 1), f"{float_top1:.2f}", "100.0", "", ""))
+    return lines
+
+
+def table(header: Labels, rows: Sequence[Row], float_top1: float) -> str:
+    """Writes rows below a header, numbers to the right."""
+    lines = cells(header, rows, float_top1)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     count = len(header)
     text = [

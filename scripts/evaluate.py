@@ -12,7 +12,6 @@ Beside the accuracy stands the logits' error on training images outside of the c
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ import numpy as np
 import pretrained
 import qjax
 from pretrained import datasets
+from qjax.document import write
 from qjax.progress import progress_bar
 from qjax.spec import Recipe
 from qjax.studies import KEPT_COMPILED
@@ -288,13 +288,6 @@ def cell(lines: Sequence[dict[str, Any]], row: str, column: str, with_error: boo
     top1 = f"{statistics.mean(line['top1'] for line in found):.2f}"
     error = statistics.mean(line["error"] for line in found)
     return f"{top1} ({error:.1e})" if with_error else top1
-
-
-def write(path: Path, text: str) -> None:
-    """Replaces a file as a whole."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def show_in_readme(name: str, text: str) -> None:
