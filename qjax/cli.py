@@ -81,6 +81,7 @@ def _add_command(commands: Any, module: Any, name: str, summary: str) -> None:
 
 def _run_command(module: Any, arguments: argparse.Namespace) -> None:
     wanted = _recipe(arguments)
+    check_destination(vars(arguments).get("report"))
     stage: Stage = _no_bar if arguments.quiet or not sys.stderr.isatty() else progress_bar
     with stage("loading") as progress:
         loaded = _load(arguments, progress)

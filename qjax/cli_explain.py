@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from qjax import page
 from qjax.curves import Curves, layer_curves
-from qjax.document import check_destination, write
+from qjax.document import write
 from qjax.explain import explain
 from qjax.layers import find_layers
 from qjax.progress import Progress
@@ -47,9 +47,8 @@ def run(
       The text to print.
 
     Raises:
-      ValueError: there is no such image or layer, or the page cannot be written.
+      ValueError: there is no such image or layer.
     """
-    check_destination(arguments.report)
     if not 0 <= arguments.image < len(test.images):
         raise ValueError(
             f"`--image` must be from 0 to {len(test.images) - 1}; got {arguments.image}."

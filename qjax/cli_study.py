@@ -5,7 +5,7 @@ import textwrap
 from functools import partial
 from typing import Any
 
-from qjax.document import check_destination, write
+from qjax.document import write
 from qjax.evaluate import top1
 from qjax.page_study import render_study
 from qjax.progress import Progress
@@ -41,11 +41,7 @@ def run(
 
     Returns:
       The table to print.
-
-    Raises:
-      ValueError: the page cannot be written.
     """
-    check_destination(arguments.report)
     measure = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
     result = study(
         arguments.name,

@@ -177,7 +177,8 @@ def add_scaling(commands: Any) -> None:
     add = parser.add_argument
     add("--images", nargs="+", type=int, default=[1024, 256, 512, 2048], metavar="N")
     add("--candidates", nargs="+", type=int, default=[32, 128], metavar="N")
-    add("--filters", nargs="+", type=int, default=[16, 32, 64], metavar="N", help="of stage 1")
+    add("--filters", nargs="*", type=int, default=[16, 32, 64], metavar="N", help="of stage 1")
+    add("--repeats", type=int, default=1, metavar="N", help="later calls, 0: none (%(default)s)")
     add("--bits", type=int, default=4, metavar="N", help="of all tensors (%(default)s)")
     add("--resnet18", action="store_true", help="also the full-width ResNet-18")
     parser.set_defaults(run=run_scaling)
@@ -185,11 +186,13 @@ def add_scaling(commands: Any) -> None:
 
 def run_scaling(arguments: argparse.Namespace) -> None:
     """Varies one thing at a time, the others at their first value, each in its own process."""
-    varied = {name: getattr(arguments, name) for name in ("images", "candidates", "filters")}
+    networks = [*arguments.filters, *([None] if arguments.resnet18 else [])]
+    if not networks:
+        raise SystemExit("`--filters` must have a number, or `--resnet18` be given.")
+    varied = {"images": arguments.images, "candidates": arguments.candidates, "filters": networks}
     first = {name: values[0] for name, values in varied.items()}
     rows = [first]
     rows += [first | {name: value} for name, values in varied.items() for value in values[1:]]
-    rows += [first | {"filters": None}] if arguments.resnet18 else []
     print(f"{arguments.bits} bits, images of 32x32, {device()}\n")
     print(
         f"{'network':20}{'images':>8}{'candidates':>12}{'first call':>14}{'later call':>13}"
@@ -197,12 +200,13 @@ def run_scaling(arguments: argparse.Namespace) -> None:
     )
     for row in rows:
         measured = in_own_process(
-            time_scaled, argparse.Namespace(bits=arguments.bits, repeats=1, **row)
+            time_scaled, argparse.Namespace(bits=arguments.bits, repeats=arguments.repeats, **row)
         )
         name = f"ResNet-20, {row['filters']} filters" if row["filters"] else "ResNet-18"
+        later = f"{measured.steady:.1f} s" if arguments.repeats else ""
         print(
             f"{name:24}{row['images']:>4}{row['candidates']:>12}{measured.first:>12.1f} s"
-            f"{measured.steady:>11.1f} s{measured.peak / 1e6:>9.0f} MB"
+            f"{later:>13}{measured.peak / 1e6:>9.0f} MB"
         )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import concurrent.futures
+import math
 import multiprocessing
 import os
 import platform
@@ -46,9 +47,9 @@ def _with_peak(measure: Callable[..., Any], arguments: argparse.Namespace) -> Me
 
 
 def timed(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Seconds of the first call, and the median of `repeats` later ones."""
+    """Seconds of the first call, and the median of `repeats` later ones (NaN if none)."""
     seconds = [_seconds(function) for _ in range(repeats + 1)]
-    return seconds[0], statistics.median(seconds[1:])
+    return seconds[0], statistics.median(seconds[1:]) if repeats else math.nan
 
 
 def _seconds(function: Callable[[], Any]) -> float:
