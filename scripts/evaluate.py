@@ -38,6 +38,7 @@ WIDTHS = (8, 6, 5, 4, 3, 2)
 FORMATS = {"W6A6": (6, 6), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8)}
 FORMATS |= {"W4A4": (4, 4), "W3A3": (3, 3)}
 FLOAT = "float"
+PUBLIC = "resnet20-cifar10.torch.safetensors"
 
 
 class Table(NamedTuple):
@@ -47,11 +48,13 @@ class Table(NamedTuple):
       title: its heading.
       rows: names of the rows.
       recipes: by (row, column), in the order of the columns.
+      in_readme: the models that README shows; all by default.
     """
 
     title: str
     rows: Sequence[str]
     recipes: dict[tuple[str, str], qjax.Recipe]
+    in_readme: Sequence[str] = ()
 
 
 def tables() -> dict[str, Table]:
@@ -114,6 +117,7 @@ def tables() -> dict[str, Table]:
             "Top-1 by widths of weights and activations",
             list(dict.fromkeys(row for row, _ in mixed)),
             mixed,
+            in_readme=(PUBLIC,),
         ),
     }
 
@@ -159,7 +163,9 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     text = document(table, lines, f"python scripts/evaluate.py {name}")
     write(path.with_suffix(".md"), text)
     if path.parent == DOCS:
-        show_in_readme(name, rows_of_markdown(table, lines, with_error=False))
+        only = table.in_readme
+        shown = [line for line in lines if not only or line["model"] in only]
+        show_in_readme(name, rows_of_markdown(table, shown, with_error=False))
     print(text)
 
 
