@@ -10,7 +10,7 @@ import numpy as np
 from qjax.affine import QParams, fake_quant, sqnr_db
 from qjax.layers import Network, Site, find_layers
 from qjax.quantize import Quantized
-from qjax.quantized import QuantizedLayer, dequantized_kernel, expand_groups
+from qjax.quantized import QuantizedLayer, expand_groups, fold_input_scales, scaled_kernel
 from qjax.tap import Tap, float_layers, shapes_of, tapped
 
 BINS = 64  # of the histograms
@@ -102,7 +102,10 @@ def quality(q: Quantized, params: Any, x: Any) -> Quality:
 def _layer_quality(
     site: Site, layer: QuantizedLayer, exact: QuantizedLayer, given: Tap, taken: Tap
 ) -> LayerQuality:
-    weights, kernel_histogram = _kernel_quality(layer, exact.kernel)
+    kernel = exact.kernel
+    if layer.inputs is not None and layer.folds_input_scales:
+        kernel = fold_input_scales(site.layer.operation, layer.inputs, kernel)
+    weights, kernel_histogram = _kernel_quality(layer, kernel)
     y, y_hat = _rounded_output(site, layer, given)
     outputs = layer.activated or layer.outputs
     histograms = {
@@ -141,14 +144,14 @@ def _kernel_quality(layer: QuantizedLayer, kernel: jax.Array) -> tuple[float, Hi
     relative = np.asarray(kernel / scale) / largest
     low = float(np.mean(np.asarray(layer.weights.qmin - zero_point)) / largest)
     high = float(np.mean(np.asarray(layer.weights.qmax - zero_point)) / largest)
-    return float(sqnr_db(kernel, dequantized_kernel(layer))), _counts(relative, (low, high))
+    return float(sqnr_db(kernel, scaled_kernel(layer))), _counts(relative, (low, high))
 
 
 def _histogram(values: jax.Array, qparams: QParams | None) -> Histogram:
     if qparams is None:
         return _counts(np.asarray(values), None)
-    low, high = map(float, qparams.range)
-    return _counts(np.asarray(values), (low, high))
+    low, high = qparams.range
+    return _counts(np.asarray(values), (float(low.min()), float(high.max())))
 
 
 def _counts(values: np.ndarray, clip: tuple[float, float] | None) -> Histogram:

@@ -12,12 +12,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.extend import core
 
-from qjax import interpret, observers, search
-from qjax.affine import QParams, affine_qparams, dequantize, fake_quant, sqnr_db
+from qjax import interpret, observers, ranges, search
+from qjax.affine import QParams, dequantize, fake_quant, sqnr_db
 from qjax.emit import Activated, moved
 from qjax.fold import Folded, apply_folded
 from qjax.layers import Network, Site, keeps_codes
@@ -27,20 +25,14 @@ from qjax.quantized import (
     QuantizedLayer,
     apply_linear,
     dequantized_bias,
+    fold_input_scales,
     quantize_bias,
 )
+from qjax.ranges import MOMENT_PATCHES, Arrays, Task, patch_stride
 from qjax.reconstruct import Goal, lacking, refit
 from qjax.rounding import coordinate_sweeps, elementwise, round_gptq, round_nearest
-from qjax.spec import LayerRecipe, QuantSpec, RangeMethod, Recipe, Rounding
+from qjax.spec import QuantSpec, RangeMethod, Recipe, Rounding
 from qjax.streams import Streams, cut
-
-# Samples per layer, spread evenly over all calibration images and positions.
-MOMENT_PATCHES = 2**16  # for the second moments of its input
-SAMPLED_PATCHES = 2**12  # for the search of its input range
-SAMPLED_OUTPUTS = 2**18  # for the search of its output range
-PERCENT = 99.9  # of the values, that the `percentile` range keeps
-
-Arrays = list[jax.Array]  # one per calibration batch
 
 
 class Fit(NamedTuple):
@@ -129,51 +121,37 @@ def _follow_grid(equation: core.JaxprEqn, grids: dict[core.Var, QParams]) -> Non
             grids[equation.outvars[0]] = grids[var]
 
 
-class Task(NamedTuple):
-    """One layer to fit.
-
-    Attributes:
-      site: where it stands.
-      recipe: what to do with it.
-      grid: the candidates of each search.
-      makes_logits: whether its output is the network's, and to be taken for logits.
-    """
-
-    site: Site
-    recipe: LayerRecipe
-    grid: search.Grid
-    makes_logits: bool
-
-    @property
-    def is_judged_by_softmax(self) -> bool:
-        """Whether the range of the output is the one that keeps the probabilities of classes."""
-        return self.makes_logits and self.recipe.range_method == "output_mse"
-
-
 def _fit_layer(task: Task, folded: Folded, streams: Streams, grids: dict[core.Var, QParams]) -> Fit:
     """Fits a layer up to its pre-activation output and writes that to the streams."""
     site, operation = task.site, task.site.layer.operation
     x_float, x = streams.read(site.input)
     float_output = [apply_folded(operation, folded, batch) for batch in x_float]
     shortcut = _read_shortcut(site, streams)
-    added, activation = [None] * len(x), _KNOWN.get(site.layer.activation, _identity)
+    added, activation = [None] * len(x), ranges.KNOWN.get(site.layer.activation, ranges.identity)
     target = float_output
     if shortcut is not None:  # the layer's share of the float sum z + s, where the other one is ŝ
-        added, activation = shortcut[1], _summed_activation(site)
+        added, activation = shortcut[1], ranges.summed_activation(site)
         target = [z + (s - s_hat) for z, s, s_hat in zip(target, *shortcut, strict=True)]
     goal = Goal(target, added, activation)
-    inputs, input_clip = _fit_input(task, x, folded, grids.get(site.input))
-    layer, weight_sqnr_db, weight_clip = _fit_kernel(task, x, goal, folded, inputs)
+    inputs, input_clip = ranges.fit_input(task, x, folded, grids.get(site.input))
+    unscaled = inputs
+    if inputs is not None and inputs.scale.ndim:  # fitted in units of the codes
+        x = [batch * inputs.inverse_scale for batch in x]
+        folded = folded._replace(kernel=fold_input_scales(operation, inputs, folded.kernel))
+        unscaled = dataclasses.replace(inputs, scale=jnp.ones(()))
+    layer, weight_sqnr_db, weight_clip = _fit_kernel(task, x, goal, folded, unscaled)
     actual = [_apply_linear(operation, layer, batch) for batch in x]
     if task.recipe.bias_correction and (inputs is not None or layer.weights is not None):
         layer = _shift_bias(operation, layer, _channel_means(operation, lacking(goal, actual)))
         actual = [_apply_linear(operation, layer, batch) for batch in x]
-    outputs, output_clip = _fit_output(task, target, actual, shortcut and shortcut[1])
+    outputs, output_clip = ranges.fit_output(task, target, actual, shortcut and shortcut[1])
     if outputs is not None:
         layer = dataclasses.replace(layer, outputs=outputs)
         actual = [_fake_quant(batch, outputs) for batch in actual]
-        grids[site.output] = outputs
-    output_sqnr_db = _sqnr_db(_activation(site), float_output, actual)
+        if not outputs.scale.ndim:
+            grids[site.output] = outputs
+    layer = dataclasses.replace(layer, inputs=inputs)
+    output_sqnr_db = _sqnr_db(ranges.activation_of(site), float_output, actual)
     float_values = [moved(site, batch) for batch in float_output]
     streams.write(site.output, float_values, [moved(site, batch) for batch in actual])
     return Fit(layer, weight_sqnr_db, output_sqnr_db, weight_clip, input_clip, output_clip)
@@ -184,24 +162,6 @@ def _read_shortcut(site: Site, streams: Streams) -> tuple[Arrays, Arrays] | None
     if site.shortcut is None or site.movement or not streams.holds(site.shortcut.value):
         return None
     return streams.read(site.shortcut.value)
-
-
-def _fit_input(
-    task: Task, x: Arrays, folded: Folded, grid: QParams | None
-) -> tuple[QParams | None, float | None]:
-    spec = task.recipe.inputs
-    if spec is None:
-        return None, None
-    if grid is not None and (grid.qmin, grid.qmax) == (spec.qmin, spec.qmax):
-        return grid, 1.0  # the values are codes of the output before: nothing is lost
-
-    def searched(extremes: search.Range) -> QParams:
-        patches = _sampled_patches(task.site.layer.operation, x)
-        method = task.recipe.range_method
-        return search.search_input(patches, folded.kernel, extremes, spec, method, task.grid)
-
-    extremes = observers.observe(observers.min_max(), x)
-    return fit_range(task.recipe.range_method, spec, x, extremes, searched, task.grid)
 
 
 def _fit_kernel(
@@ -216,7 +176,7 @@ def _fit_kernel(
     moments = observers.observe(observers.moments(operation, stride), seen)
     if recipe.bias_correction:  # the bias takes up the means, the kernel answers for the rest
         moments = observers.centered(moments)
-    steps = min(recipe.reconstructions, 1 if goal.activation is _identity else math.inf)
+    steps = min(recipe.reconstructions, 1 if goal.activation is ranges.identity else math.inf)
     for _ in range(int(steps)):
         folded = refit(operation, folded, moments, seen, goal, stride, recipe.bias_correction)
     how = (recipe.weights, recipe.range_method, recipe.rounding, recipe.sweeps, task.grid)
@@ -261,71 +221,6 @@ def _shift_bias(operation: Linear, layer: QuantizedLayer, shift: jax.Array) -> Q
 _quantize_bias = jax.jit(quantize_bias, static_argnums=0)
 
 
-def _fit_output(
-    task: Task, target: Arrays, actual: Arrays, shortcut: Arrays | None
-) -> tuple[QParams | None, float | None]:
-    spec, method = task.recipe.outputs, task.recipe.range_method
-    if spec is None or task.recipe.output_position == "post_activation":
-        return None, None
-    low, high = observers.observe(observers.min_max(), actual)
-    activation = _identity
-    if method == "output_mse":
-        activation = _activation(task.site) if shortcut is None else _summed_activation(task.site)
-    if shortcut is None and activation in (jax.nn.relu, jax.nn.relu6):
-        low = jnp.zeros_like(low)
-    if shortcut is None and activation is jax.nn.relu6:
-        high = jnp.minimum(high, 6)
-
-    def searched(extremes: search.Range) -> QParams:
-        if task.is_judged_by_softmax:
-            z, z_hat = (
-                jnp.concatenate([moved(task.site, batch) for batch in values])
-                for values in (target, actual)
-            )
-            return search.search_logits(z, z_hat, extremes, spec, task.grid)
-        # An activation of unknown form is only known at the shape of a whole batch.
-        is_pointwise = activation in (_identity, jax.nn.relu, jax.nn.relu6)
-        z, z_hat = (_sampled(v) if is_pointwise else v[0] for v in (target, actual))
-        added = None if shortcut is None else _sampled(shortcut)
-        return search.search_output(z, z_hat, extremes, spec, activation, task.grid, added)
-
-    outputs, clip = fit_range(method, spec, actual, (low, high), searched, task.grid)
-    return _with_exact_products(outputs), clip
-
-
-def _with_exact_products(qparams: QParams) -> QParams:
-    """Rounds a scale to 16 significant bits: times a code of 8 bits it is exact in float32.
-
-    The sum of two such values is rounded once, in whatever way a compiler fuses it, so that every
-    evaluation of a residual sum is the same.
-    """
-    return dataclasses.replace(qparams, scale=lax.reduce_precision(qparams.scale, 8, 15))
-
-
-def _activation(site: Site) -> Callable[[jax.Array], jax.Array]:
-    return _KNOWN.get(site.layer.activation) or partial(_activate, site)
-
-
-def _summed_activation(site: Site) -> Callable[[jax.Array], jax.Array]:
-    """What follows the sum of a layer's output and its shortcut; the identity if unknown."""
-    assert site.shortcut is not None
-    return _KNOWN.get(site.shortcut.activation, _identity)
-
-
-def _identity(x: jax.Array) -> jax.Array:
-    return x
-
-
-_KNOWN = {"none": _identity, "relu": jax.nn.relu, "relu6": jax.nn.relu6}
-
-
-def _activate(site: Site, z: jax.Array) -> jax.Array:
-    env = {site.output: moved(site, z)}
-    for equation in site.activation:
-        interpret.evaluate_equation(equation, env)
-    return env[site.activated]
-
-
 def _fit_activated(task: Task, fit: Fit, streams: Streams, grids: dict[core.Var, QParams]) -> Fit:
     """Fits the range of a layer's output after its activation."""
     spec, position = task.recipe.outputs, task.recipe.output_position
@@ -333,94 +228,11 @@ def _fit_activated(task: Task, fit: Fit, streams: Streams, grids: dict[core.Var,
     if spec is None or position == "pre_activation" or is_already_done:
         return fit
     floats, values = streams.read(task.site.activated)
-    method = task.recipe.range_method
-
-    def searched(extremes: search.Range) -> QParams:
-        if task.is_judged_by_softmax:
-            z, z_hat = jnp.concatenate(floats), jnp.concatenate(values)
-            return search.search_logits(z, z_hat, extremes, spec, task.grid)
-        samples = _sampled(floats), _sampled(values)
-        return search.search_output(*samples, extremes, spec, _identity, task.grid)
-
-    extremes = observers.observe(observers.min_max(), values)
-    activated, clip = fit_range(method, spec, values, extremes, searched, task.grid)
-    activated = _with_exact_products(activated)
+    activated, clip = ranges.fit_activated(task, floats, values)
     grids[task.site.activated] = activated
     streams.write(task.site.activated, floats, [_fake_quant(v, activated) for v in values])
     layer = dataclasses.replace(fit.layer, activated=activated)
     return fit._replace(layer=layer, output_clip=fit.output_clip or clip)
-
-
-def fit_range(
-    method: str,
-    spec: QuantSpec,
-    values: Arrays,
-    extremes: search.Range,
-    searched: Callable[[search.Range], QParams],
-    grid: search.Grid = search.GRID,
-) -> tuple[QParams, float]:
-    """Chooses a clipping range of activations.
-
-    Args:
-      method: `absmax`, `percentile`, `kl`, or one that `searched` knows.
-      spec: the number format.
-      values: the values on every calibration batch.
-      extremes: the least and the greatest value to represent.
-      searched: finds the range with the least squared error inside the extremes.
-      grid: the candidates for each end of the range.
-
-    Returns:
-      Scalar qparams, and their scale's share of the scale that the extremes need.
-    """
-    widest = affine_qparams(*extremes, spec)
-    match method:
-        case "absmax":
-            chosen = widest
-        case "percentile":
-            low, high = observers.observe(observers.percentile(PERCENT, *extremes), values)
-            chosen = affine_qparams(low, high, spec)
-        case "kl":
-            counter = observers.histogram(*extremes, bins=search.HISTOGRAM_BINS)
-            chosen = search.search_entropy(observers.observe(counter, values), extremes, spec, grid)
-        case _:
-            chosen = searched(extremes)
-    return chosen, float(chosen.scale / widest.scale)
-
-
-def coprime_stride(size: int, limit: int) -> int:
-    """The least stride that leaves at most `limit` of `size` elements and meets every channel."""
-    stride = max(1, math.ceil(size / limit))
-    while math.gcd(stride, size) != 1:
-        stride += 1
-    return stride
-
-
-def _sampled(values: Arrays) -> jax.Array:
-    """Elements at pseudo-random places, the same for all arrays of one size; all, if there are few.
-
-    Their number, and with it what has to be compiled, does not depend on the size of the arrays.
-    """
-    size, limit = values[0].size, SAMPLED_OUTPUTS // len(values)
-    if size <= limit:
-        return jnp.concatenate([batch.reshape(-1) for batch in values])
-    places = np.random.default_rng(size).integers(size, size=limit)
-    return jnp.concatenate([batch.reshape(-1)[places] for batch in values])
-
-
-def patch_stride(operation: Linear, x: Arrays, limit: int) -> int:
-    """The stride between positions that leaves about `limit` patches of all the batches `x`."""
-    positions = jax.eval_shape(operation.patches, x[0]).shape[0]
-    return coprime_stride(positions, max(1, limit // len(x)))
-
-
-def _sampled_patches(operation: Linear, x: Arrays) -> jax.Array:
-    stride = patch_stride(operation, x, SAMPLED_PATCHES)
-    return jnp.concatenate([_strided_patches(operation, stride, batch) for batch in x])
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _strided_patches(operation: Linear, stride: int, x: jax.Array) -> jax.Array:
-    return operation.patches(x.astype(jnp.float32), stride)
 
 
 _apply_linear = jax.jit(apply_linear, static_argnums=0)

@@ -23,7 +23,14 @@ from qjax.document import check_destination, write
 from qjax.evaluate import top1
 from qjax.progress import Progress, progress_bar
 from qjax.quantize import quantize
-from qjax.spec import OutputPosition, RangeMethod, Recipe, Rounding, recipe
+from qjax.spec import (
+    ActivationGranularity,
+    OutputPosition,
+    RangeMethod,
+    Recipe,
+    Rounding,
+    recipe,
+)
 
 CALIBRATION_SIZE = 1024  # training images, or all of them if there are fewer
 MODEL = "resnet20-digits"
@@ -161,6 +168,12 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     )
     choose = partial(_add_choice, add)
     choose("--range-method", RangeMethod, Recipe.range_method, "how clipping ranges are chosen")
+    choose(
+        "--activation-granularity",
+        ActivationGranularity,
+        "per_tensor",
+        "of the scales of inputs and outputs",
+    )
     choose("--output-position", OutputPosition, Recipe.output_position, "where outputs are rounded")
     choose("--rounding", Rounding, Recipe.rounding, "of the weights")
     add(
@@ -300,6 +313,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     return recipe(
         arguments.bits,
         first_last_bits=arguments.first_last_bits,
+        activation_granularity=arguments.activation_granularity,
         range_method=arguments.range_method,
         output_position=arguments.output_position,
         rounding=arguments.rounding,

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 
 from qjax import observers, search
 from qjax.affine import QParams, affine_qparams, dequantize, fake_quant, sqnr_db
-from qjax.calibrate import (
+from qjax.layers import Layer
+from qjax.quantized import QuantizedLayer, apply_layer
+from qjax.ranges import (
     MOMENT_PATCHES,
     SAMPLED_PATCHES,
     coprime_stride,
     fit_range,
     patch_stride,
 )
-from qjax.layers import Layer
-from qjax.quantized import QuantizedLayer, apply_layer
 from qjax.rounding import elementwise, round_nearest
 from qjax.search import entropy_losses, kernel_loss, search_input, search_output, search_weights
 from qjax.spec import LayerRecipe, QuantSpec, RangeMethod
@@ -79,7 +79,8 @@ def layer_curves(
 ) -> tuple[Curves, ...]:
     """Evaluates the cost functions for a layer's weights, input and output, each alone.
 
-    Weights are rounded to nearest. An activation of unknown form counts as none.
+    Weights are rounded to nearest. An activation of unknown form counts as none. Input and output
+    have one range per tensor.
 
     Args:
       layer: the layer.

@@ -20,7 +20,7 @@ from qjax import interpret
 from qjax.emit import moved
 from qjax.fold import Folded, apply_folded
 from qjax.layers import Network, Site
-from qjax.linear import Convolution, Linear
+from qjax.linear import Linear, by_channel, input_axes, scale_input_channels
 from qjax.streams import Streams, cut
 
 
@@ -58,14 +58,7 @@ def _matches(first: Site, second: Site) -> bool:
         axis % len(first.layer.output_shape) for axis in first.layer.operation.channel_axes
     )
     is_homogeneous = first.layer.activation in ("relu", "none")
-    return is_homogeneous and not first.movement and axes == _input_axes(second.layer.operation)
-
-
-def _input_axes(operation: Linear) -> tuple[int, ...]:
-    """The axes of the input that hold its channels."""
-    if isinstance(operation, Convolution):
-        return (operation.dimension_numbers.lhs_spec[1],)
-    return () if operation.batch[0] else operation.contracting[0]
+    return is_homogeneous and not first.movement and axes == input_axes(second.layer.operation)
 
 
 def equalize(
@@ -116,7 +109,7 @@ def _input_magnitudes(
             position = positions[site.layer.name]
             x, _ = streams.read(site.input)
             if position in wanted:
-                axes = _input_axes(site.layer.operation)
+                axes = input_axes(site.layer.operation)
                 largest = [_channel_magnitudes(axes, batch) for batch in x]
                 magnitudes[position] = jnp.max(jnp.stack(largest), axis=0)
             operation = site.layer.operation
@@ -127,8 +120,7 @@ def _input_magnitudes(
 
 @partial(jax.jit, static_argnums=0)
 def _channel_magnitudes(axes: tuple[int, ...], x: jax.Array) -> jax.Array:
-    others = [axis for axis in range(x.ndim) if axis not in axes]
-    return jnp.max(jnp.abs(x), axis=others).reshape(-1)
+    return jnp.max(jnp.abs(by_channel(axes, x)), axis=1)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -137,14 +129,13 @@ def _equalize_pair(
 ) -> tuple[Folded, Folded]:
     groups, patch, channels = operation.matrix_shape
     per_group = len(magnitude) // groups
-    by_channel = second.kernel.reshape(groups, patch // per_group, per_group, channels)
-    weights = jnp.max(jnp.abs(by_channel), axis=(1, 3)).reshape(-1)
+    kernel = second.kernel.reshape(groups, patch // per_group, per_group, channels)
+    weights = jnp.max(jnp.abs(kernel), axis=(1, 3)).reshape(-1)
     is_used = (magnitude > 0) & (weights > 0)
     ratio = jnp.where(is_used, magnitude, 1.0) / jnp.where(is_used, weights, 1.0)
     scale = jnp.sqrt(ratio)
     shape = (first.kernel.shape[0], 1, first.kernel.shape[2])
-    scaled = (by_channel * scale.reshape(groups, 1, per_group, 1)).reshape(second.kernel.shape)
     return (
         Folded(first.kernel / scale.reshape(shape), first.bias / scale),
-        Folded(scaled, second.bias),
+        Folded(scale_input_channels(operation, second.kernel, scale), second.bias),
     )

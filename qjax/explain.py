@@ -9,12 +9,13 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qjax.affine import QParams, quantize_array
 from qjax.layers import Site, find_layers
-from qjax.linear import output_matrix
+from qjax.linear import by_channel, output_matrix
 from qjax.narrow import signed_width
 from qjax.quantize import Quantized
 from qjax.quantized import (
@@ -22,7 +23,9 @@ from qjax.quantized import (
     accumulator_scale,
     dequantized_bias,
     dequantized_kernel,
+    fold_input_scales,
     relative_codes,
+    scaled_kernel,
 )
 from qjax.requantize import fixed_point, multiply_shift
 from qjax.tap import Tap, float_layers, shapes_of, tapped
@@ -125,7 +128,8 @@ def explain(q: Quantized, layer: str, x: Any, params: Any = None) -> Explanation
     actual = run(q.params, x)[1][layer]
     if params is None:
         operation = site.layer.operation
-        kernel, bias = dequantized_kernel(quantized), dequantized_bias(operation, quantized)
+        kernel = dequantized_kernel(operation, quantized)
+        bias = dequantized_bias(operation, quantized)
         reference = _Reference(np.asarray(actual.input, np.float64), kernel, bias)
     else:
         floats = float_layers(network, params)
@@ -168,7 +172,7 @@ class _Walk:
         self.x_codes = self._patches(self._input_codes())
         self.w_codes = np.asarray(relative_codes(layer), np.float64)
         if layer.is_per_group:
-            self.w_codes = np.asarray(dequantized_kernel(layer), np.float64)
+            self.w_codes = np.asarray(scaled_kernel(layer), np.float64)
         terms = self._at_patch(self.x_codes) * self._at_kernel(self.w_codes)
         self.elements = np.sort(np.argsort(-np.abs(terms), kind="stable")[:SHOWN])
         self.terms = terms[self.elements]
@@ -209,6 +213,31 @@ class _Walk:
     def _at_output(self, outputs: np.ndarray) -> tuple[float, ...]:
         return (float(outputs[self.position, self.group, self.column]),)
 
+    def _at_channel(self, values: Any) -> float:
+        """One value of those per output channel, or the only one."""
+        groups, _, channels = self.site.layer.operation.matrix_shape
+        values = np.broadcast_to(np.asarray(values), (1, groups, channels))
+        return float(values[0, self.group, self.column])
+
+    def _like_outputs(self, qparams: QParams) -> QParams:
+        """Qparams per channel for outputs as [positions, groups, channels]."""
+        operation = self.site.layer.operation
+        if not qparams.scale.ndim:
+            return qparams
+        groups, _, channels = operation.matrix_shape
+        return jax.tree.map(
+            lambda leaf: by_channel(operation.channel_axes, leaf).reshape(1, groups, channels),
+            qparams,
+        )
+
+    def _input_scales(self, inputs: QParams) -> np.ndarray:
+        """The scale of every element of a patch, [groups or 1, patch or 1]."""
+        if not inputs.scale.ndim:
+            return np.asarray(inputs.scale, np.float64).reshape(1, 1)
+        operation = self.site.layer.operation
+        ones = jnp.ones((*operation.matrix_shape[:2], 1))
+        return np.asarray(fold_input_scales(operation, inputs, ones), np.float64)[:, :, 0]
+
     def _shown(self, values: np.ndarray) -> tuple[float, ...]:
         return tuple(map(float, values[self.elements]))
 
@@ -245,15 +274,22 @@ class _Walk:
         inputs = self.layer.inputs
         if inputs is None:
             return
-        zero_point, scale = int(inputs.zero_point), float(inputs.scale)
+        zero_point, scales = int(inputs.zero_point), self._input_scales(inputs)
         codes = self._at_patch(self.x_codes) + zero_point
+        divisor, note = f"{scales[0, 0]:.6g}", _clipping(x / scales + zero_point, inputs)
+        if self.layer.folds_input_scales:
+            divisor = "s_x"
+            note += (
+                f"\n{inputs.scale.size} scales s_x from {scales.min():.4g} to {scales.max():.4g}, "
+                "folded into the kernel"
+            )
         self._add(
             "input codes",
-            f"q_x = clip(round(x / {scale:.6g}) + {zero_point}, {inputs.qmin}, {inputs.qmax})",
+            f"q_x = clip(round(x / {divisor}) + {zero_point}, {inputs.qmin}, {inputs.qmax})",
             _type(inputs),
             self._shown(codes),
-            _sqnr_db(self.x, self.x_codes * scale),
-            _clipping(x / scale + zero_point, inputs),
+            _sqnr_db(self.x, self.x_codes * scales),
+            note,
             inputs.bits,
         )
 
@@ -271,13 +307,15 @@ class _Walk:
             for leaf in (weights.scale, weights.zero_point)
         )
         s, z = (float(v[self.group, 0, self.column]) for v in (scale, zero_point))
-        real = np.asarray(dequantized_kernel(self.layer), np.float64)
+        operation = self.site.layer.operation
+        real = np.asarray(dequantized_kernel(operation, self.layer), np.float64)
         first = "" if not self.layer.is_per_group else " (the first group's scale)"
         codes = np.asarray(self.layer.kernel, np.float64)
+        w = "w·s_x" if self.layer.folds_input_scales else "w"
         many = f"{weights.scale.size} scales from {scale.min():.4g} to {scale.max():.4g}"
         self._add(
             "kernel codes",
-            f"q_w ≈ w / {s:.6g} + {z:.0f} in {weights.qmin} … {weights.qmax}{first}",
+            f"q_w ≈ {w} / {s:.6g} + {z:.0f} in {weights.qmin} … {weights.qmax}{first}",
             _type(weights),
             self._shown(self._at_kernel(codes)),
             _sqnr_db(self.kernel, real) if self.has_float else None,
@@ -328,6 +366,7 @@ class _Walk:
             np.maximum(self.w_codes * low, self.w_codes * high).sum(1),
         )
         bias = np.asarray(layer.bias, np.float64).reshape(self.scale.shape)
+        unit = self._unit
         self._add(
             "accumulator",
             f"a = Σ p over {self.patch} elements",
@@ -336,7 +375,7 @@ class _Walk:
             _sqnr_db(self.y, self.acc * self.scale),
             f"{signed_width(bounds[0].min(), bounds[1].max())} bits needed for any input, "
             f"{signed_width(self.acc.min(), self.acc.max())} by this one, {ACCUMULATOR_BITS} used\n"
-            f"one unit is s_w·s_x = {self.scale[self.group, self.column]:.6g}, so a is "
+            f"one unit is {unit} = {self.scale[self.group, self.column]:.6g}, so a is "
             f"{self._at_output(self.acc * self.scale)[0]:.6g}",
             ACCUMULATOR_BITS,
         )
@@ -344,7 +383,7 @@ class _Walk:
         needed = signed_width((bounds[0] + bias).min(), (bounds[1] + bias).max())
         self._add(
             "bias",
-            f"a + q_b, q_b = round(b / (s_w·s_x)) = {bias[self.group, self.column]:.0f}",
+            f"a + q_b, q_b = round(b / ({unit})) = {bias[self.group, self.column]:.0f}",
             f"int{ACCUMULATOR_BITS}",
             self._at_output(self.acc),
             _sqnr_db(self.z, self.acc * self.scale),
@@ -362,7 +401,7 @@ class _Walk:
         else:
             self._add(
                 "de-quantization",
-                "y = s_w·s_x·a" if layer.has_integer_accumulator else "nothing to do",
+                f"y = {self._unit}·a" if layer.has_integer_accumulator else "nothing to do",
                 "float32",
                 self._at_output(real),
                 _sqnr_db(self.z, real),
@@ -370,7 +409,7 @@ class _Walk:
         if activation == "other":
             return self._unknown_activation()
         if activation != "none":
-            is_free = layer.outputs is not None and float(layer.outputs.range[0]) >= 0
+            is_free = layer.outputs is not None and float(layer.outputs.range[0].min()) >= 0
             real = _activate(real, activation)
             self._add(
                 f"activation: {activation}",
@@ -398,10 +437,11 @@ class _Walk:
             )
         last = layer.activated or layer.outputs
         if last is not None:
-            scale, zero_point = float(last.scale), int(last.zero_point)
+            own = self._like_outputs(last)
+            scale, zero_point = map(self._at_channel, (own.scale, own.zero_point))
             self._add(
                 "de-quantization",
-                f"y = {scale:.6g}·(q_y − {zero_point})",
+                f"y = {scale:.6g}·(q_y − {zero_point:.0f})",
                 "float32",
                 self._at_output(real),
                 None if target is None else _sqnr_db(target, real),
@@ -424,26 +464,31 @@ class _Walk:
         activation = self.site.layer.activation
         return None if activation == "other" else _activate(self.z, activation)
 
+    @property
+    def _unit(self) -> str:
+        """What one unit of the accumulator is."""
+        return "s_w" if self.layer.folds_input_scales else "s_w·s_x"
+
     def _requantize(
         self, outputs: QParams, real: np.ndarray, target: np.ndarray | None
     ) -> np.ndarray:
-        scale, zero_point = float(outputs.scale), int(outputs.zero_point)
+        own = self._like_outputs(outputs)
+        scale, zero_point = np.asarray(own.scale, np.float64), np.asarray(own.zero_point)
         activation = self.site.layer.activation
         if self.layer.has_integer_accumulator:
-            multiplier = self.scale / scale
-            own = multiplier[self.group, self.column]
+            multiplier = self.scale[None] / scale
             fixed, shift = fixed_point(jnp.float32(multiplier))
             acc = jnp.asarray(self.acc, jnp.int32)
-            rounded = multiply_shift(acc, fixed[None], shift[None], rounds=True)
+            rounded = multiply_shift(acc, fixed, shift, rounds=True)
             scaled = np.asarray(rounded, np.float64)
             self._add(
                 "requantization",
-                f"round(M·a), M = s_w·s_x / s_y = {own:.8g}",
+                f"round(M·a), M = {self._unit} / s_y = {self._at_channel(multiplier):.8g}",
                 "int32",
                 self._at_output(scaled),
                 None,
-                f"M in float32 = M0 / 2^shift = {fixed[self.group, self.column]} / "
-                f"2^{shift[self.group, self.column]}: a product with a 31-bit integer and a shift",
+                f"M in float32 = M0 / 2^shift = {self._at_channel(fixed):.0f} / "
+                f"2^{self._at_channel(shift):.0f}: a product with a 31-bit integer and a shift",
             )
         else:
             scaled = np.rint(real / scale)
@@ -456,8 +501,8 @@ class _Walk:
             note = f"{note}; compared with the float network behind the activation"
         self._add(
             "zero point and clamp",
-            f"q_y = clip(round(M·a) + {zero_point}, {outputs.qmin}, {outputs.qmax}), "
-            f"s_y = {scale:.6g}",
+            f"q_y = clip(round(M·a) + {self._at_channel(zero_point):.0f}, {outputs.qmin}, "
+            f"{outputs.qmax}), s_y = {self._at_channel(scale):.6g}",
             _type(outputs),
             self._at_output(codes),
             _sqnr_db(self.z if target is None else target, after),
@@ -469,7 +514,8 @@ class _Walk:
     def _agreement(self, codes: np.ndarray, outputs: QParams) -> str:
         if self.site.movement or self.site.output is self.site.activated and self.layer.activated:
             return "not compared with the network's own codes, which are rounded again or moved"
-        network = np.asarray(quantize_array(jnp.float32(self._network_output(False)), outputs))
+        output = jnp.float32(self._network_output(False))
+        network = np.asarray(quantize_array(output, self._like_outputs(outputs)))
         return f"equal to the network's own code in {np.mean(network == codes):.2%} of the outputs"
 
 

@@ -2,7 +2,8 @@
 
 Every layer computes acc = q_b + Σ q_w·(q_x − z_x) in int32 and its output codes are
 clip(acc·M + z_y, qmin, qmax) with M = s_w·s_x / s_y, in one of the arithmetics of
-`qjax.requantize`. Between layers a value is codes on one grid, real = s·(q − z):
+`qjax.requantize`; where the kernel contains the scales of the input, M = s_w / s_y. Between layers
+a value is codes on one grid, real = s·(q − z):
 
 * reshapes, transpositions, slices, zero padding, concatenation on one grid and max-pooling act on
   codes as they are;
@@ -54,18 +55,22 @@ _MAXIMA = ("reduce_window_max", "reduce_max")
 _SUMS = ("reduce_sum", "reduce_window_sum")
 
 
+Grid = tuple[tuple[float, ...], tuple[int, ...], int, int]
+
+
 class Codes(NamedTuple):
     """Integers that stand for real values: real = scale · (codes − zero_point).
 
     Attributes:
       codes: int8, int16 or int32.
-      qparams: their grid, scalars, codes stored around 0.
-      grid: (scale, zero_point, qmin, qmax) of the grid as numbers, None for a sum.
+      qparams: their grid, codes stored around 0: scalars; per channel where only a sum or one layer
+        reads them.
+      grid: (scales, zero points, qmin, qmax) of the grid as numbers, None for a sum.
     """
 
     codes: jax.Array
     qparams: QParams
-    grid: tuple[float, int, int, int] | None
+    grid: Grid | None
 
     @property
     def limit(self) -> int:
@@ -304,9 +309,10 @@ class IntegerFunction:
 
     # ---- Layers
 
-    def _grid(self, name: str, field: str) -> tuple[float, int, int, int]:
+    def _grid(self, name: str, field: str) -> Grid:
         qparams = getattr(self.layers[name], field)
-        return float(qparams.scale), int(qparams.zero_point), qparams.qmin, qparams.qmax
+        scale, zero_point = (np.ravel(leaf) for leaf in (qparams.scale, qparams.zero_point))
+        return tuple(map(float, scale)), tuple(map(int, zero_point)), qparams.qmin, qparams.qmax
 
     def _lowering(self, site: Site) -> Lowering | None:
         name = site.layer.name
@@ -352,7 +358,7 @@ class IntegerFunction:
         else:
             limit = max(lowerings.largest(self.layers[name]), 1)
             qparams, grid = _wide(jnp.max(scale) * float(limit)), None
-        multiplier = along_channels(operation, scale * qparams.inverse_scale, acc.ndim)
+        multiplier = along_channels(operation, scale, acc.ndim) * qparams.inverse_scale
         if grid is None:
             codes = requantize(acc, multiplier, self.arithmetic)
         else:
@@ -498,7 +504,7 @@ class IntegerFunction:
         return Codes(value.centered, qparams, None)
 
     def _common_grid(self, values: list[Codes], adds: bool = True) -> QParams:
-        ranges = [value.qparams.scale * float(value.limit) for value in values]
+        ranges = [jnp.max(value.qparams.scale) * float(value.limit) for value in values]
         return _wide(sum(ranges[1:], ranges[0]) if adds else jnp.max(jnp.stack(ranges)))
 
     def _common(self, values: list[Codes], adds: bool = True) -> list[Codes]:
@@ -535,6 +541,6 @@ def _number(atom: interpret.Atom) -> float | None:
     return float(atom.val) if is_scalar else None
 
 
-def _greatest(grid: tuple[float, int, int, int]) -> float:
-    scale, zero_point, _, qmax = grid
+def _greatest(grid: Grid) -> float:
+    (scale,), (zero_point,), _, qmax = grid
     return float(np.float32(scale) * np.float32(qmax - zero_point))

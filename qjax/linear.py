@@ -212,6 +212,43 @@ class DotProduct:
 Linear = Convolution | DotProduct
 
 
+def input_axes(operation: Linear) -> tuple[int, ...]:
+    """The axes of the input that hold its channels; none for a product with batch axes."""
+    if isinstance(operation, Convolution):
+        return (operation.dimension_numbers.lhs_spec[1],)
+    return () if operation.batch[0] else operation.contracting[0]
+
+
+def scale_input_channels(operation: Linear, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    """Multiplies a kernel by a factor per channel of its input.
+
+    Args:
+      operation: the linear operation.
+      kernel: float[groups, patch, channels].
+      scale: float[input channels], in the order of `input_axes`.
+    """
+    groups, patch, _ = operation.matrix_shape
+    per_group = len(scale) // groups
+    channels = kernel.reshape(groups, patch // per_group, per_group, -1)
+    return (channels * scale.reshape(groups, 1, per_group, 1)).reshape(kernel.shape)
+
+
+def along_axes(axes: Sequence[int], vector: jax.Array, like: jax.Array) -> jax.Array:
+    """Shapes a vector over some axes of an array so that it broadcasts against the array."""
+    kept = {axis % like.ndim for axis in axes}
+    shape = [size if axis in kept else 1 for axis, size in enumerate(like.shape)]
+    order = sorted(range(len(axes)), key=lambda i: axes[i] % like.ndim)
+    sizes = [like.shape[axis] for axis in axes]
+    return vector.reshape(sizes).transpose(order).reshape(shape)
+
+
+def by_channel(axes: Sequence[int], x: jax.Array) -> jax.Array:
+    """Reorders an array to [channels, positions], the channels on `axes`."""
+    kept = [axis % x.ndim for axis in axes]
+    rest = [axis for axis in range(x.ndim) if axis not in kept]
+    return x.transpose(*kept, *rest).reshape(math.prod(x.shape[axis] for axis in kept), -1)
+
+
 def output_matrix(operation: Linear, y: jax.Array) -> jax.Array:
     """Reorders an output to [positions, groups, channels], positions as in `patches`."""
     groups, _, channels = operation.matrix_shape

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.affine import QParams, fake_quant, float_codes, round_codes
-from qjax.linear import Linear, along_channels
+from qjax.linear import (
+    Linear,
+    along_channels,
+    by_channel,
+    input_axes,
+    scale_input_channels,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -20,8 +26,9 @@ class QuantizedLayer:
       bias: [groups * channels]: int32 at scale s_w·s_x where the accumulator is an integer, else
         float32 in real units.
       weights: of the kernel: scale [groups or 1, patch groups, channels or 1].
-      inputs: of the layer's input, scalars.
-      outputs: of its output before the activation, scalars.
+      inputs: of the layer's input: scalars, or a scale per channel of the rank of the input, with
+        zero point 0. The kernel is then that of the codes, w·s_x.
+      outputs: of its output before the activation: scalars, or per channel of the output's rank.
       activated: of its output after the activation, scalars.
     """
 
@@ -42,6 +49,11 @@ class QuantizedLayer:
         """Whether the elements of a patch have more than one scale."""
         return self.weights is not None and self.weights.scale.shape[1] > 1
 
+    @property
+    def folds_input_scales(self) -> bool:
+        """Whether the scales of the input are factors of the kernel."""
+        return self.inputs is not None and self.inputs.scale.ndim > 0
+
 
 def expand_groups(scale: jax.Array, patch: int) -> jax.Array:
     """Repeats per-group values along the patch axis: [g, patch / size, m] to [g, patch, m]."""
@@ -52,12 +64,15 @@ def expand_groups(scale: jax.Array, patch: int) -> jax.Array:
 
 
 def accumulator_scale(operation: Linear, layer: QuantizedLayer) -> jax.Array:
-    """The real value of one unit of the accumulator: s_w·s_x, float32[groups * channels]."""
+    """The real value of one unit of the accumulator, float32[groups * channels].
+
+    It is s_w·s_x, or s_w alone where s_x is folded into the kernel.
+    """
     groups, _, channels = operation.matrix_shape
     scale = jnp.ones((groups, 1, channels), jnp.float32)
     if layer.weights is not None and not layer.is_per_group:
         scale = scale * layer.weights.scale
-    if layer.inputs is not None:
+    if layer.inputs is not None and not layer.folds_input_scales:
         scale = scale * layer.inputs.scale
     return scale.reshape(-1)
 
@@ -70,11 +85,28 @@ def relative_codes(layer: QuantizedLayer) -> jax.Array:
     return (layer.kernel.astype(jnp.int32) - zero_point).astype(jnp.float32)
 
 
-def dequantized_kernel(layer: QuantizedLayer) -> jax.Array:
-    """The kernel in real units, float32[groups, patch, channels]."""
+def scaled_kernel(layer: QuantizedLayer) -> jax.Array:
+    """The kernel, scales of its codes applied, float32[groups, patch, channels]."""
     if layer.weights is None:
         return layer.kernel
     return relative_codes(layer) * expand_groups(layer.weights.scale, layer.kernel.shape[1])
+
+
+def dequantized_kernel(operation: Linear, layer: QuantizedLayer) -> jax.Array:
+    """The kernel in real units, scales of the input taken out: float32[groups, patch, channels]."""
+    if layer.inputs is None or not layer.folds_input_scales:
+        return scaled_kernel(layer)
+    inverse = 1 / _by_input_channel(operation, layer.inputs)
+    return scale_input_channels(operation, scaled_kernel(layer), inverse)
+
+
+def fold_input_scales(operation: Linear, inputs: QParams, kernel: jax.Array) -> jax.Array:
+    """The kernel of an input's codes, where that has scales per channel: w·s_x."""
+    return scale_input_channels(operation, kernel, _by_input_channel(operation, inputs))
+
+
+def _by_input_channel(operation: Linear, inputs: QParams) -> jax.Array:
+    return by_channel(input_axes(operation), inputs.scale).reshape(-1)
 
 
 def dequantized_bias(operation: Linear, layer: QuantizedLayer) -> jax.Array:
@@ -131,7 +163,7 @@ def _accumulate(
 ) -> tuple[jax.Array, jax.Array]:
     """Sums the products, and an integer bias: (sum, the real value of one unit of it)."""
     x = x.astype(jnp.float32) if layer.inputs is None else float_codes(x, layer.inputs)
-    kernel = dequantized_kernel(layer) if layer.is_per_group else relative_codes(layer)
+    kernel = scaled_kernel(layer) if layer.is_per_group else relative_codes(layer)
     acc = operation.apply(x, operation.from_matrix(kernel), precision=lax.Precision.HIGHEST)
     if layer.has_integer_accumulator:
         acc = acc + along_channels(operation, layer.bias.astype(jnp.float32), acc.ndim)

@@ -26,10 +26,10 @@ class LayerReport:
       input_bits: of its input.
       output_bits: of its output.
       weight_scale: least and greatest scale of the kernel, None in float.
-      input_scale: real units per code of the input, None in float.
+      input_scale: real units per code of the input, mean over channels; None in float.
       input_zero_point: the input's code of 0, None in float.
-      output_scale: real units per code of the output, None in float.
-      output_zero_point: the output's code of 0, None in float.
+      output_scale: real units per code of the output, mean over channels; None in float.
+      output_zero_point: the output's code of 0, None in float or if it differs between channels.
       weight_sqnr_db: signal to noise of the kernel.
       output_sqnr_db: signal to noise of the output after the activation, against the float
         network's, all earlier layers quantized too.
@@ -102,11 +102,13 @@ def layer_report(layer: Layer, fit: Fit) -> LayerReport:
 
 
 def _scale(qparams: QParams | None) -> float | None:
-    return None if qparams is None else float(qparams.scale)
+    return None if qparams is None else float(qparams.scale.mean())
 
 
 def _zero_point(qparams: QParams | None) -> int | None:
-    return None if qparams is None else int(qparams.zero_point)
+    if qparams is None or qparams.zero_point.ndim:
+        return None
+    return int(qparams.zero_point)
 
 
 class Report(Sequence[LayerReport]):

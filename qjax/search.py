@@ -260,6 +260,49 @@ def search_output(
     return _search_range(_output_loss, data, extremes, spec, grid, activation)
 
 
+@partial(jax.jit, static_argnames=("spec", "activation", "grid"))
+def search_channels(
+    target: jax.Array,
+    actual: jax.Array,
+    shortcut: jax.Array,
+    spec: QuantSpec,
+    activation: Callable[[jax.Array], jax.Array],
+    grid: Grid = GRID,
+) -> QParams:
+    """Chooses a clipping range for every channel, as `search_output` does for all of them.
+
+    Args:
+      target: z, a sample of the values to be had, float[channels, n].
+      actual: ẑ, the values there to be quantized, of that shape.
+      shortcut: s, what is added to them, of that shape.
+      spec: the number format.
+      activation: act.
+      grid: the candidates for each end of the range.
+
+    Returns:
+      Qparams float32[channels]; a channel of zeros has scale 1.
+    """
+    extremes = jnp.minimum(actual.min(1), 0), jnp.maximum(actual.max(1), 0)
+
+    def search(channel: tuple[jax.Array, ...]) -> Range:
+        *data, lowest, highest = channel
+        given = {"spec": spec, "grid": grid, "activation": activation}
+        end = partial(_search_end, _output_loss, tuple(data), **given)
+        if spec.symmetric:
+            return end((lowest, highest), end="both")
+
+        def turn(_: int, ends: Range) -> Range:
+            _, high = end((ends[0], highest), end="high")
+            low, _ = end((lowest, high), end="low")
+            return low, high
+
+        return lax.fori_loop(0, TURNS, turn, (lowest, highest))
+
+    data = activation(target + shortcut), actual, shortcut
+    low, high = lax.map(search, (*data, *extremes))
+    return affine_qparams(low, high, spec)
+
+
 def search_logits(
     target: jax.Array, actual: jax.Array, extremes: Range, spec: QuantSpec, grid: Grid = GRID
 ) -> QParams:

@@ -12,7 +12,7 @@ from qjax.emit import QuantizedFunction
 from qjax.linear import Linear, along_channels
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
-from qjax.quantized import QuantizedLayer, dequantized_kernel
+from qjax.quantized import QuantizedLayer, scaled_kernel
 from qjax.spec import Recipe
 
 Part = Literal["weights", "activations"]
@@ -196,7 +196,7 @@ def _exact(
 def _simulated(exact: Simulated, layer: QuantizedLayer) -> Simulated:
     """The exact layer with what is quantized in `layer` taken from there."""
     if layer.weights is not None:
-        return dataclasses.replace(exact, kernel=dequantized_kernel(layer), bias=layer.bias)
+        return dataclasses.replace(exact, kernel=scaled_kernel(layer), bias=layer.bias)
     grids = [_coarse(grid) for grid in (layer.inputs, layer.outputs, layer.activated)]
     return Simulated(exact.kernel, layer.bias, *grids)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
+ActivationGranularity = Literal["per_tensor", "per_channel"]
 OutputPosition = Literal["pre_activation", "post_activation", "both"]
 RangeMethod = Literal["absmax", "percentile", "mse", "output_mse", "kl"]
 Rounding = Literal["nearest", "gptq"]
@@ -33,8 +34,8 @@ class QuantSpec:
       bits: width of a code, 2 to 16.
       symmetric: signed codes −(2^(b−1)−1) … 2^(b−1)−1 around zero_point 0; otherwise unsigned codes
         0 … 2^b−1 with a zero point.
-      granularity: one scale per tensor, per output channel, or per group of `group_size` input
-        elements of each output channel. Layer inputs and outputs are always per tensor.
+      granularity: one scale per tensor, per channel (of a kernel: per output channel), or per group
+        of `group_size` input elements of each output channel of a kernel.
       group_size: input elements that share a scale; read only when `granularity` is per_group.
 
     Raises:
@@ -73,8 +74,11 @@ class LayerRecipe:
 
     Attributes:
       weights: format of the kernel, None to leave it in float.
-      inputs: format of the layer's input, None to leave it in float.
-      outputs: format of the layer's output, None to leave it in float.
+      inputs: format of the layer's input, None to leave it in float. Scales per channel are folded
+        into the kernel; an input keeps one scale where it can be negative, or where it is the codes
+        of the output before.
+      outputs: format of the layer's output, None to leave it in float. Scales and zero points per
+        channel are for outputs that nothing reads but a (residual) sum; the others keep one.
       output_position: where the output is quantized: before the activation, after it, or both.
       range_method: how clipping ranges are chosen: `absmax` (the extremes), `percentile` (99.9 % of
         the values), `mse` (least squared error of the tensor itself), `output_mse` (least squared
@@ -109,10 +113,17 @@ class LayerRecipe:
                 raise ValueError(f"`{argument}` must be at least 0; got {getattr(self, argument)}.")
         for argument in ("inputs", "outputs"):
             spec = getattr(self, argument)
-            if spec is not None and spec.granularity != "per_tensor":
+            if spec is None or spec.granularity == "per_tensor":
+                continue
+            if spec.granularity == "per_group":
                 raise ValueError(
-                    f"`{argument}` must have granularity per_tensor (a sum over channels of "
-                    f"different scales has no integer form); got {spec.granularity}."
+                    f"`{argument}` must have granularity per_tensor or per_channel; got per_group, "
+                    "which is for weights."
+                )
+            if self.range_method in ("percentile", "kl"):
+                raise ValueError(
+                    f"`{argument}` per channel needs the range_method absmax, mse or output_mse; "
+                    f"got {self.range_method}, for which a channel has too few values."
                 )
 
 
@@ -257,6 +268,7 @@ def recipe(
     input_bits: int | None = None,
     output_bits: int | None = None,
     first_last_bits: int | None = None,
+    activation_granularity: ActivationGranularity = "per_tensor",
     **recipe_fields: Any,
 ) -> Recipe:
     """Builds a `Recipe` from bit widths.
@@ -268,6 +280,7 @@ def recipe(
       output_bits: width of the layer outputs.
       first_last_bits: width of all three in the first and in the last layer; an override that
         `recipe_fields["overrides"]` may override again.
+      activation_granularity: of the layer inputs and outputs.
       **recipe_fields: further fields of `Recipe`, e.g. `inputs=None`.
 
     Returns:
@@ -284,6 +297,8 @@ def recipe(
         width = bits if width is None else width
         _check_bits(argument, width)
         specs[target] = dataclasses.replace(getattr(LayerRecipe(), target), bits=width)
+    for target in ("inputs", "outputs"):
+        specs[target] = dataclasses.replace(specs[target], granularity=activation_granularity)
     overrides = recipe_fields.pop("overrides", ())
     overrides = overrides.items() if isinstance(overrides, Mapping) else overrides
     if first_last_bits is not None:

@@ -286,7 +286,7 @@ def _without_zero_points(recipe: Recipe, run: Run) -> dict[str, dict[str, QuantS
         overrides[record.name] = {
             field: dataclasses.replace(getattr(formats[record.name], field), symmetric=True)
             for field, zero_point in codes.items()
-            if zero_point
+            if zero_point != 0 and getattr(formats[record.name], field) is not None
         }
     return overrides
 

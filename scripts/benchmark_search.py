@@ -16,8 +16,8 @@ import qjax
 from pretrained.resnet import resnet_cifar, resnet_imagenet
 from qjax import observers, search
 from qjax.affine import affine_qparams, fake_quant
-from qjax.calibrate import MOMENT_PATCHES, patch_stride
 from qjax.linear import Linear
+from qjax.ranges import MOMENT_PATCHES, patch_stride
 
 BATCH = 128
 SPEC = qjax.QuantSpec(bits=8)

@@ -79,8 +79,15 @@ def tables() -> dict[str, Table]:
         for name, (weight_bits, activation_bits) in FORMATS.items()
         for column, fields in columns.items()
     }
+    finer: dict[str, Any] = {"activation_granularity": "per_channel"}
+    for bits in (6, 4, 3):
+        for column, fields in columns.items():
+            row = f"W{bits}A{bits}, activations per channel"
+            mixed[row, column] = qjax.recipe(bits, **fields, **finer)
     for name, bits in {"W4A4, logits by their probabilities": 4, "W3A3, likewise": 3}.items():
         mixed[name, "inputs and outputs"] = qjax.recipe(bits, logits=True)
+    row = "W4A4, likewise, activations per channel"
+    mixed[row, "inputs and outputs"] = qjax.recipe(4, logits=True, **finer)
     used = Recipe()
     steps: dict[str, dict[str, Any]] = {
         "extremes, nearest codes": {},

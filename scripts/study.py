@@ -19,10 +19,10 @@ import qjax
 from pretrained import datasets
 from qjax import observers, rounding, search
 from qjax.affine import dequantize, sqnr_db
-from qjax.calibrate import MOMENT_PATCHES, patch_stride
 from qjax.curves import Curves, layer_curves
 from qjax.explain import explain
 from qjax.layers import find_layers
+from qjax.ranges import MOMENT_PATCHES, patch_stride
 from qjax.sensitivity import at_width
 from qjax.studies import Measure, Row
 from qjax.tap import float_layers, shapes_of, tapped

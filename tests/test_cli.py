@@ -261,6 +261,20 @@ def test_report_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"{result['quantized_top1']:.2f} %" in page
 
 
+def test_scales_per_channel_can_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "report.html"
+    formats = ["--input-bits", "6", "--output-bits", "float"]
+    options = [*formats, "--activation-granularity", "per_channel", "--json"]
+    assert quantize(*options, "--report", str(path)) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["recipe"]["inputs"]["granularity"] == "per_channel"
+    finer = 4 * (16 + 8)  # bytes of the scales of both inputs
+    assert quantize(*formats, "--json") == 0
+    coarser = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["bytes_quantized"] == coarser["bytes_quantized"] + finer - 2 * 4
+    assert "tiny, quantized" in path.read_text()
+
+
 def test_search_bits_starts_low(capsys: pytest.CaptureFixture[str]):
     assert quantize("--search-bits", "90", "--json") == 0
     stdout = capsys.readouterr().out

@@ -23,6 +23,7 @@ ORDER = (
     "equalize",
     "observers",
     "search",
+    "ranges",
     "rounding",
     "reconstruct",
     "calibrate",

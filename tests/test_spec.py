@@ -45,8 +45,14 @@ def test_width_out_of_range_is_refused(bits: Any):
         ({"rounding": "up"}, "`rounding` must be one of nearest"),
         ({"output_position": "after"}, "`output_position` must be one of pre_activation, post_"),
         ({"grid_size": 1}, "`grid_size` must be at least 2 candidates; got 1"),
-        ({"inputs": QuantSpec()}, "`inputs` must have granularity per_tensor .* got per_channel"),
-        ({"outputs": QuantSpec()}, "`outputs` must have granularity per_tensor"),
+        (
+            {"inputs": QuantSpec(granularity="per_group")},
+            "`inputs` must have granularity per_tensor or per_channel; got per_group",
+        ),
+        (
+            {"outputs": QuantSpec(), "range_method": "kl"},
+            "`outputs` per channel needs the range_method absmax, mse or output_mse; got kl",
+        ),
         ({"overrides": {"a": {"bit": 4}}}, "`overrides` must be one of bits, .*; got 'bit'"),
         ({"overrides": {"a": {"bits": 1}}}, "`bits` must be an integer from 2 to 16; got 1"),
         ({"overrides": {"a": {"weight_bits": 0}}}, "must be an integer from 2 to 16; got 0"),
