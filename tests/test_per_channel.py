@@ -125,23 +125,15 @@ def test_vectors_and_channels_meet():
 
 # ---- On every kind of network
 
-CASES = {case.id: case for case in models.CASES}
-RESIDUAL = ("linen_resnet", "linen_mobilenet")
 
-
-@functools.cache
-def of_case(id: str) -> qjax.Quantized:
-    case = CASES[id]
-    naive = qjax.recipe(8, activation_granularity="per_channel").naive()
-    return qjax.quantize(case.apply_fn, case.params, case.x, naive)
-
-
-@pytest.mark.parametrize("id", [*RESIDUAL, "grouped_dense", "plain_nchw"])
-def test_networks_of_every_kind_take_them(id: str):
-    case, q = CASES[id], of_case(id)
+@pytest.mark.parametrize(("id", "has_sums"), [("linen_mobilenet", True), ("grouped_dense", False)])
+def test_networks_of_every_kind_take_them(id: str, has_sums: bool):
+    case = next(case for case in models.CASES if case.id == id)
+    recipe = qjax.recipe(8, activation_granularity="per_channel").naive()
+    q = qjax.quantize(case.apply_fn, case.params, case.x, recipe)
     layers = q.params["layers"].values()
     has_any = any(layer.inputs.scale.ndim or layer.outputs.scale.ndim for layer in layers)
-    assert has_any == (id in RESIDUAL), "elsewhere every input is the codes of an output"
+    assert has_any == has_sums, "elsewhere every input is the codes of an output"
     y = case.apply_fn(case.params, case.x)
     assert float(qjax.sqnr_db(y, q.apply_fn(q.params, case.x))) > 20
     fake = q.apply_fn.codes(q.params, case.x)
@@ -153,11 +145,11 @@ def test_networks_of_every_kind_take_them(id: str):
         assert max(int(d.max()) for d in off) <= 2
 
 
-@pytest.mark.parametrize("arithmetic", ["float", "fixed_point", "shift"])
+@pytest.mark.parametrize("arithmetic", ["float", "fixed_point"])
 def test_a_residual_sum_of_integers(arithmetic: Any):
     q = quantized("per_channel")
     y = qjax.integer(q, arithmetic=arithmetic)(q.params, X)
-    least = {"float": 60, "fixed_point": 35, "shift": 3}[arithmetic]
+    least = {"float": 60, "fixed_point": 35}[arithmetic]
     assert float(qjax.sqnr_db(q.apply_fn(q.params, X), y)) > least
 
 
@@ -170,7 +162,7 @@ def test_artifacts_hold_them(tmp_path: Path):
     np.testing.assert_array_equal(q.apply_fn(packed, X), q.apply_fn(q.params, X))
 
 
-@pytest.mark.parametrize("layer", NAMES)
+@pytest.mark.parametrize("layer", ["down", "head"])
 def test_a_layer_is_explained(layer: str):
     q = quantized("per_channel")
     explanation = qjax.explain(q, layer, X[:2])
