@@ -21,6 +21,7 @@ from qjax.ranges import (
     SAMPLED_PATCHES,
     coprime_stride,
     fit_range,
+    identity,
     patch_stride,
 )
 from qjax.rounding import elementwise, round_nearest
@@ -202,10 +203,10 @@ _ACTIVATIONS = {"relu": jax.nn.relu, "relu6": jax.nn.relu6}
 def _output_curves(layer: Layer, folded: QuantizedLayer, x: jax.Array, spec: QuantSpec) -> Curves:
     z = jax.jit(apply_layer, static_argnums=0)(layer.operation, folded, x).reshape(-1)
     sample = z[:: coprime_stride(z.size, SAMPLED_OUTPUTS)]
-    activation = _ACTIVATIONS.get(layer.activation, _identity)
+    activation = _ACTIVATIONS.get(layer.activation, identity)
     extremes = observers.observe(observers.min_max(), [sample])
     low, high = extremes
-    if activation is not _identity:
+    if activation is not identity:
         low = jnp.zeros_like(low)
     if activation is jax.nn.relu6:
         high = jnp.minimum(high, 6)
@@ -216,7 +217,7 @@ def _output_curves(layer: Layer, folded: QuantizedLayer, x: jax.Array, spec: Qua
         return seen if method == "output_mse" else extremes
 
     def searched(method: str) -> Callable[[search.Range], QParams]:
-        act = activation if method == "output_mse" else _identity
+        act = activation if method == "output_mse" else identity
         return lambda ends: search_output(sample, sample, ends, spec, act, SEARCH)
 
     found = {m: fit_range(m, spec, [sample], ends(m), searched(m), SEARCH) for m in METHODS}
@@ -228,16 +229,12 @@ def _output_curves(layer: Layer, folded: QuantizedLayer, x: jax.Array, spec: Qua
     return _curves("output", spec, losses, choices)
 
 
-def _identity(x: jax.Array) -> jax.Array:
-    return x
-
-
 def _output_quality(activation: Callable[[jax.Array], jax.Array], z: Any, qparams: QParams) -> Any:
     z_hat = fake_quant(z, qparams)
     return sqnr_db(z, z_hat), sqnr_db(activation(z), activation(z_hat))
 
 
-_QUALITY = {a: partial(_output_quality, a) for a in (_identity, *_ACTIVATIONS.values())}
+_QUALITY = {a: partial(_output_quality, a) for a in (identity, *_ACTIVATIONS.values())}
 
 
 def _histogram(values: jax.Array, extremes: search.Range) -> Any:

@@ -26,6 +26,7 @@ from qjax.layers import Site
 from qjax.linear import (
     Linear,
     along_axes,
+    along_channels,
     by_channel,
     input_axes,
     scale_input_channels,
@@ -184,7 +185,7 @@ def _fit_output_channels(
         if shortcut is not None and task.recipe.range_method == "output_mse":
             added, activation = _sampled_channels(axes, shortcut), summed_activation(task.site)
         chosen = search.search_channels(z, z_hat, added, spec, activation, task.grid)
-    shaped = jax.tree.map(lambda leaf: along_axes(axes, leaf, actual[0]), chosen)
+    shaped = jax.tree.map(lambda q: along_channels(task.operation, q, actual[0].ndim), chosen)
     return with_exact_products(shaped), float(jnp.mean(chosen.scale / widest.scale))
 
 
