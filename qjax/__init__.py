@@ -1,17 +1,17 @@
 """qjax: post-training quantization of JAX networks as one function transformation."""
 
-from qjax.affine import QParams, dequantize, fake_quant, quantize_array, sqnr_db
-from qjax.cost import Cost, LayerCost, cost
-from qjax.evaluate import top1
-from qjax.explain import Explanation, explain
-from qjax.integer import integer
-from qjax.io import load, save
-from qjax.layers import Layer, trace
-from qjax.narrow import Accumulator
-from qjax.packing import pack, unpack
+from qjax.artifact import load, save
+from qjax.formats.affine import QParams, dequantize, fake_quant, quantize_array, sqnr_db
+from qjax.formats.spec import QuantSpec, Recipe, recipe
+from qjax.graph.layers import Layer, trace
+from qjax.integer.accumulator import Accumulator
+from qjax.integer.function import integer
 from qjax.quantize import Quantized, quantize
 from qjax.report import LayerReport, Report
-from qjax.spec import QuantSpec, Recipe, recipe
+from qjax.run.packed import pack, unpack
+from qjax.study.accuracy import top1
+from qjax.study.cost import Cost, LayerCost, cost
+from qjax.study.explain import Explanation, explain
 
 __all__ = [
     "Explanation",

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.calibrate import calibrate
-from qjax.emit import QuantizedFunction, rest_of_params
-from qjax.equalize import equalize
-from qjax.fold import fold
-from qjax.layers import find_layers, path_names
+from qjax.fit.equalize import equalize
+from qjax.fit.layerwise import calibrate
+from qjax.formats.spec import Recipe
+from qjax.formats.spec import recipe as make_recipe
+from qjax.graph.fold import fold
+from qjax.graph.layers import find_layers, path_names
 from qjax.progress import Progress, progress_bar
-from qjax.quantized import apply_layer
 from qjax.report import Report, layer_report
-from qjax.spec import Recipe
-from qjax.spec import recipe as make_recipe
+from qjax.run.function import QuantizedFunction, rest_of_params
+from qjax.run.layer import apply_layer
 
 BATCH_SIZE = 128  # calibration images that go through the network together
 

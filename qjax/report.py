@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import overload
 
-from qjax.affine import QParams
-from qjax.calibrate import Fit
-from qjax.layers import Layer, Skipped
-from qjax.spec import Recipe
+from qjax.fit.layerwise import Fit
+from qjax.formats.affine import QParams
+from qjax.formats.spec import Recipe
+from qjax.graph.layers import Layer, Skipped
 
 
 @dataclasses.dataclass(frozen=True)

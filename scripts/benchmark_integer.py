@@ -19,9 +19,9 @@ import pretrained
 import qjax
 from pretrained import datasets
 from pretrained.resnet import resnet_cifar, resnet_imagenet
-from qjax.lowerings import Method
+from qjax.integer.lowerings import Method
+from qjax.integer.requantize import Arithmetic
 from qjax.progress import progress_bar
-from qjax.requantize import Arithmetic
 
 CALIBRATION_IMAGES = 128
 TEST_BATCH = 500

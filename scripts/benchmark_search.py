@@ -14,10 +14,10 @@ from measure import device, in_own_process, timed
 
 import qjax
 from pretrained.resnet import resnet_cifar, resnet_imagenet
-from qjax import observers, search
-from qjax.affine import affine_qparams, fake_quant
-from qjax.linear import Linear
-from qjax.ranges import MOMENT_PATCHES, patch_stride
+from qjax.fit import observers, search
+from qjax.fit.ranges import MOMENT_PATCHES, patch_stride
+from qjax.formats.affine import affine_qparams, fake_quant
+from qjax.graph.operation import Linear
 
 BATCH = 128
 SPEC = qjax.QuantSpec(bits=8)

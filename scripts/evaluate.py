@@ -26,10 +26,10 @@ import numpy as np
 import pretrained
 import qjax
 from pretrained import datasets
-from qjax.document import write
+from qjax.formats.spec import Recipe
+from qjax.page.document import write
 from qjax.progress import progress_bar
-from qjax.spec import Recipe
-from qjax.studies import KEPT_COMPILED
+from qjax.study.questions import KEPT_COMPILED
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"

@@ -2,7 +2,7 @@
 
 import sys
 
-from qjax.cli import main
+from qjax.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["quantize", *sys.argv[1:]]))

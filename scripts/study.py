@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import pretrained
 import qjax
 from pretrained import datasets
-from qjax import observers, rounding, search
-from qjax.affine import dequantize, sqnr_db
-from qjax.curves import Curves, layer_curves
-from qjax.explain import explain
-from qjax.layers import find_layers
-from qjax.ranges import MOMENT_PATCHES, patch_stride
-from qjax.sensitivity import at_width
-from qjax.studies import Measure, Row
-from qjax.tap import float_layers, shapes_of, tapped
+from qjax.fit import observers, rounding, search
+from qjax.fit.ranges import MOMENT_PATCHES, patch_stride
+from qjax.formats.affine import dequantize, sqnr_db
+from qjax.graph.layers import find_layers
+from qjax.run.tap import float_layers, shapes_of, tapped
+from qjax.study.curves import Curves, layer_curves
+from qjax.study.explain import explain
+from qjax.study.questions import Measure, Row
+from qjax.study.sensitivity import at_width
 
 SIZE = 1024  # calibration images
 SAMPLE = 128  # calibration images that one layer is looked at with

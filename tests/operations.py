@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from qjax.linear import Convolution, Linear, linear_operation
+from qjax.graph.operation import Convolution, Linear, linear_operation
 
 
 class Case(NamedTuple):

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import qjax
 from qjax import QParams, Quantized, QuantSpec, Recipe
-from qjax.spec import ACTIVATIONS
+from qjax.formats.spec import ACTIVATIONS
 
 EMPTY = Recipe(weights=None, inputs=None, outputs=None)
 CHEAP = Recipe().naive()  # compiles fastest

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import qjax
 from qjax import LayerReport, QuantSpec, Recipe, Report
-from qjax.layers import Skipped
+from qjax.graph.layers import Skipped
 
 RECORD = LayerReport(
     name="block0/conv1",

@@ -1,0 +1,412 @@
+"""Saving a quantized network to a directory, and loading it bit for bit.
+
+`model.safetensors` holds the arrays of `Quantized.params` by path, the codes of a kernel as one
+dense stream of bits (see `qjax.packing`). Types that safetensors has no NumPy name for, such as
+bfloat16, are stored as their bytes; integers that are all 0, as most zero points, are left out.
+
+`manifest.json` holds everything that is no array: formats, shapes, recipe, report, the structure of
+the float params, and the SHA-256 of both files (its own without that entry).
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import numpy as safetensors
+
+from qjax.formats.affine import QParams
+from qjax.formats.spec import Recipe
+from qjax.graph.layers import Skipped, path_names
+from qjax.quantize import Quantized
+from qjax.report import LayerReport, Report
+from qjax.run.function import QuantizedFunction
+from qjax.run.layer import QuantizedLayer, apply_layer
+from qjax.run.packed import pack_codes, unpack_codes
+
+FORMAT, VERSION = "qjax", 1
+ARRAYS, MANIFEST = "model.safetensors", "manifest.json"
+
+_QPARAMS = ("weights", "inputs", "outputs", "activated")
+
+
+def save(path: str | os.PathLike, q: Quantized) -> None:
+    """Writes a quantized network to a directory, whole or not at all.
+
+    Args:
+      path: the directory to write; an earlier artifact there is replaced.
+      q: what `qjax.quantize` returned.
+
+    Raises:
+      ValueError: `path` holds something else than an artifact.
+      OSError: `path` cannot be written.
+    """
+    check_destination(path)
+    path = Path(path).resolve()
+    layers: Mapping[str, QuantizedLayer] = q.params["layers"]
+    packed = {name: _with_kernel(layer, pack_codes) for name, layer in layers.items()}
+    arrays = _by_path({"layers": packed, "rest": q.params["rest"]})
+    data = safetensors.save(
+        {name: _storable(array) for name, array in arrays.items() if not _is_integer_zero(array)}
+    )
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "versions": versions(),
+        "recipe": q.report.recipe.to_json(),
+        "layers": {
+            name: {
+                "operand_shape": q.apply_fn.shapes[name],
+                "kernel_shape": layer.kernel.shape,
+                **{field: _limits(getattr(layer, field)) for field in _QPARAMS},
+            }
+            for name, layer in layers.items()
+        },
+        "arrays": {name: [array.dtype.name, array.shape] for name, array in arrays.items()},
+        "rest": list(q.params["rest"]),
+        "params": _described(q.apply_fn.params),
+        "structure": _structure(q.apply_fn.params),
+        "report": [record_to_json(record) for record in q.report],
+        "skipped": q.report.skipped,
+    }
+    digests = {ARRAYS: hashlib.sha256(data).hexdigest(), MANIFEST: _manifest_digest(manifest)}
+    text = json.dumps(manifest | {"sha256": digests}, indent=1, allow_nan=False)
+    temporary = _sibling(path)
+    temporary.mkdir()
+    try:
+        (temporary / ARRAYS).write_bytes(data)
+        (temporary / MANIFEST).write_text(text, encoding="utf-8")
+        _move(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(
+    path: str | os.PathLike, apply_fn: Callable[[Any, Any], Any], params: Any = None
+) -> Quantized:
+    """Reads a quantized network that `save` wrote.
+
+    Args:
+      path: the directory.
+      apply_fn: the function that was quantized.
+      params: the float params, or their shapes as `jax.ShapeDtypeStruct`; their values are not
+        read. Needed where they are no nested dicts, lists and tuples (Equinox, Flax NNX).
+
+    Returns:
+      The `Quantized` that was saved, every array bit for bit.
+
+    Raises:
+      ValueError: `path` is no artifact, or one that is damaged or of a newer format; `params` is
+        missing or not what was quantized.
+    """
+    path = Path(path)
+    manifest, data = _read(path)
+    stored = safetensors.load(data)
+    arrays = {
+        name: _restored(name, stored.get(name), dtype, shape)
+        for name, (dtype, shape) in manifest["arrays"].items()
+    }
+    template = {
+        "layers": {name: _template(layer) for name, layer in manifest["layers"].items()},
+        "rest": dict.fromkeys(manifest["rest"], 0),
+    }
+    leaves = [arrays[name] for name in path_names(template)]
+    tree = jax.tree.unflatten(jax.tree.structure(template), leaves)
+    layers = {
+        name: _with_kernel(layer, unpack_codes, manifest["layers"][name]["kernel_shape"])
+        for name, layer in tree["layers"].items()
+    }
+    function = QuantizedFunction(
+        apply_fn,
+        _float_params(path, manifest, params),
+        apply_layer,
+        {name: tuple(layer["operand_shape"]) for name, layer in manifest["layers"].items()},
+    )
+    report = Report(
+        [_record_from_json(record) for record in manifest["report"]],
+        Recipe.from_json(manifest["recipe"]),
+        [
+            Skipped(primitive, tuple(map(tuple, shapes)), reason)
+            for primitive, shapes, reason in manifest["skipped"]
+        ],
+    )
+    return Quantized(function, jax.tree.map(jnp.asarray, tree | {"layers": layers}), report)
+
+
+def check_destination(path: str | os.PathLike) -> None:
+    """Checks that `save` can write to a directory, without leaving anything in it.
+
+    Args:
+      path: the directory, which need not exist; its parents are made.
+
+    Raises:
+      ValueError: `path` holds something else than an artifact.
+      OSError: `path` cannot be written.
+    """
+    path = Path(path).resolve()
+    if path.is_dir():
+        names = {entry.name for entry in path.iterdir()}
+        is_ours = names <= {ARRAYS, MANIFEST} and (not names or _is_artifact(path))
+    else:
+        is_ours = not path.exists()
+    if not is_ours:
+        raise ValueError(
+            f"`path` must be new, empty or an artifact of qjax.save; {path} holds something else. "
+            "Choose another path, or remove it first."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    probe = _sibling(path)
+    probe.mkdir()
+    probe.rmdir()
+
+
+def record_to_json(record: LayerReport) -> dict[str, Any]:
+    """Returns a layer's record as JSON values; what is not finite (lossless: ∞ dB) becomes null."""
+    fields = dataclasses.asdict(record)
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in fields.items()
+    }
+
+
+def _record_from_json(fields: Mapping[str, Any]) -> LayerReport:
+    def decode(name: str, value: Any) -> Any:
+        if value is None and name.endswith("_db"):
+            return math.inf
+        return tuple(value) if isinstance(value, list) else value
+
+    return LayerReport(**{name: decode(name, value) for name, value in fields.items()})
+
+
+def stored_bytes(q: Quantized) -> int:
+    """The bytes of all arrays, codes at their true width; an artifact leaves out what is all 0."""
+    rest = sum(leaf.nbytes for leaf in jax.tree.leaves(q.params["rest"]))
+    return rest + sum(record.bytes_quantized for record in q.report)
+
+
+def versions() -> dict[str, str]:
+    """The versions of qjax, jax, numpy and Python that are running."""
+    try:
+        own = importlib.metadata.version("qjax")
+    except importlib.metadata.PackageNotFoundError:
+        own = "not installed"
+    return {
+        "qjax": own,
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+# ---- Arrays
+
+
+def _by_path(tree: Any) -> dict[str, np.ndarray]:
+    leaves = map(np.asarray, jax.tree.leaves(tree))
+    return dict(zip(path_names(tree), leaves, strict=True))
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    is_native = array.dtype.kind in "biuf"
+    return np.ascontiguousarray(array) if is_native else np.frombuffer(array.tobytes(), np.uint8)
+
+
+def _is_integer_zero(array: np.ndarray) -> bool:
+    return array.dtype.kind in "iu" and not array.any()
+
+
+def _restored(name: str, stored: np.ndarray | None, dtype: str, shape: Sequence[int]) -> np.ndarray:
+    if stored is None:
+        array = np.zeros(shape, jnp.dtype(dtype))
+    else:
+        array = np.frombuffer(stored.tobytes(), jnp.dtype(dtype)).reshape(shape)
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        raise ValueError(
+            f"`path` holds {dtype} values at {name!r}, which JAX would round; call "
+            'jax.config.update("jax_enable_x64", True) first.'
+        )
+    return array
+
+
+def _with_kernel(layer: QuantizedLayer, change: Callable[..., Any], *args: Any) -> QuantizedLayer:
+    """Packs or unpacks the kernel of a layer, where it consists of codes."""
+    if layer.weights is None:
+        return layer
+    return dataclasses.replace(layer, kernel=change(layer.kernel, layer.weights, *args))
+
+
+# ---- What is no array
+
+
+def _limits(qparams: QParams | None) -> list[int] | None:
+    return None if qparams is None else [qparams.qmin, qparams.qmax]
+
+
+def _template(layer: Mapping[str, Any]) -> QuantizedLayer:
+    """A layer of the right structure, with a placeholder for every array."""
+    leaf: Any = 0
+    qparams = {
+        field: None if layer[field] is None else QParams(leaf, leaf, *layer[field])
+        for field in _QPARAMS
+    }
+    return QuantizedLayer(leaf, leaf, **qparams)
+
+
+def _described(params: Any) -> list[list[Any]]:
+    """Path, shape and type of every leaf."""
+    leaves = zip(path_names(params), jax.tree.leaves(params), strict=True)
+    return [[path, list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves]
+
+
+def _structure(params: Any) -> Any:
+    """The nested containers of a pytree as JSON, None where they are not plain Python ones.
+
+    A leaf is its position; a container is {"dict": [[key, item], ...]}, {"list": [item, ...]} or
+    {"tuple": [item, ...]}.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+
+    def encode(node: Any) -> Any:
+        if type(node) is dict and all(type(key) in (str, int) for key in node):
+            return {"dict": [[key, encode(item)] for key, item in node.items()]}
+        if type(node) in (list, tuple):
+            return {type(node).__name__: [encode(item) for item in node]}
+        if node is None or type(node) is int:
+            return node
+        raise TypeError(type(node).__name__)
+
+    try:
+        return encode(jax.tree.unflatten(treedef, range(len(leaves))))
+    except TypeError:
+        return None
+
+
+def _float_params(path: Path, manifest: Mapping[str, Any], params: Any) -> Any:
+    """The shapes of the float params, from the caller's or from the manifest."""
+    if params is not None:
+        _check_params(manifest["params"], _described(params))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    if manifest["structure"] is None:
+        raise ValueError(
+            f"`params` must be given to load {path}: the params that were quantized are no nested "
+            "dicts, lists and tuples, and only you can rebuild them. Pass the float params, or "
+            "their shapes (`jax.eval_shape` of the function that makes them)."
+        )
+    leaves = [
+        jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+        for _, shape, dtype in manifest["params"]
+    ]
+
+    def decode(node: Any) -> Any:
+        match node:
+            case {"dict": items}:
+                return {key: decode(item) for key, item in items}
+            case {"list": items}:
+                return [decode(item) for item in items]
+            case {"tuple": items}:
+                return tuple(decode(item) for item in items)
+            case None:
+                return None
+            case _:
+                return leaves[node]
+
+    return decode(manifest["structure"])
+
+
+def _check_params(expected: Sequence[Any], given: Sequence[Any]) -> None:
+    def text(leaf: Sequence[Any] | None) -> str:
+        return "nothing" if leaf is None else f"{leaf[2]}{leaf[1]} at {leaf[0]!r}"
+
+    for want, got in itertools.zip_longest(expected, given):
+        if want != got:
+            raise ValueError(
+                f"`params` must have the leaves that were quantized: expected {text(want)}, got "
+                f"{text(got)}. Pass the params of the same model."
+            )
+
+
+# ---- Files
+
+
+def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Reads and checks both files: (manifest, bytes of the arrays)."""
+    if not (path / MANIFEST).is_file():
+        raise ValueError(
+            f"`path` must be a directory that qjax.save wrote; {path} has no {MANIFEST}."
+        )
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except ValueError as error:
+        raise _damaged(path / MANIFEST) from error
+    if not _is_manifest(manifest):
+        raise ValueError(
+            f"`path` must be a directory that qjax.save wrote; {path / MANIFEST} is of another "
+            "program."
+        )
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has artifact format {manifest.get('version')!r}, and this qjax reads format "
+            f"{VERSION}; load it with the qjax that wrote it, or a newer one (pip install -U qjax)."
+        )
+    digests = manifest.pop("sha256", {})
+    if digests.get(MANIFEST) != _manifest_digest(manifest):
+        raise _damaged(path / MANIFEST)
+    if not (path / ARRAYS).is_file():
+        raise _damaged(path / ARRAYS)
+    data = (path / ARRAYS).read_bytes()
+    if digests[ARRAYS] != hashlib.sha256(data).hexdigest():
+        raise _damaged(path / ARRAYS)
+    return manifest, data
+
+
+def _damaged(file: Path) -> ValueError:
+    return ValueError(
+        f"{file} is missing, truncated or edited (its SHA-256 is not the one that was saved); copy "
+        "it again, or quantize and save again."
+    )
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _is_manifest(manifest: Any) -> bool:
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def _is_artifact(path: Path) -> bool:
+    try:
+        return _is_manifest(json.loads((path / MANIFEST).read_bytes()))
+    except (OSError, ValueError):
+        return False
+
+
+def _sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def _move(source: Path, path: Path) -> None:
+    """Renames a directory, replacing the one that is there; that one stays if renaming fails."""
+    if not path.exists():
+        source.rename(path)
+        return
+    old = _sibling(path)
+    path.rename(old)
+    try:
+        source.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,90 @@
+"""`qjax explain`: one layer followed step by step on a test image."""
+
+import argparse
+from typing import Any
+
+import jax.numpy as jnp
+
+from qjax.formats.spec import Recipe
+from qjax.graph.layers import find_layers
+from qjax.page import quantization
+from qjax.page.document import write
+from qjax.progress import Progress
+from qjax.quantize import quantize
+from qjax.run.tap import float_layers, shapes_of, tapped
+from qjax.study.curves import Curves, layer_curves
+from qjax.study.explain import explain
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what only this command takes."""
+    add = parser.add_argument_group("what to explain").add_argument
+    add("layer", metavar="LAYER", help="name of a layer, e.g. layer1/block0/conv1")
+    add("--image", type=int, default=0, metavar="N", help="test image to follow (%(default)s)")
+    add("--ranges", action="store_true", help="also compare the cost functions of its ranges")
+    add("--report", metavar="FILE", help="and draw them on a page to look at: ranges.html")
+
+
+def run(
+    arguments: argparse.Namespace,
+    model: Any,
+    calibration: Any,
+    test: Any,
+    recipe: Recipe,
+    progress: Progress,
+) -> str:
+    """Quantizes a model and explains one of its layers.
+
+    Args:
+      arguments: of the command.
+      model: a `pretrained.Pretrained`.
+      calibration: preprocessed training images.
+      test: the test split.
+      recipe: how to quantize.
+      progress: of the quantization.
+
+    Returns:
+      The text to print.
+
+    Raises:
+      ValueError: there is no such image or layer.
+    """
+    if not 0 <= arguments.image < len(test.images):
+        raise ValueError(
+            f"`--image` must be from 0 to {len(test.images) - 1}; got {arguments.image}."
+        )
+    images = shapes_of(jnp.asarray(calibration[:1]))
+    network = find_layers(model.apply_fn, shapes_of(model.params), images)
+    layers = {site.layer.name: site.layer for site in network.sites}
+    name = arguments.layer
+    if name not in layers:
+        raise ValueError(f"`LAYER` must be one of {', '.join(layers)}; got {name!r}.")
+    q = quantize(model.apply_fn, model.params, calibration, recipe, progress=progress)
+    x = model.preprocess(test.images[arguments.image : arguments.image + 1])
+    text = str(explain(q, name, x, model.params))
+    if not arguments.ranges and arguments.report is None:
+        return text
+    floats = float_layers(network, model.params)
+    sample = jnp.asarray(calibration[:256])
+    taps = tapped(model.apply_fn, shapes_of(model.params), sample, [name])(floats, sample)[1]
+    formats = recipe.by_layer(list(layers))[name]
+    curves = layer_curves(layers[name], floats["layers"][name], taps[name].input, formats)
+    if arguments.report is not None:
+        title = f"{model.name}, {name}: how the ranges were found"
+        write(arguments.report, quantization.render_curves(title, {name: curves}))
+    return "\n\n".join([text, *map(describe_curves, curves)])
+
+
+def describe_curves(curves: Curves) -> str:
+    """Writes what each cost function chooses, and what the layer's output says to that."""
+    lines = [
+        f"the range of the {curves.tensor}, {curves.bits} bits",
+        f"{'cost function':<14} {'range kept':>10} {'tensor dB':>10} {'output dB':>10}",
+    ]
+    for choice in curves.choices:
+        mark = "  best" if choice is curves.best else ""
+        lines.append(
+            f"{choice.method:<14} {choice.share:>10.1%} {choice.tensor_sqnr_db:>10.1f} "
+            f"{choice.output_sqnr_db:>10.1f}{mark}"
+        )
+    return "\n".join(lines)

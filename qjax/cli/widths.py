@@ -1,0 +1,112 @@
+"""`qjax quantize --average-bits | --max-bytes | --target-drop`: a width for every layer."""
+
+import argparse
+import math
+from typing import Any
+
+from qjax import artifact
+from qjax.formats.spec import Recipe
+from qjax.progress import Progress
+from qjax.quantize import Quantized, quantize
+from qjax.study.allocate import FLOAT_BITS, Allocation, BudgetError, allocate, meet_target
+from qjax.study.questions import AGREEMENT
+from qjax.study.sensitivity import WIDTHS, Sensitivity, measure_sensitivities
+
+SENSITIVITY_IMAGES = 256  # of the calibration images
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares what widths can be found by; at most one of them may be given."""
+    group = parser.add_argument_group("widths to be found (instead of --bits)")
+    add = group.add_mutually_exclusive_group().add_argument
+    add(
+        "--search-bits",
+        type=float,
+        nargs="?",
+        const=AGREEMENT,
+        metavar="PERCENT",
+        help="one for all: start at 2 and add a bit until this share of the calibration images is "
+        "predicted as in float (%(const)s)",
+    )
+    add("--average-bits", type=float, metavar="X", help="of weights and activations each")
+    add("--max-bytes", type=int, metavar="N", help="of all parameters; activations keep --bits")
+    add(
+        "--target-drop",
+        type=float,
+        metavar="POINTS",
+        help="the fewest bits whose estimated loss of top-1 accuracy is within this",
+    )
+
+
+def check(arguments: argparse.Namespace, recipe: Recipe) -> None:
+    """Refuses a goal that no network can meet."""
+    share = arguments.search_bits
+    if share is not None and not 0 < share <= 100:
+        raise ValueError(f"`--search-bits` must be above 0 and at most 100 percent; got {share}.")
+    average, size, drop = arguments.average_bits, arguments.max_bytes, arguments.target_drop
+    if average is not None and not WIDTHS[0] <= average <= WIDTHS[-1]:
+        raise ValueError(
+            f"`--average-bits` must be from {WIDTHS[0]} to {WIDTHS[-1]}; got {average}."
+        )
+    if size is not None and (size < 1 or recipe.weights is None):
+        got = "weights in float" if recipe.weights is None else size
+        raise ValueError(f"`--max-bytes` must be positive, and weights quantized; got {got}.")
+    if drop is not None and not drop >= 0:
+        raise ValueError(f"`--target-drop` must be at least 0 points; got {drop}.")
+
+
+def is_wanted(arguments: argparse.Namespace) -> bool:
+    """Whether a budget was given."""
+    budgets = (arguments.average_bits, arguments.max_bytes, arguments.target_drop)
+    return any(budget is not None for budget in budgets)
+
+
+def run(
+    arguments: argparse.Namespace, model: Any, calibration: Any, recipe: Recipe, progress: Progress
+) -> tuple[Quantized, str]:
+    """Measures sensitivities, allocates widths and quantizes with them.
+
+    Args:
+      arguments: the budget.
+      model: the pretrained model.
+      calibration: its calibration inputs.
+      recipe: what else is to be done.
+      progress: called with (what is being done, how much is done, how much there is).
+
+    Returns:
+      The quantized network, and the explanation to print.
+
+    Raises:
+      ValueError: the budget cannot be kept.
+    """
+    few = calibration[:SENSITIVITY_IMAGES]
+    network = (model.apply_fn, model.params)
+    found = measure_sensitivities(*network, few, recipe, progress=progress)
+    if arguments.target_drop is not None:
+        chosen, q, drop = meet_target(
+            *network, calibration, recipe, found, arguments.target_drop, progress
+        )
+        return q, f"{chosen}\n\nestimated loss of accuracy, without labels: {drop:.2f} points"
+    if arguments.max_bytes is None:
+        chosen = allocate(found, recipe, average_bits=arguments.average_bits)
+    else:
+        chosen = _within_bytes(arguments.max_bytes, network, few, recipe, found)
+    return quantize(*network, calibration, chosen.recipe, progress=progress), str(chosen)
+
+
+def _within_bytes(
+    budget: int, network: tuple[Any, Any], images: Any, recipe: Recipe, found: Any
+) -> Allocation:
+    """Allocates what a budget for all parameters leaves to the codes of the kernels."""
+    q = quantize(*network, images[:1], recipe.naive())
+    weights: list[Sensitivity] = [item for item in found if item.part == "weights"]
+    bits = {record.name: record.weight_bits or FLOAT_BITS for record in q.report}
+    codes = sum(math.ceil(bits[item.layer] * item.elements / 8) for item in weights)
+    others = artifact.stored_bytes(q) - codes
+    try:
+        return allocate(found, recipe, max_kernel_bytes=budget - others)
+    except BudgetError as error:
+        raise ValueError(
+            f"`--max-bytes` must be at least {others + error.least:,}, {others:,} of them for "
+            f"scales, biases and what stays in float; got {budget:,}."
+        ) from error

@@ -1,0 +1,1 @@
+"""Fitting the layers of a network, one after the other."""

@@ -1,0 +1,1 @@
+"""The network as layers, read from its jaxpr."""

@@ -1,0 +1,106 @@
+"""Folding the affine chain of every layer into one kernel and one bias.
+
+With y = W·x and a chain that computes a·y + b per output channel, the layer is W' = a·W, b' = b.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.graph import jaxpr
+from qjax.graph.layers import Affine, Network, Site
+from qjax.graph.operation import Linear, along_channels
+
+
+class Folded(NamedTuple):
+    """A layer without its chain.
+
+    Attributes:
+      kernel: float32[groups, patch, channels], see `qjax.linear`.
+      bias: float32[groups * channels].
+    """
+
+    kernel: jax.Array
+    bias: jax.Array
+
+
+def fold(network: Network, leaves: Sequence[jax.Array]) -> tuple[Folded, ...]:
+    """Computes every layer's kernel and bias from the params.
+
+    Args:
+      network: a traced network.
+      leaves: the leaves of its params.
+
+    Returns:
+      One `Folded` per layer, in dataflow order.
+    """
+    return jax.jit(lambda leaves: _fold(network, leaves))(list(leaves))
+
+
+def _fold(network: Network, leaves: Sequence[jax.Array]) -> tuple[Folded, ...]:
+    flat = network.flat
+    operands = [site.kernel for site in network.sites]
+    operands += [affine.operand for site in network.sites for affine in site.affine]
+    positions = jaxpr.needed(flat._replace(outputs=tuple(operands)))
+    env = flat.constants | dict(zip(flat.params, leaves, strict=True))
+    for position in sorted(positions):
+        jaxpr.evaluate_equation(flat.equations[position], env)
+    return tuple(_fold_site(site, env) for site in network.sites)
+
+
+@partial(jax.jit, static_argnums=0)
+def apply_folded(operation: Linear, folded: Folded, x: jax.Array) -> jax.Array:
+    """Evaluates a layer in float up to its pre-activation output.
+
+    Args:
+      operation: its linear operation.
+      folded: its kernel and bias.
+      x: float[...], its input.
+
+    Returns:
+      float32[...], in the shape that the operation gives.
+    """
+    kernel = operation.from_matrix(folded.kernel)
+    y = operation.apply(x.astype(jnp.float32), kernel, precision=lax.Precision.HIGHEST)
+    return y + along_channels(operation, folded.bias, y.ndim)
+
+
+def _fold_site(site: Site, env: jaxpr.Env) -> Folded:
+    operation = site.layer.operation
+    kernel = operation.to_matrix(jaxpr.read(env, site.kernel)).astype(jnp.float32)
+    groups, _, channels = operation.matrix_shape
+    slope = jnp.ones(groups * channels, jnp.float32)
+    bias = jnp.zeros(groups * channels, jnp.float32)
+    for affine in site.affine:
+        operand = _per_channel(affine, jaxpr.read(env, affine.operand), operation)
+        match affine.primitive, affine.is_reversed:
+            case "add", _:
+                bias = bias + operand
+            case "sub", False:
+                bias = bias - operand
+            case "sub", True:
+                slope, bias = -slope, operand - bias
+            case "mul", _:
+                slope, bias = slope * operand, bias * operand
+            case "div", _:
+                slope, bias = slope / operand, bias / operand
+    return Folded(kernel * slope.reshape(groups, 1, channels), bias)
+
+
+def _per_channel(affine: Affine, operand: jax.Array, operation: Linear) -> jax.Array:
+    """Brings the operand of an affine operation to float32[output channels]."""
+    shape = [1] * affine.ndim
+    for axis, size in zip(affine.axes, jnp.shape(operand), strict=True):
+        shape[axis] = size
+    own = [shape[axis] for axis in affine.channel_axes]
+    order = sorted(range(len(own)), key=affine.channel_axes.__getitem__)
+    inverse = sorted(range(len(own)), key=order.__getitem__)
+    vector = jnp.reshape(operand, [own[i] for i in order]).transpose(inverse)
+    sizes = operation.channel_sizes
+    assert math.prod(sizes) == operation.matrix_shape[0] * operation.matrix_shape[2]
+    return jnp.broadcast_to(vector, sizes).reshape(-1).astype(jnp.float32)

@@ -1,0 +1,1 @@
+"""The integer evaluation of a quantized network."""

@@ -1,0 +1,1 @@
+"""Evaluating a network by rules for its layers and primitives."""

@@ -1,0 +1,193 @@
+"""One quantized layer: its codes, and its evaluation in float arithmetic on codes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax.formats.affine import QParams, fake_quant, float_codes, round_codes
+from qjax.graph.operation import (
+    Linear,
+    along_channels,
+    by_channel,
+    input_axes,
+    scale_input_channels,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedLayer:
+    """The parameters of one layer, its affine chain folded in.
+
+    Attributes:
+      kernel: [groups, patch, channels], see `qjax.linear`: codes; float32 if `weights` is None.
+      bias: [groups * channels]: int32 at scale s_w·s_x where the accumulator is an integer, else
+        float32 in real units.
+      weights: of the kernel: scale [groups or 1, patch groups, channels or 1].
+      inputs: of the layer's input: scalars, or a scale per channel of the rank of the input, with
+        zero point 0. The kernel is then that of the codes, w·s_x.
+      outputs: of its output before the activation: scalars, or per channel of the output's rank.
+      activated: of its output after the activation, scalars.
+    """
+
+    kernel: jax.Array
+    bias: jax.Array
+    weights: QParams | None
+    inputs: QParams | None
+    outputs: QParams | None
+    activated: QParams | None
+
+    @property
+    def has_integer_accumulator(self) -> bool:
+        """Whether the layer is a sum of products of codes, times one scale per output channel."""
+        return self.inputs is not None and self.weights is not None and not self.is_per_group
+
+    @property
+    def is_per_group(self) -> bool:
+        """Whether the elements of a patch have more than one scale."""
+        return self.weights is not None and self.weights.scale.shape[1] > 1
+
+    @property
+    def folds_input_scales(self) -> bool:
+        """Whether the scales of the input are factors of the kernel."""
+        return self.inputs is not None and self.inputs.scale.ndim > 0
+
+
+def expand_groups(scale: jax.Array, patch: int) -> jax.Array:
+    """Repeats per-group values along the patch axis: [g, patch / size, m] to [g, patch, m]."""
+    if scale.shape[1] == 1:
+        return scale
+    size = -(-patch // scale.shape[1])
+    return jnp.repeat(scale, size, axis=1)[:, :patch]
+
+
+def accumulator_scale(operation: Linear, layer: QuantizedLayer) -> jax.Array:
+    """The real value of one unit of the accumulator, float32[groups * channels].
+
+    It is s_w·s_x, or s_w alone where s_x is folded into the kernel.
+    """
+    groups, _, channels = operation.matrix_shape
+    scale = jnp.ones((groups, 1, channels), jnp.float32)
+    if layer.weights is not None and not layer.is_per_group:
+        scale = scale * layer.weights.scale
+    if layer.inputs is not None and not layer.folds_input_scales:
+        scale = scale * layer.inputs.scale
+    return scale.reshape(-1)
+
+
+def relative_codes(layer: QuantizedLayer) -> jax.Array:
+    """The kernel's codes less their zero points, float32[groups, patch, channels]."""
+    if layer.weights is None:
+        return layer.kernel
+    zero_point = expand_groups(layer.weights.zero_point, layer.kernel.shape[1])
+    return (layer.kernel.astype(jnp.int32) - zero_point).astype(jnp.float32)
+
+
+def scaled_kernel(layer: QuantizedLayer) -> jax.Array:
+    """The kernel, scales of its codes applied, float32[groups, patch, channels]."""
+    if layer.weights is None:
+        return layer.kernel
+    return relative_codes(layer) * expand_groups(layer.weights.scale, layer.kernel.shape[1])
+
+
+def dequantized_kernel(operation: Linear, layer: QuantizedLayer) -> jax.Array:
+    """The kernel in real units, scales of the input taken out: float32[groups, patch, channels]."""
+    if layer.inputs is None or not layer.folds_input_scales:
+        return scaled_kernel(layer)
+    inverse = 1 / _by_input_channel(operation, layer.inputs)
+    return scale_input_channels(operation, scaled_kernel(layer), inverse)
+
+
+def fold_input_scales(operation: Linear, inputs: QParams, kernel: jax.Array) -> jax.Array:
+    """The kernel of an input's codes, where that has scales per channel: w·s_x."""
+    return scale_input_channels(operation, kernel, _by_input_channel(operation, inputs))
+
+
+def _by_input_channel(operation: Linear, inputs: QParams) -> jax.Array:
+    return by_channel(input_axes(operation), inputs.scale).reshape(-1)
+
+
+def dequantized_bias(operation: Linear, layer: QuantizedLayer) -> jax.Array:
+    """The bias in real units, float32[groups * channels]."""
+    if not layer.has_integer_accumulator:
+        return layer.bias
+    return layer.bias.astype(jnp.float32) * accumulator_scale(operation, layer)
+
+
+def quantize_bias(operation: Linear, layer: QuantizedLayer, bias: jax.Array) -> jax.Array:
+    """Rounds a bias to int32 at the accumulator's scale, where the accumulator is an integer.
+
+    Args:
+      operation: the linear operation.
+      layer: the layer it belongs to; its own bias is not read.
+      bias: float32[groups * channels] in real units.
+
+    Returns:
+      int32 codes clipped to ±(2^31 − 2^7), the largest float32 below 2^31; or `bias` as it is.
+    """
+    if not layer.has_integer_accumulator:
+        return bias
+    limit = 2.0**31 - 2.0**7
+    codes = jnp.round(bias / accumulator_scale(operation, layer))
+    return jnp.clip(codes, -limit, limit).astype(jnp.int32)
+
+
+def apply_linear(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.Array:
+    """Evaluates a layer up to its output, before that is quantized.
+
+    The products are taken between codes and the sum is scaled once:
+    y = s_w·s_x·((q_w − z_w) * (q_x − z_x) + q_b). Float32 holds the integers up to 2^24 exactly, so
+    this is what integer arithmetic gives.
+
+    Args:
+      operation: the linear operation.
+      layer: its parameters.
+      x: float[...], the layer's input in real units.
+
+    Returns:
+      float32[...], the output in real units.
+
+    References:
+      Jacob et al., 2018, arXiv:1712.05877, eq. 3.
+    """
+    acc, scale = _accumulate(operation, layer, x)
+    if layer.has_integer_accumulator:
+        return acc * scale
+    return acc * scale + along_channels(operation, layer.bias, acc.ndim)
+
+
+def _accumulate(
+    operation: Linear, layer: QuantizedLayer, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sums the products, and an integer bias: (sum, the real value of one unit of it)."""
+    x = x.astype(jnp.float32) if layer.inputs is None else float_codes(x, layer.inputs)
+    kernel = scaled_kernel(layer) if layer.is_per_group else relative_codes(layer)
+    acc = operation.apply(x, operation.from_matrix(kernel), precision=lax.Precision.HIGHEST)
+    if layer.has_integer_accumulator:
+        acc = acc + along_channels(operation, layer.bias.astype(jnp.float32), acc.ndim)
+    return acc, along_channels(operation, accumulator_scale(operation, layer), acc.ndim)
+
+
+def apply_layer(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.Array:
+    """Evaluates a layer up to its quantized pre-activation output.
+
+    An integer accumulator is multiplied by M = s_w·s_x / s_y and rounded, which is what the integer
+    evaluation does to it (see `qjax.requantize`).
+
+    Args:
+      operation: the linear operation.
+      layer: its parameters.
+      x: float[...], the layer's input in real units.
+
+    Returns:
+      float32[...], the dequantized output.
+    """
+    if layer.outputs is None:
+        return apply_linear(operation, layer, x)
+    if not layer.has_integer_accumulator:
+        return fake_quant(apply_linear(operation, layer, x), layer.outputs)
+    acc, scale = _accumulate(operation, layer, x)
+    codes = round_codes(acc * (scale * layer.outputs.inverse_scale), layer.outputs)
+    return layer.outputs.scale * codes

@@ -1,0 +1,87 @@
+"""Reading what flows through every layer of a network, in float or quantized."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qjax.graph import jaxpr
+from qjax.graph.fold import fold
+from qjax.graph.layers import Network, find_layers, path_names
+from qjax.run.function import evaluate, rest_of_params, schedule
+from qjax.run.layer import QuantizedLayer
+
+
+class Tap(NamedTuple):
+    """What one layer read and wrote.
+
+    Attributes:
+      input: its input, before it is quantized.
+      output: its pre-activation output, quantized where the layer says so.
+      activated: its output after the activation, likewise.
+    """
+
+    input: jax.Array
+    output: jax.Array
+    activated: jax.Array
+
+
+Tapped = Callable[[Mapping[str, Any], Any], tuple[Any, dict[str, Tap]]]
+
+
+def shapes_of(tree: Any) -> Any:
+    """The shapes and types of a pytree's arrays, as `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), tree)
+
+
+def float_layers(network: Network, params: Any) -> dict[str, Any]:
+    """Brings float params to the form of `Quantized.params`, every tensor left in float.
+
+    Args:
+      network: a traced network.
+      params: its params.
+
+    Returns:
+      `layers`, the folded layers by name, and `rest`, the other leaves by path.
+    """
+    folded = fold(network, jax.tree.leaves(params))
+    layers = {
+        site.layer.name: QuantizedLayer(kernel, bias, None, None, None, None)
+        for site, (kernel, bias) in zip(network.sites, folded, strict=True)
+    }
+    return {"layers": layers, "rest": rest_of_params(network, params)}
+
+
+def tapped(apply_fn: Any, params: Any, x: Any, names: Sequence[str] | None = None) -> Tapped:
+    """Makes a function that evaluates a network and keeps what its layers read and write.
+
+    Args:
+      apply_fn: the original pure function of (params, x).
+      params: the shapes of its params.
+      x: an input, or its shape.
+      names: the layers to keep; all by default.
+
+    Returns:
+      A compiled function of (params in the form of `Quantized.params` or `float_layers`, x of that
+      shape) that returns what `apply_fn` returns, and a `Tap` per layer by name.
+    """
+    network = find_layers(apply_fn, params, shapes_of(x))
+    steps = schedule(network)
+    flat = network.flat
+    by_path = dict(zip(path_names(params), flat.params, strict=True))
+
+    @jax.jit
+    def run(params: Mapping[str, Any], x: Any) -> tuple[Any, dict[str, Tap]]:
+        env = flat.constants | {by_path[path]: leaf for path, leaf in params["rest"].items()}
+        env.update(zip(flat.inputs, jax.tree.leaves(x), strict=True))
+        evaluate(steps, env, params["layers"])
+        outputs = [jaxpr.read(env, atom) for atom in flat.outputs]
+        taps = {
+            site.layer.name: Tap(env[site.input], env[site.output], env[site.activated])
+            for site in network.sites
+            if names is None or site.layer.name in names
+        }
+        return jax.tree.unflatten(flat.out_tree, outputs), taps
+
+    return run

@@ -1,0 +1,1 @@
+"""Measuring, comparing and explaining quantized networks."""

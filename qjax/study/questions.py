@@ -1,0 +1,348 @@
+"""Studies: one question each, answered by quantizing the same network in several ways."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, get_args
+
+import jax
+import numpy as np
+
+from qjax.formats.spec import (
+    MAX_BITS,
+    MIN_BITS,
+    Granularity,
+    OutputPosition,
+    QuantSpec,
+    RangeMethod,
+    Recipe,
+)
+from qjax.progress import Progress
+from qjax.quantize import Quantized, quantize
+from qjax.study.quality import predict
+from qjax.study.sensitivity import at_width
+
+WIDTHS = (8, 4)
+ALL_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
+GROUP_SIZES = (64, 16)
+AGREEMENT = 99.0  # percent of the calibration images, at which a width is good enough
+KEPT_COMPILED = 6  # networks whose compiled functions are kept; twenty use up the memory maps
+
+Labels = tuple[str, ...]
+Cases = Iterator[tuple[Labels, Recipe]]
+Run = Callable[[Recipe], Quantized]
+
+
+class Row(NamedTuple):
+    """One way to quantize a network, and what came of it.
+
+    Attributes:
+      labels: what was varied, under the study's header.
+      top1: share of right answers in percent.
+      agreement: share of the calibration images predicted as by the float network, in percent.
+      logits_sqnr_db: SQNR of the logits on the calibration images.
+      bytes: of kernels and biases with their scales, at their true widths.
+    """
+
+    labels: Labels
+    top1: float
+    agreement: float
+    logits_sqnr_db: float
+    bytes: int
+
+
+class Study(NamedTuple):
+    """A table; `str(study)` writes it.
+
+    Attributes:
+      name: of the study.
+      question: what it answers.
+      header: what the labels of the rows are.
+      float_top1: share of right answers of the float network in percent.
+      rows: in order.
+    """
+
+    name: str
+    question: str
+    header: Labels
+    float_top1: float
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        return f"{self.question}\n\n{table(self.header, self.rows, self.float_top1)}"
+
+
+def cells(header: Labels, rows: Sequence[Row], float_top1: float) -> list[tuple[str, ...]]:
+    """The lines of a table, a text per column: the header, the rows, the float network."""
+    lines = [(*header, "top-1", "agreement", "logits dB", "bytes")]
+    for row in rows:
+        numbers = (f"{row.top1:.2f}", f"{row.agreement:.1f}", f"{row.logits_sqnr_db:.1f}")
+        lines.append((*row.labels, *numbers, f"{row.bytes:,}"))
+    if rows:
+        lines.append(("float", *[""] * (len(header) - 1), f"{float_top1:.2f}", "100.0", "", ""))
+    return lines
+
+
+def table(header: Labels, rows: Sequence[Row], float_top1: float) -> str:
+    """Writes rows below a header, numbers to the right."""
+    lines = cells(header, rows, float_top1)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    count = len(header)
+    text = [
+        "  ".join(
+            cell.ljust(width) if index < count else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([text[0], "─" * len(text[0]), *text[1:]])
+
+
+class Question(NamedTuple):
+    """A study to be made.
+
+    Attributes:
+      text: the question.
+      header: what varies.
+      widths: widths in bits that it is asked at by default.
+      cases: of (base recipe, widths, run): what to quantize how.
+    """
+
+    text: str
+    header: Labels
+    widths: tuple[int, ...]
+    cases: Callable[[Recipe, Sequence[int], Run], Cases]
+
+
+def study(
+    name: str,
+    apply_fn: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Any,
+    top1: Callable[[Any, Any], float],
+    base: Recipe | None = None,
+    *,
+    widths: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> Study:
+    """Makes a study.
+
+    Args:
+      name: one of `QUESTIONS`.
+      apply_fn: a pure inference function of (params, x).
+      params: pytree of arrays.
+      batches: calibration images, one array float[N, ...].
+      top1: accuracy in percent, of (apply_fn, params).
+      base: the recipe that the study varies; by default 8 bits everywhere.
+      widths: in bits; by default the question's own.
+      progress: called with (case, cases done, cases).
+
+    Returns:
+      A `Study`.
+
+    Raises:
+      ValueError: there is no such study.
+    """
+    if name not in QUESTIONS:
+        raise ValueError(f"`name` must be one of {', '.join(QUESTIONS)}; got {name!r}.")
+    question = QUESTIONS[name]
+    measure = Measure(apply_fn, params, batches, top1)
+    cases = list(question.cases(base or Recipe(), widths or question.widths, measure.quantize))
+    rows = []
+    for labels, recipe in cases:
+        if progress is not None:
+            progress(", ".join(labels), len(rows), len(cases))
+        rows.append(measure.row(labels, measure.quantize(recipe)))
+    float_top1 = top1(apply_fn, params)
+    return Study(name, question.text, question.header, float_top1, tuple(rows))
+
+
+class Measure:
+    """Quantizes one network in several ways and measures each."""
+
+    def __init__(
+        self,
+        apply_fn: Callable[[Any, Any], Any],
+        params: Any,
+        batches: Any,
+        top1: Callable[[Any, Any], float],
+    ) -> None:
+        """Takes what `study` takes."""
+        self._network = apply_fn, params, batches
+        self._top1 = top1
+        self._logits = predict(apply_fn, params, batches)
+        self._quantized = 0
+
+    def quantize(self, recipe: Recipe) -> Quantized:
+        """Quantizes the network."""
+        self._quantized += 1
+        if self._quantized % KEPT_COMPILED == 0:
+            jax.clear_caches()
+        return quantize(*self._network, recipe)
+
+    def row(self, labels: Labels, q: Quantized) -> Row:
+        """Measures a quantized network."""
+        logits = predict(q.apply_fn, q.params, self._network[2])
+        noise = float(np.sum((logits - self._logits) ** 2))
+        signal = float(np.sum(self._logits**2))
+        sqnr = 10 * np.log10(signal / noise) if noise else np.inf
+        agreement = 100 * float(np.mean(logits.argmax(-1) == self._logits.argmax(-1)))
+        size = sum(record.bytes_quantized for record in q.report)
+        return Row(labels, self._top1(q.apply_fn, q.params), agreement, float(sqnr), size)
+
+
+def search_bits(
+    measure: Measure,
+    base: Recipe,
+    wanted: float = AGREEMENT,
+    progress: Progress | None = None,
+) -> tuple[Quantized, tuple[Row, ...]]:
+    """Starts at 2 bits and adds one until the network predicts what the float network does.
+
+    Neither labels nor test images choose: agreement is counted on the calibration images.
+
+    Args:
+      measure: the network and how to measure it.
+      base: the recipe whose widths change.
+      wanted: agreement in percent that is good enough.
+      progress: called with (what is tried, widths done, widths).
+
+    Returns:
+      The first network that is good enough, or the last one, and a row per width tried.
+    """
+    rows = []
+    for bits in ALL_WIDTHS:
+        if progress is not None:
+            progress(f"{bits} bits", len(rows), len(ALL_WIDTHS))
+        q = measure.quantize(at_width(base, bits))
+        rows.append(measure.row((str(bits),), q))
+        if rows[-1].agreement >= wanted or bits == MAX_BITS:
+            break
+    return q, tuple(rows)  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+# ---- The questions
+
+
+def _at(base: Recipe, fields: Sequence[str], bits: int, **changes: Any) -> dict[str, Any]:
+    specs = {field: getattr(base, field) for field in fields}
+    return {
+        field: spec and dataclasses.replace(spec, bits=bits, **changes)
+        for field, spec in specs.items()
+    }
+
+
+def _weight_bits(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
+    for bits in widths:
+        alone = dataclasses.replace(base, inputs=None, outputs=None, **_at(base, ["weights"], bits))
+        yield (str(bits),), alone
+
+
+def _activation_bits(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
+    for bits in widths:
+        fields = _at(base, ["inputs", "outputs"], bits)
+        yield (str(bits),), dataclasses.replace(base, weights=None, **fields)
+
+
+def _granularity(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
+    for bits in widths:
+        for granularity in get_args(Granularity):
+            for size in GROUP_SIZES if granularity == "per_group" else (0,):
+                changes: dict[str, Any] = {"granularity": granularity}
+                changes |= {"group_size": size} if size else {}
+                fields = _at(base, ["weights"], bits, **changes)
+                label = f"{granularity} of {size}" if size else granularity
+                recipe = dataclasses.replace(base, inputs=None, outputs=None, **fields)
+                yield (str(bits), label), recipe
+
+
+def _symmetry(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
+    for bits in widths:
+        plain = at_width(base, bits)
+        for symmetric in (True, False):
+            label = "symmetric signed" if symmetric else "asymmetric"
+            fields = _at(plain, ["weights"], bits, symmetric=symmetric)
+            alone = dataclasses.replace(plain, inputs=None, outputs=None, **fields)
+            yield (str(bits), "weights", label), alone
+        activations = dataclasses.replace(plain, weights=None)
+        for symmetric in (True, False):
+            label = "symmetric signed" if symmetric else "asymmetric where a value is negative"
+            fields = _at(activations, ["inputs", "outputs"], bits, symmetric=symmetric)
+            yield (str(bits), "activations", label), dataclasses.replace(activations, **fields)
+        unsigned = dataclasses.replace(
+            activations, **_at(activations, ["inputs", "outputs"], bits, symmetric=False)
+        )
+        label = "symmetric unsigned, signed where a value is negative"
+        overrides = [*unsigned.overrides, *_without_zero_points(unsigned, run).items()]
+        yield (str(bits), "activations", label), dataclasses.replace(unsigned, overrides=overrides)
+
+
+def _without_zero_points(recipe: Recipe, run: Run) -> dict[str, dict[str, QuantSpec]]:
+    """Signed formats where the asymmetric network has a zero point that is not 0."""
+    report = run(recipe).report
+    formats = recipe.by_layer([record.name for record in report])
+    overrides: dict[str, dict[str, QuantSpec]] = {}
+    for record in report:
+        codes = {"inputs": record.input_zero_point, "outputs": record.output_zero_point}
+        overrides[record.name] = {
+            field: dataclasses.replace(getattr(formats[record.name], field), symmetric=True)
+            for field, zero_point in codes.items()
+            if zero_point != 0 and getattr(formats[record.name], field) is not None
+        }
+    return overrides
+
+
+def _output_position(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
+    for bits in widths:
+        for method in ("output_mse", "mse"):
+            for position in get_args(OutputPosition):
+                recipe = dataclasses.replace(
+                    at_width(base, bits), output_position=position, range_method=method
+                )
+                yield (str(bits), position, method), recipe
+
+
+def _range_method(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
+    for bits in widths:
+        for method in get_args(RangeMethod):
+            recipe = dataclasses.replace(at_width(base, bits), range_method=method)
+            yield (str(bits), method), recipe
+
+
+QUESTIONS = {
+    "weight-bits": Question(
+        "How many bits do the weights need? (activations in float)",
+        ("weight bits",),
+        ALL_WIDTHS,
+        _weight_bits,
+    ),
+    "activation-bits": Question(
+        "How many bits do the activations need? (weights in float)",
+        ("activation bits",),
+        ALL_WIDTHS,
+        _activation_bits,
+    ),
+    "granularity": Question(
+        "A scale per tensor, per output channel or per group? (weights; activations in float)",
+        ("bits", "weights"),
+        WIDTHS,
+        _granularity,
+    ),
+    "symmetry": Question(
+        "Symmetric signed, symmetric unsigned or asymmetric? (the other tensors in float)",
+        ("bits", "tensors", "codes"),
+        WIDTHS,
+        _symmetry,
+    ),
+    "output-position": Question(
+        "Round outputs before the activation, after it, or both? (output_mse sees the activation)",
+        ("bits", "position", "range method"),
+        WIDTHS,
+        _output_position,
+    ),
+    "range-method": Question(
+        "Which cost function chooses the clipping ranges best?",
+        ("bits", "range method"),
+        WIDTHS,
+        _range_method,
+    ),
+}

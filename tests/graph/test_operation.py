@@ -1,0 +1,80 @@
+"""A layer's operation as a product of matrices: one law for every way of writing it."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import operations
+import pytest
+from jax import lax
+from operations import by_channel
+
+import qjax
+from qjax.graph.operation import along_channels
+
+each_operation = pytest.mark.parametrize("case", operations.CASES, ids=lambda case: case.id)
+
+
+@each_operation
+def test_reads_the_operation_of_an_equation(case: operations.Case):
+    operation = case.operation
+    groups, _, channels = case.matrix_shape
+    assert operation.kind == case.kind
+    assert operation.kernel_shape == case.kernel_shape
+    assert operation.matrix_shape == case.matrix_shape
+    assert math.prod(operation.channel_sizes) == groups * channels
+    assert hash(operation) == hash(case.operation) and operation == case.operation
+
+
+@each_operation
+def test_patches_times_matrix_is_the_operation(case: operations.Case):
+    operation, x, kernel = case.operation, case.x, case.kernel
+    y = operations.apply(operation, x, kernel)
+    expected = case.function(*((kernel, x) if case.kernel_is_lhs else (x, kernel)))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    matrix = operation.to_matrix(kernel)
+    product = np.einsum("pgk,gkm->pgm", operations.patches(operation, x), matrix)
+    np.testing.assert_allclose(product, by_channel(operation, y), rtol=1e-5, atol=1e-5)
+
+
+@each_operation
+def test_from_matrix_inverts_to_matrix(case: operations.Case):
+    operation, kernel = case.operation, case.kernel
+    matrix = operation.to_matrix(kernel)
+    chex.assert_shape(matrix, case.matrix_shape)
+    np.testing.assert_array_equal(operation.from_matrix(matrix), kernel)
+    groups, patch, channels = case.matrix_shape
+    numbered = jnp.arange(groups * patch * channels).reshape(case.matrix_shape)
+    np.testing.assert_array_equal(operation.to_matrix(operation.from_matrix(numbered)), numbered)
+
+
+@each_operation
+def test_along_channels_broadcasts_against_the_output(case: operations.Case):
+    operation = case.operation
+    groups, _, channels = case.matrix_shape
+    vector = jnp.arange(groups * channels, dtype=jnp.float32)
+    operands = (case.kernel, case.x) if case.kernel_is_lhs else (case.x, case.kernel)
+    shape = jax.eval_shape(case.function, *operands).shape
+    spread = np.broadcast_to(along_channels(operation, vector, len(shape)), shape)
+    rows = by_channel(operation, spread)
+    np.testing.assert_array_equal(rows, np.broadcast_to(vector.reshape(groups, -1), rows.shape))
+
+
+def test_a_convolution_with_the_kernel_on_the_left_is_refused():
+    def apply_fn(params: jax.Array, x: jax.Array) -> jax.Array:
+        return lax.conv(params, x, (1, 1), "VALID")
+
+    with pytest.raises(ValueError, match=r"layer 'w' is a convolution with the kernel as first"):
+        qjax.trace(
+            lambda p, x: apply_fn(p["w"], x), {"w": jnp.ones((1, 2, 5, 5))}, jnp.ones((3, 2, 2, 2))
+        )
+
+
+def test_batch_groups_are_refused():
+    def apply_fn(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", batch_group_count=2)
+
+    with pytest.raises(ValueError, match=r"layer 'w' is .* with batch groups"):
+        qjax.trace(apply_fn, {"w": jnp.ones((4, 3, 3, 3))}, jnp.ones((2, 3, 5, 5)))

@@ -1,0 +1,238 @@
+"""Integers for real: accumulators equal NumPy in int64, codes those of fake quantization."""
+
+import functools
+import re
+from typing import Any
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import operations
+import pytest
+from hypothesis import strategies as st
+
+import qjax
+from qjax import QParams
+from qjax.graph.operation import Linear
+from qjax.integer import lowerings
+from qjax.integer.lowerings import Lowering
+from qjax.run.layer import QuantizedLayer
+
+# ---- Accumulators of every kind of layer
+
+
+def random_layer(operation: Linear, weight_bits: int, input_bits: int, seed: int) -> Any:
+    """A layer of random codes."""
+    rng = np.random.default_rng(seed)
+    groups, _, channels = operation.matrix_shape
+    weights = qjax.QuantSpec(weight_bits)
+    inputs = qjax.QuantSpec(input_bits, symmetric=False, granularity="per_tensor")
+    kernel_q = rng.integers(weights.qmin, weights.qmax, operation.matrix_shape, endpoint=True)
+    ones = jnp.ones((groups, 1, channels))
+    kernel_qparams = QParams(ones, jnp.zeros_like(ones, jnp.int32), weights.qmin, weights.qmax)
+    zero_point = jnp.int32(rng.integers(0, inputs.qmax, endpoint=True))
+    input_qparams = QParams(jnp.float32(1), zero_point, inputs.qmin, inputs.qmax)
+    return QuantizedLayer(
+        jnp.asarray(kernel_q, kernel_qparams.dtype),
+        jnp.asarray(rng.integers(-1000, 1000, groups * channels), jnp.int32),
+        kernel_qparams,
+        input_qparams,
+        None,
+        None,
+    )
+
+
+def in_int64(operation: Linear, layer: QuantizedLayer, centered: np.ndarray) -> np.ndarray:
+    """Σ q_w·(q_x − z_x) + q_b, int64[positions, groups, channels]."""
+    patches = operations.patches(operation, jnp.asarray(centered, jnp.float32))
+    patches = np.asarray(patches).astype(np.int64)
+    acc = np.einsum("pgk,gkm->pgm", patches, np.asarray(layer.kernel, np.int64))
+    return acc + np.asarray(layer.bias, np.int64).reshape(acc.shape[1:])
+
+
+@pytest.mark.parametrize("case", operations.CASES, ids=lambda case: case.id)
+@hypothesis.settings(max_examples=5)
+@hypothesis.given(
+    seed=st.integers(0, 2**16), bits=st.sampled_from([(8, 8), (4, 8), (2, 2), (12, 9)])
+)
+def test_accumulators_equal_int64(case: operations.Case, seed: int, bits: tuple[int, int]):
+    operation = case.operation
+    layer = random_layer(operation, *bits, seed)
+    assert layer.inputs is not None
+    stored = lowerings.signed(layer.inputs)
+    shape = case.x_shape
+    codes = np.random.default_rng(seed).integers(stored.qmin, stored.qmax, shape, endpoint=True)
+    zero_point = int(stored.zero_point)
+    expected = in_int64(operation, layer, codes - zero_point)
+    x = jnp.asarray(codes, stored.dtype)
+    slices = lowerings.choose(operation, layer, "float32", "cpu")
+    for lowering in (Lowering("int8"), Lowering("dot"), slices):
+        folded = lowerings.folded_bias(layer)
+        given = lowerings.operands(operation, layer, folded, lowering)
+        acc = lowerings.accumulate(operation, given, x, stored.zero_point, lowering)
+        np.testing.assert_array_equal(operations.by_channel(operation, acc), expected)
+    assert np.abs(expected).max() <= lowerings.largest(layer)
+
+
+def test_the_worst_case_is_reached():
+    case = next(case for case in operations.CASES if case.id == "dot_rhs")
+    layer = random_layer(case.operation, 8, 8, 0)
+    assert layer.inputs is not None
+    kernel = np.asarray(layer.kernel, np.int64)[0]
+    low, high = (np.asarray(bound)[0] for bound in lowerings.worst_case(layer))
+    least, most = -int(layer.inputs.zero_point), 255 - int(layer.inputs.zero_point)
+    greatest = [np.where(kernel[:, m] > 0, most, least) @ kernel[:, m] for m in range(len(high))]
+    smallest = [np.where(kernel[:, m] > 0, least, most) @ kernel[:, m] for m in range(len(low))]
+    np.testing.assert_array_equal(greatest, high)
+    np.testing.assert_array_equal(smallest, low)
+
+
+# ---- Networks
+
+
+CASES = {case.id: case for case in models.CASES}
+each_case = pytest.mark.parametrize("id", CASES)
+
+
+@functools.cache
+def quantized(id: str) -> qjax.Quantized:
+    case = CASES[id]
+    return qjax.quantize(case.apply_fn, case.params, case.x, qjax.Recipe().naive())
+
+
+def codes_differ(q: qjax.Quantized, x: Any, arithmetic: Any) -> tuple[float, int]:
+    """The share of output codes that differ from fake quantization's, and by how much at most."""
+    fake = q.apply_fn.codes(q.params, x)
+    found = qjax.integer(q, arithmetic=arithmetic).codes(q.params, x)
+    assert fake.keys() == found.keys() and fake
+    off = [np.abs(np.asarray(found[k], np.int64) - np.asarray(fake[k], np.int64)) for k in fake]
+    differing = sum(int(np.sum(d > 0)) for d in off)
+    return differing / sum(d.size for d in off), max(int(d.max()) for d in off)
+
+
+@each_case
+def test_the_codes_are_those_of_fake_quantization(id: str):
+    share, most = codes_differ(quantized(id), CASES[id].x, "float")
+    assert share <= 1e-4 and most <= 1
+
+
+def test_the_codes_of_residual_sums_are_the_same_in_every_program():
+    """Many codes, to meet values that two roundings of a sum or a quotient would tell apart."""
+    keys = jax.random.split(jax.random.key(0), 7)
+    params = [jax.random.normal(key, (32, 32)) / 4 for key in keys[:6]]
+    x = jax.random.normal(keys[6], (20_000, 32))
+
+    def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+        x = jax.nn.relu(x @ params[0])
+        for first, second in zip(params[1::2], params[2::2], strict=False):
+            x = jax.nn.relu(x + jax.nn.relu(x @ first) @ second)
+        return x @ params[5]
+
+    q = qjax.quantize(apply_fn, params, x, qjax.Recipe(sweeps=0, reconstructions=0))
+    assert codes_differ(q, x, "float") == (0.0, 0)
+
+
+@pytest.mark.parametrize("kind", ["fake", "integer"])
+def test_no_quotient_is_left_to_the_compiler(kind: str):
+    """It computes some as products with the reciprocal, which round differently."""
+    q, x = quantized("linen_resnet"), CASES["linen_resnet"].x
+    codes = q.apply_fn.codes if kind == "fake" else qjax.integer(q).codes
+    text = jax.jit(codes).lower(q.params, x).compile().as_text()
+    assert text is not None
+    quotients = re.findall(r"= f32\[([\d,]*)\]\S* divide\(", text)
+    assert quotients and set(quotients) <= {"", "1"}, "only reciprocals of scales"
+
+
+@pytest.mark.parametrize("id", ["linen_resnet", "linen_mobilenet", "plain_nchw"])
+def test_fixed_point_is_as_good(id: str):
+    share, most = codes_differ(quantized(id), CASES[id].x, "fixed_point")
+    assert share <= 5e-3 and most <= 2
+
+
+@pytest.mark.parametrize("lowering", ["int8", "dot", "float32"])
+def test_the_lowering_does_not_change_the_result(lowering: Any):
+    q, x = quantized("linen_resnet"), CASES["linen_resnet"].x
+    y = qjax.integer(q)(q.params, x)
+    np.testing.assert_array_equal(qjax.integer(q, lowering=lowering)(q.params, x), y)
+
+
+@pytest.mark.parametrize("arithmetic", ["shift", "floor", "divide"])
+def test_cruder_arithmetics_lose_more(arithmetic: Any):
+    q, x = quantized("linen_resnet"), CASES["linen_resnet"].x
+    exact, _ = codes_differ(q, x, "fixed_point")
+    crude, _ = codes_differ(q, x, arithmetic)
+    assert crude > exact
+
+
+def test_accumulators_are_integers_below_the_worst_case():
+    q, x = quantized("linen_resnet"), CASES["linen_resnet"].x
+    found = qjax.integer(q).accumulators(q.params, x)
+    assert set(found) == set(q.params["layers"])
+    for name, acc in found.items():
+        assert acc.dtype == jnp.int32
+        assert np.abs(np.asarray(acc, np.int64)).max() <= lowerings.largest(
+            q.params["layers"][name]
+        )
+
+
+def test_layers_in_float_stay_in_float():
+    case = CASES["linen_resnet"]
+    recipe = qjax.Recipe(overrides={"@first": {"weights": None}}).naive()
+    q = qjax.quantize(case.apply_fn, case.params, case.x, recipe)
+    function = qjax.integer(q)
+    assert q.report[0].name not in function.lowerings(case.x)
+    share, most = codes_differ(q, case.x, "float")
+    assert share <= 1e-4 and most <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"arithmetic": "double"},
+            "`arithmetic` must be one of float, fixed_point, .*; got 'double'",
+        ),
+        ({"lowering": "fpga"}, "`lowering` must be one of int8, dot, float32; got 'fpga'"),
+        ({"lowering": {"nowhere": "int8"}}, "`lowering` names 'nowhere', which is no layer"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        qjax.integer(quantized("plain_mlp"), **options)
+
+
+def test_nothing_of_a_trace_is_left_behind():
+    q, x = quantized("plain_mlp"), CASES["plain_mlp"].x
+    function = qjax.integer(q)
+    traced = jax.jit(lambda x: function(q.params, x))(x)
+    np.testing.assert_array_equal(function(q.params, x), traced)
+    np.testing.assert_array_equal(jax.jit(lambda x: function(q.params, x))(x[:1]), traced[:1])
+
+
+@pytest.mark.parametrize(
+    "helper",
+    [lambda x: jnp.swapaxes(x, 1, 2), lambda x: x.astype(jnp.int32).astype(jnp.float32)],
+    ids=["transposed", "truncated"],
+)
+def test_what_a_jitted_function_does_to_the_values_is_done(helper: Any):
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = [jax.random.normal(key, (6, 6)) for key in keys[:2]]
+    x = 3 * jax.random.normal(keys[2], (8, 6, 6))
+
+    def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+        return jax.jit(helper)(x @ params[0]) @ params[1]
+
+    q = qjax.quantize(apply_fn, params, x, qjax.recipe(8).naive())
+    share, most = codes_differ(q, x, "float")
+    assert share <= 1e-2 and most <= 1
+
+
+def test_it_can_be_jitted_and_exported():
+    q, x = quantized("plain_nchw"), CASES["plain_nchw"].x
+    function = qjax.integer(q, arithmetic="fixed_point")
+    y = function(q.params, x)
+    np.testing.assert_array_equal(jax.jit(function)(q.params, x), y)
+    exported = jax.export.export(jax.jit(lambda x: function(q.params, x)))(x)
+    np.testing.assert_array_equal(exported.call(x), y)

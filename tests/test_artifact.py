@@ -1,0 +1,268 @@
+"""Saving and loading: every array bit for bit, true widths on disk, no damaged file accepted."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import CASES
+from safetensors.numpy import load_file
+
+import qjax
+from qjax.run.layer import QuantizedLayer
+
+# Weights only and the cheapest range: what is tested here is what becomes of the result.
+CHEAP: dict[str, Any] = dict(
+    inputs=None, outputs=None, range_method="absmax", bias_correction=False, rounding="nearest"
+)
+FILES = ("manifest.json", "model.safetensors")
+
+
+def network(params: Any, x: jax.Array) -> jax.Array:
+    """Two dense layers; between them params that belong to neither, one bfloat16, one integer."""
+    gain, order, _ = params["between"]
+    w, b = params["first"]
+    x = jax.nn.relu(x @ w + b) * gain.astype(jnp.float32)
+    return x[:, order] @ params["head"][0]
+
+
+def make_params() -> Any:
+    """All the containers that a manifest can describe: dict, tuple, list, None, an integer key."""
+    rng = np.random.default_rng(0)
+    return {
+        "first": (jnp.float32(rng.normal(size=(7, 5))), jnp.float32(rng.normal(size=(1, 5)))),
+        "between": [jnp.bfloat16(rng.normal(size=(1, 5))), jnp.int16([4, 2, 0, 1, 3]), None],
+        "head": {0: jnp.float32(rng.normal(size=(5, 3)))},
+    }
+
+
+X = jnp.float32(np.random.default_rng(1).normal(size=(6, 7)))
+
+
+@pytest.fixture(scope="module")
+def q() -> qjax.Quantized:
+    """The first layer in float (lossless: ∞ dB), the last one quantized on every side."""
+    head = {"weight_bits": 3, "input_bits": 8, "output_bits": 5}
+    recipe = qjax.recipe(8, overrides={"first": {"weights": None}, "head": head}, **CHEAP)
+    return qjax.quantize(network, make_params(), X, recipe)
+
+
+@pytest.fixture
+def saved(q: qjax.Quantized, tmp_path: Path) -> Path:
+    path = tmp_path / "artifact"
+    qjax.save(path, q)
+    return path
+
+
+def with_codes(q: qjax.Quantized, spec: qjax.QuantSpec) -> qjax.Quantized:
+    """Puts random codes of another format, both extremes among them, into every layer."""
+    rng = np.random.default_rng(spec.bits)
+
+    def change(layer: QuantizedLayer) -> QuantizedLayer:
+        groups, patch, channels = layer.kernel.shape
+        blocks = -(-patch // spec.group_size) if spec.granularity == "per_group" else 1
+        scale = jnp.float32(rng.uniform(0.5, 1.0, (groups, blocks, channels)))
+        zero_point = jnp.zeros(scale.shape, jnp.int32)
+        weights = qjax.QParams(scale, zero_point, spec.qmin, spec.qmax)
+        codes = rng.integers(spec.qmin, spec.qmax, layer.kernel.shape, endpoint=True)
+        codes.flat[:2] = spec.qmin, spec.qmax
+        return dataclasses.replace(layer, kernel=jnp.asarray(codes, weights.dtype), weights=weights)
+
+    layers = {name: change(layer) for name, layer in q.params["layers"].items()}
+    return q._replace(params=q.params | {"layers": layers})
+
+
+def assert_same(restored: qjax.Quantized, q: qjax.Quantized, x: Any) -> None:
+    chex.assert_trees_all_equal(restored.params, q.params, strict=True)
+    logits = q.apply_fn(q.params, x)
+    chex.assert_trees_all_equal(restored.apply_fn(restored.params, x), logits, strict=True)
+    assert restored.report == q.report
+    assert str(restored.report) == str(q.report)
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+
+
+def test_round_trip(q: qjax.Quantized, saved: Path):
+    assert_same(qjax.load(saved, network), q, X)
+    assert sorted(entry.name for entry in saved.iterdir()) == sorted(FILES)
+    assert set(q.params["rest"]) == {"between/0", "between/1"}  # bfloat16 and int16 came back
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_group"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 17))
+def test_codes_take_their_true_width(q, tmp_path: Path, bits: int, symmetric: bool, granularity):
+    spec = qjax.QuantSpec(bits, symmetric, granularity, group_size=2)
+    q = with_codes(q, spec)
+    qjax.save(tmp_path / "artifact", q)
+    restored = qjax.load(tmp_path / "artifact", network)
+    chex.assert_trees_all_equal(restored.params, q.params, strict=True)
+    stored = load_file(tmp_path / "artifact" / "model.safetensors")
+    for name, layer in q.params["layers"].items():
+        stream = stored[f"layers/{name}/kernel"]
+        assert stream.nbytes == -(-layer.kernel.size * bits // 8)
+        number = int.from_bytes(stream.tobytes(), "little")
+        codes = [(number >> i * bits) % 2**bits + spec.qmin for i in range(layer.kernel.size)]
+        assert codes == layer.kernel.reshape(-1).tolist()
+
+
+def test_zero_points_that_are_all_zero_are_not_stored(q: qjax.Quantized, saved: Path):
+    stored = load_file(saved / "model.safetensors")
+    for name, layer in q.params["layers"].items():
+        for field in ("weights", "inputs", "outputs"):
+            qparams = getattr(layer, field)
+            if qparams is not None:
+                is_stored = f"layers/{name}/{field}/zero_point" in stored
+                assert is_stored == bool(jnp.any(qparams.zero_point != 0))
+
+
+def nnx_linear() -> tuple[Any, Any]:
+    graph, state = nnx.split(nnx.Linear(7, 3, rngs=nnx.Rngs(0)))
+    return (lambda params, x: nnx.merge(graph, params)(x)), state
+
+
+def equinox_linear() -> tuple[Any, Any]:
+    return (lambda params, x: jax.vmap(params)(x)), eqx.nn.Linear(7, 3, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("model", [nnx_linear, equinox_linear])
+def test_other_pytrees_need_params(model: Any, tmp_path: Path):
+    apply_fn, params = model()
+    q = qjax.quantize(apply_fn, params, X, qjax.recipe(4, **CHEAP))
+    qjax.save(tmp_path / "artifact", q)
+    with pytest.raises(ValueError, match="`params` must be given .* Pass the float params"):
+        qjax.load(tmp_path / "artifact", apply_fn)
+    shapes = jax.eval_shape(lambda: params)
+    assert_same(qjax.load(tmp_path / "artifact", apply_fn, shapes), q, X)
+
+
+def test_shared_kernels_keep_their_own_scales(tmp_path: Path):
+    [case] = [c for c in CASES if c.id == "shared_kernel"]
+    per_group = qjax.QuantSpec(4, granularity="per_group", group_size=3)
+    recipe = qjax.recipe(weights=per_group, **CHEAP)
+    q = qjax.quantize(case.apply_fn, case.params, case.x, recipe)
+    qjax.save(tmp_path / "artifact", q)
+    restored = qjax.load(tmp_path / "artifact", case.apply_fn)
+    assert set(restored.params["layers"]) == {"w", "w@1", "w@2"}
+    assert_same(restored, q, case.x)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda p: p | {"head": {0: p["head"][0].astype(jnp.bfloat16)}}, r"bfloat16\[5, 3\] at"),
+        (lambda p: p | {"head": {0: p["head"][0].T}}, r"got float32\[3, 5\] at 'head/0'"),
+        (lambda p: p | {"more": jnp.zeros(1)}, r"expected nothing, got float32\[1\] at 'more'"),
+        (lambda p: {"head": p["head"]}, r"expected bfloat16\[1, 5\] at 'between/0', got float32"),
+    ],
+)
+def test_other_params_are_refused(saved: Path, change: Any, match: str):
+    with pytest.raises(ValueError, match=match):
+        qjax.load(saved, network, change(make_params()))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-10]),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+    ],
+    ids=["truncated", "empty", "flipped"],
+)
+def test_damaged_files_are_refused(saved: Path, name: str, damage: Any):
+    damage(saved / name)
+    with pytest.raises(ValueError, match=f"{name} is missing, truncated or edited"):
+        qjax.load(saved, network)
+
+
+def test_an_edited_manifest_is_refused(saved: Path):
+    edit(saved / "manifest.json", '"head"', '"tail"')
+    with pytest.raises(ValueError, match="manifest.json is missing, truncated or edited"):
+        qjax.load(saved, network)
+
+
+def test_missing_arrays_are_refused(saved: Path):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+        qjax.load(saved, network)
+
+
+def test_a_newer_format_is_refused(saved: Path):
+    edit(saved / "manifest.json", '"version": 1', '"version": 2')
+    with pytest.raises(ValueError, match="artifact format 2, and this qjax reads format 1"):
+        qjax.load(saved, network)
+
+
+def test_foreign_directories_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"`path` must be .* has no manifest\.json"):
+        qjax.load(tmp_path / "nowhere", network)
+    for text in ('{"format": "other"}', "[]"):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match="is of another program"):
+            qjax.load(tmp_path, network)
+
+
+def test_values_that_jax_would_round_are_refused(q: qjax.Quantized, tmp_path: Path):
+    rest = q.params["rest"] | {"between/0": np.full((1, 5), 0.1)}
+    qjax.save(tmp_path / "artifact", q._replace(params=q.params | {"rest": rest}))
+    with pytest.raises(ValueError, match="float64 values at 'rest/between/0'.*jax_enable_x64"):
+        qjax.load(tmp_path / "artifact", network)
+
+
+def test_an_older_artifact_is_replaced(q: qjax.Quantized, saved: Path):
+    other = with_codes(q, qjax.QuantSpec(3))
+    qjax.save(saved, other)
+    chex.assert_trees_all_equal(qjax.load(saved, network).params, other.params, strict=True)
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_an_empty_directory_is_used(q: qjax.Quantized, tmp_path: Path):
+    qjax.save(tmp_path, q)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(FILES)
+
+
+def test_anything_else_is_not_replaced(q: qjax.Quantized, saved: Path, tmp_path: Path):
+    (saved / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "manifest.json").write_text("{}")
+    for path in (saved, tmp_path / "file", tmp_path / "model"):
+        before = {p: p.is_file() and p.read_bytes() for p in (path, *path.glob("*"))}
+        with pytest.raises(ValueError, match="`path` must be new, empty or an artifact"):
+            qjax.save(path, q)
+        assert before == {p: p.is_file() and p.read_bytes() for p in (path, *path.glob("*"))}
+
+
+def test_a_failed_save_leaves_the_older_artifact(q, saved: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="disk full"):
+        qjax.save(saved, with_codes(q, qjax.QuantSpec(3)))
+    assert list(saved.parent.iterdir()) == [saved]
+    assert_same(qjax.load(saved, network), q, X)
+
+
+def test_manifest_is_plain_json(q: qjax.Quantized, saved: Path):
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    manifest = json.loads((saved / "manifest.json").read_text(), parse_constant=refuse)
+    assert qjax.Recipe.from_json(manifest["recipe"]) == q.report.recipe
+    assert manifest["layers"]["head"]["weights"] == [-3, 3]
+    assert manifest["report"][0]["weight_sqnr_db"] is None
+    assert manifest["params"][2] == ["first/0", [7, 5], "float32"]
