@@ -19,7 +19,8 @@ ORDER = (
     *("report", "quantize", "artifact"),
     *("integer.accumulator", "integer.requantize", "integer.lowerings", "integer.function"),
     *("study.accuracy", "study.quality", "study.cost", "study.sensitivity", "study.allocate"),
-    *("study.curves", "study.explain", "study.accumulators", "study.questions"),
+    *("study.curves", "study.layer_trace", "study.explain", "study.accumulators"),
+    *("study.questions",),
     *("page.document", "page.svg", "page.quantization", "page.study"),
     *("cli.widths", "cli.explain", "cli.study", "cli.accumulators", "cli.main"),
 )

@@ -1,41 +1,26 @@
 """One layer followed step by step: what its integer arithmetic does to a real image.
 
-The steps are those of Jacob et al., 2018, arXiv:1712.05877, section 2, done in 64-bit integers:
-acc = Σ (q_w − z_w)(q_x − z_x) + q_b, then q_y = clip(round(M·acc) + z_y) with M = s_w·s_x / s_y in
-fixed point, M = M0 / 2^shift (`qjax.requantize`).
+`qjax.study.layer_trace` measures the layer; here every step of its arithmetic is a function of that
+measurement, which writes the step down or returns None where the layer does not have it.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qjax.formats.affine import QParams, quantize_array
-from qjax.graph.layers import Site, find_layers
-from qjax.graph.operation import by_channel, output_matrix
+from qjax.formats.affine import QParams
 from qjax.integer.accumulator import signed_width
-from qjax.integer.requantize import fixed_point, multiply_shift
 from qjax.quantize import Quantized
-from qjax.run.layer import (
-    QuantizedLayer,
-    accumulator_scale,
-    dequantized_bias,
-    dequantized_kernel,
-    fold_input_scales,
-    relative_codes,
-    scaled_kernel,
-)
-from qjax.run.tap import Tap, float_layers, shapes_of, tapped
+from qjax.study.layer_trace import LayerTrace, measure_layer
 
-SHOWN = 8  # elements of a patch that are written out
-ACCUMULATOR_BITS = 32
+ACCUMULATOR_BITS = FLOAT_BITS = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class ExplainedStep:
     """One step of a layer.
 
     Attributes:
@@ -82,7 +67,7 @@ class Explanation:
     position: int
     elements: tuple[int, ...]
     patch: int
-    steps: tuple[Step, ...]
+    steps: tuple[ExplainedStep, ...]
 
     def __str__(self) -> str:
         shape = "×".join(map(str, self.kernel_shape))
@@ -117,421 +102,331 @@ def explain(q: Quantized, layer: str, x: Any, params: Any = None) -> Explanation
 
     Raises:
       ValueError: there is no such layer.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, qjax
+      >>> apply_fn = lambda params, x: jax.nn.relu(x @ params["dense"]["w"])
+      >>> params = {"dense": {"w": jnp.array([[0.5, -1.0], [1.0, 0.25]])}}
+      >>> x = jnp.array([[1.0, 2.0], [0.5, -0.55]])
+      >>> q = qjax.quantize(apply_fn, params, x, qjax.Recipe().naive())
+      >>> for step in qjax.explain(q, "dense", x, params).steps:
+      ...     if "int" in step.number:
+      ...         print(step.name, step.number, step.values)
+      input codes uint8 (155.0, 255.0)
+      kernel codes int8 (64.0, 127.0)
+      accumulator int32 (31800.0,)
+      bias int32 (31800.0,)
+      requantization int32 (203.0,)
+      zero point and clamp uint8 (255.0,)
     """
-    function = q.apply_fn
-    network = find_layers(function.apply_fn, function.params, shapes_of(x))
-    sites = {site.layer.name: site for site in network.sites}
-    if layer not in sites:
-        raise ValueError(f"`layer` must be one of {', '.join(sites)}; got {layer!r}.")
-    run = tapped(function.apply_fn, function.params, x, [layer])
-    site, quantized = sites[layer], q.params["layers"][layer]
-    actual = run(q.params, x)[1][layer]
-    if params is None:
-        operation = site.layer.operation
-        kernel = dequantized_kernel(operation, quantized)
-        bias = dequantized_bias(operation, quantized)
-        reference = _Reference(np.asarray(actual.input, np.float64), kernel, bias)
-    else:
-        floats = float_layers(network, params)
-        given = run(floats, x)[1][layer]
-        own = floats["layers"][layer]
-        reference = _Reference(np.asarray(given.input, np.float64), own.kernel, own.bias)
-    return _Walk(site, quantized, actual, reference, params is not None).explanation()
+    trace = measure_layer(q, layer, x, params)
+    described, shown = trace.site.layer, trace.shown
+    _, patch, channels = described.operation.matrix_shape
+    return Explanation(
+        layer=described.name,
+        kind=described.kind,
+        kernel_shape=described.kernel_shape,
+        activation=trace.activation,
+        channel=shown.group * channels + shown.column,
+        position=shown.position,
+        elements=tuple(map(int, shown.elements)),
+        patch=patch,
+        steps=tuple(step for make in STEPS if (step := make(trace)) is not None),
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reference:
-    input: np.ndarray
-    kernel: Any
-    bias: Any
+# ---- Steps
 
 
-class _Walk:
-    """The state of one explanation: every intermediate result of the layer in float64."""
+def _input(trace: LayerTrace) -> ExplainedStep:
+    return ExplainedStep(
+        "input",
+        "x, as the layers before leave it",
+        "float32",
+        FLOAT_BITS,
+        trace.shown.of_patches(trace.patches),
+        _sqnr_db(trace.float_patches, trace.patches) if trace.is_float_network else None,
+    )
 
-    def __init__(
-        self,
-        site: Site,
-        layer: QuantizedLayer,
-        actual: Tap,
-        reference: _Reference,
-        has_float: bool,
-    ) -> None:
-        self.site, self.layer, self.actual = site, layer, actual
-        self.reference, self.has_float = reference, has_float
-        operation = site.layer.operation
-        self.kernel = np.asarray(reference.kernel, np.float64)
-        bias = np.asarray(reference.bias, np.float64)
-        groups, self.patch, channels = operation.matrix_shape
-        self.x = self._patches(reference.input)
-        self.y = _product(self.x, self.kernel)  # float, before the bias
-        self.z = self.y + bias.reshape(groups, channels)
-        flat = _activate(self.z, site.layer.activation).reshape(len(self.z), -1)
-        self.position, self.channel = map(int, np.unravel_index(flat.argmax(), flat.shape))
-        self.group, self.column = divmod(self.channel, channels)
-        self.x_codes = self._patches(self._input_codes())
-        self.w_codes = np.asarray(relative_codes(layer), np.float64)
-        if layer.is_per_group:
-            self.w_codes = np.asarray(scaled_kernel(layer), np.float64)
-        terms = self._at_patch(self.x_codes) * self._at_kernel(self.w_codes)
-        self.elements = np.sort(np.argsort(-np.abs(terms), kind="stable")[:SHOWN])
-        self.terms = terms[self.elements]
-        self.acc = _product(self.x_codes, self.w_codes)
-        self.steps: list[Step] = []
 
-    def explanation(self) -> Explanation:
-        self._input()
-        self._kernel()
-        self._accumulate()
-        self._output()
-        layer = self.site.layer
-        return Explanation(
-            layer.name,
-            layer.kind,
-            layer.kernel_shape,
-            layer.activation,
-            self.channel,
-            self.position,
-            tuple(map(int, self.elements)),
-            self.patch,
-            tuple(self.steps),
+def _input_codes(trace: LayerTrace) -> ExplainedStep | None:
+    inputs, scale = trace.layer.inputs, trace.input_scale
+    if inputs is None or scale is None:
+        return None
+    zero_point = int(inputs.zero_point)
+    divisor, note = f"{scale[0, 0]:.6g}", _clipping(trace.patches / scale + zero_point, inputs)
+    if trace.layer.folds_input_scales:
+        divisor = "s_x"
+        note += (
+            f"\n{inputs.scale.size} scales s_x from {scale.min():.4g} to {scale.max():.4g}, "
+            "folded into the kernel"
         )
-
-    # ---- Access
-
-    def _patches(self, x: Any) -> np.ndarray:
-        return np.asarray(
-            self.site.layer.operation.patches(jnp.asarray(x, jnp.float32)), np.float64
-        )
-
-    def _at_patch(self, patches: np.ndarray) -> np.ndarray:
-        return patches[self.position, self.group]
-
-    def _at_kernel(self, kernel: np.ndarray) -> np.ndarray:
-        return kernel[self.group, :, self.column]
-
-    def _at_output(self, outputs: np.ndarray) -> tuple[float, ...]:
-        return (float(outputs[self.position, self.group, self.column]),)
-
-    def _at_channel(self, values: Any) -> float:
-        """One value of those per output channel, or the only one."""
-        groups, _, channels = self.site.layer.operation.matrix_shape
-        values = np.broadcast_to(np.asarray(values), (1, groups, channels))
-        return float(values[0, self.group, self.column])
-
-    def _like_outputs(self, qparams: QParams) -> QParams:
-        """Qparams per channel for outputs as [positions, groups, channels]."""
-        operation = self.site.layer.operation
-        if not qparams.scale.ndim:
-            return qparams
-        groups, _, channels = operation.matrix_shape
-        return jax.tree.map(
-            lambda leaf: by_channel(operation.channel_axes, leaf).reshape(1, groups, channels),
-            qparams,
-        )
-
-    def _input_scales(self, inputs: QParams) -> np.ndarray:
-        """The scale of every element of a patch, [groups or 1, patch or 1]."""
-        if not inputs.scale.ndim:
-            return np.asarray(inputs.scale, np.float64).reshape(1, 1)
-        operation = self.site.layer.operation
-        ones = jnp.ones((*operation.matrix_shape[:2], 1))
-        return np.asarray(fold_input_scales(operation, inputs, ones), np.float64)[:, :, 0]
-
-    def _shown(self, values: np.ndarray) -> tuple[float, ...]:
-        return tuple(map(float, values[self.elements]))
-
-    def _add(
-        self,
-        name: str,
-        equation: str,
-        number: str,
-        values: tuple[float, ...],
-        sqnr_db: float | None,
-        note: str = "",
-        bits: int = 32,
-    ) -> None:
-        self.steps.append(Step(name, equation, number, bits, values, sqnr_db, note))
-
-    def _input_codes(self) -> np.ndarray:
-        """The input's codes less the zero point; its real values where it stays in float."""
-        inputs, x = self.layer.inputs, self.actual.input
-        if inputs is None:
-            return np.asarray(x, np.float64)
-        return np.asarray(quantize_array(x, inputs), np.float64) - float(inputs.zero_point)
-
-    # ---- Steps
-
-    def _input(self) -> None:
-        x = self._patches(self.actual.input)
-        self._add(
-            "input",
-            "x, as the layers before leave it",
-            "float32",
-            self._shown(self._at_patch(x)),
-            _sqnr_db(self.x, x) if self.has_float else None,
-        )
-        inputs = self.layer.inputs
-        if inputs is None:
-            return
-        zero_point, scales = int(inputs.zero_point), self._input_scales(inputs)
-        codes = self._at_patch(self.x_codes) + zero_point
-        divisor, note = f"{scales[0, 0]:.6g}", _clipping(x / scales + zero_point, inputs)
-        if self.layer.folds_input_scales:
-            divisor = "s_x"
-            note += (
-                f"\n{inputs.scale.size} scales s_x from {scales.min():.4g} to {scales.max():.4g}, "
-                "folded into the kernel"
-            )
-        self._add(
-            "input codes",
-            f"q_x = clip(round(x / {divisor}) + {zero_point}, {inputs.qmin}, {inputs.qmax})",
-            _type(inputs),
-            self._shown(codes),
-            _sqnr_db(self.x, self.x_codes * scales),
-            note,
-            inputs.bits,
-        )
-
-    def _kernel(self) -> None:
-        weights = self.layer.weights
-        if self.has_float or weights is None:
-            text = "w, batch norm and other factors per channel folded in"
-            self._add("kernel", text, "float32", self._shown(self._at_kernel(self.kernel)), None)
-        if weights is None:
-            return
-        scale, zero_point = (
-            np.broadcast_to(
-                np.asarray(leaf), (self.w_codes.shape[0], leaf.shape[1], self.w_codes.shape[2])
-            )
-            for leaf in (weights.scale, weights.zero_point)
-        )
-        s, z = (float(v[self.group, 0, self.column]) for v in (scale, zero_point))
-        operation = self.site.layer.operation
-        real = np.asarray(dequantized_kernel(operation, self.layer), np.float64)
-        first = "" if not self.layer.is_per_group else " (the first group's scale)"
-        codes = np.asarray(self.layer.kernel, np.float64)
-        w = "w·s_x" if self.layer.folds_input_scales else "w"
-        many = f"{weights.scale.size} scales from {scale.min():.4g} to {scale.max():.4g}"
-        self._add(
-            "kernel codes",
-            f"q_w ≈ {w} / {s:.6g} + {z:.0f} in {weights.qmin} … {weights.qmax}{first}",
-            _type(weights),
-            self._shown(self._at_kernel(codes)),
-            _sqnr_db(self.kernel, real) if self.has_float else None,
-            f"{many if weights.scale.size > 1 else 'one scale'}; a sequential fit makes up for "
-            "errors of its input,\nwhich moves the kernel further than rounding alone",
-            weights.bits,
-        )
-
-    def _accumulate(self) -> None:
-        layer, operation = self.layer, self.site.layer.operation
-        scale = np.asarray(accumulator_scale(operation, layer), np.float64)
-        self.scale = scale.reshape(self.acc.shape[1:])
-        if not layer.has_integer_accumulator:
-            why = (
-                "its weights have several scales per sum" if layer.is_per_group else "not all codes"
-            )
-            self.acc = self.acc * self.scale + np.asarray(layer.bias, np.float64).reshape(
-                self.scale.shape
-            )
-            self._add(
-                "sum of products and bias",
-                "y = Σ w·x + b",
-                "float32",
-                self._at_output(self.acc),
-                _sqnr_db(self.z, self.acc),
-                f"in float: {why}",
-            )
-            return
-        assert layer.inputs is not None and layer.weights is not None
-        low, high = (
-            float(code - int(layer.inputs.zero_point))
-            for code in (layer.inputs.qmin, layer.inputs.qmax)
-        )
-        largest = np.abs(self.w_codes).max() * max(-low, high)
-        products = signed_width(-largest, largest)
-        self._add(
-            "products",
-            "p = (q_w − z_w)(q_x − z_x)",
-            f"{products} bits needed",
-            tuple(map(float, self.terms)),
-            None,
-            f"{len(self.terms)} of {self.patch} products; together they make "
-            f"{self.terms.sum():.0f} of the sum",
-            products,
-        )
-        bounds = (
-            np.minimum(self.w_codes * low, self.w_codes * high).sum(1),
-            np.maximum(self.w_codes * low, self.w_codes * high).sum(1),
-        )
-        bias = np.asarray(layer.bias, np.float64).reshape(self.scale.shape)
-        unit = self._unit
-        self._add(
-            "accumulator",
-            f"a = Σ p over {self.patch} elements",
-            f"int{ACCUMULATOR_BITS}",
-            self._at_output(self.acc),
-            _sqnr_db(self.y, self.acc * self.scale),
-            f"{signed_width(bounds[0].min(), bounds[1].max())} bits needed for any input, "
-            f"{signed_width(self.acc.min(), self.acc.max())} by this one, {ACCUMULATOR_BITS} used\n"
-            f"one unit is {unit} = {self.scale[self.group, self.column]:.6g}, so a is "
-            f"{self._at_output(self.acc * self.scale)[0]:.6g}",
-            ACCUMULATOR_BITS,
-        )
-        self.acc = self.acc + bias
-        needed = signed_width((bounds[0] + bias).min(), (bounds[1] + bias).max())
-        self._add(
-            "bias",
-            f"a + q_b, q_b = round(b / ({unit})) = {bias[self.group, self.column]:.0f}",
-            f"int{ACCUMULATOR_BITS}",
-            self._at_output(self.acc),
-            _sqnr_db(self.z, self.acc * self.scale),
-            f"{needed} bits needed for any input; the real value is "
-            f"{self._at_output(self.acc * self.scale)[0]:.6g}",
-            ACCUMULATOR_BITS,
-        )
-
-    def _output(self) -> None:
-        layer, activation = self.layer, self.site.layer.activation
-        real = self.acc * self.scale if layer.has_integer_accumulator else self.acc
-        target = self._activated_reference()
-        if layer.outputs is not None:
-            real = self._requantize(layer.outputs, real, target)
-        else:
-            self._add(
-                "de-quantization",
-                f"y = {self._unit}·a" if layer.has_integer_accumulator else "nothing to do",
-                "float32",
-                self._at_output(real),
-                _sqnr_db(self.z, real),
-            )
-        if activation == "other":
-            return self._unknown_activation()
-        if activation != "none":
-            is_free = layer.outputs is not None and float(layer.outputs.range[0].min()) >= 0
-            real = _activate(real, activation)
-            self._add(
-                f"activation: {activation}",
-                "nothing to do: the clamp at code 0 was the ReLU" if is_free else "y = act(y)",
-                "codes" if layer.outputs is not None else "float32",
-                self._at_output(real),
-                None if target is None else _sqnr_db(target, real),
-            )
-        if layer.activated is not None:
-            codes = np.asarray(quantize_array(jnp.asarray(real), layer.activated), np.float64)
-            before, real = (
-                real,
-                (codes - float(layer.activated.zero_point)) * float(layer.activated.scale),
-            )
-            scale, zero_point = float(layer.activated.scale), int(layer.activated.zero_point)
-            self._add(
-                "output codes after the activation",
-                f"q_y = clip(round(y / {scale:.6g}) + {zero_point}, {layer.activated.qmin}, "
-                f"{layer.activated.qmax})",
-                _type(layer.activated),
-                self._at_output(codes),
-                None if target is None else _sqnr_db(target, real),
-                _clipping(before / scale + zero_point, layer.activated),
-                layer.activated.bits,
-            )
-        last = layer.activated or layer.outputs
-        if last is not None:
-            own = self._like_outputs(last)
-            scale, zero_point = map(self._at_channel, (own.scale, own.zero_point))
-            self._add(
-                "de-quantization",
-                f"y = {scale:.6g}·(q_y − {zero_point:.0f})",
-                "float32",
-                self._at_output(real),
-                None if target is None else _sqnr_db(target, real),
-                "only where something other than a layer reads y (a residual sum, pooling, the "
-                "output)\na layer that reads the codes folds s_y into its own multiplier",
-            )
-
-    def _unknown_activation(self) -> None:
-        rounded = self.layer.activated
-        note = "" if rounded is None else f"then rounded to {rounded.bits} bits"
-        values = () if self.site.movement else self._at_output(self._network_output(True))
-        self._add("activation: other", "y = act(y), on real values", "float32", values, None, note)
-
-    def _network_output(self, is_activated: bool) -> np.ndarray:
-        """What the network itself computes, [positions, groups, channels]."""
-        value = self.actual.activated if is_activated else self.actual.output
-        return np.asarray(output_matrix(self.site.layer.operation, value), np.float64)
-
-    def _activated_reference(self) -> np.ndarray | None:
-        activation = self.site.layer.activation
-        return None if activation == "other" else _activate(self.z, activation)
-
-    @property
-    def _unit(self) -> str:
-        """What one unit of the accumulator is."""
-        return "s_w" if self.layer.folds_input_scales else "s_w·s_x"
-
-    def _requantize(
-        self, outputs: QParams, real: np.ndarray, target: np.ndarray | None
-    ) -> np.ndarray:
-        own = self._like_outputs(outputs)
-        scale, zero_point = np.asarray(own.scale, np.float64), np.asarray(own.zero_point)
-        activation = self.site.layer.activation
-        if self.layer.has_integer_accumulator:
-            multiplier = self.scale[None] / scale
-            fixed, shift = fixed_point(jnp.float32(multiplier))
-            acc = jnp.asarray(self.acc, jnp.int32)
-            rounded = multiply_shift(acc, fixed, shift, rounds=True)
-            scaled = np.asarray(rounded, np.float64)
-            self._add(
-                "requantization",
-                f"round(M·a), M = {self._unit} / s_y = {self._at_channel(multiplier):.8g}",
-                "int32",
-                self._at_output(scaled),
-                None,
-                f"M in float32 = M0 / 2^shift = {self._at_channel(fixed):.0f} / "
-                f"2^{self._at_channel(shift):.0f}: a product with a 31-bit integer and a shift",
-            )
-        else:
-            scaled = np.rint(real / scale)
-        wide = scaled + zero_point
-        codes = np.clip(wide, outputs.qmin, outputs.qmax)
-        y = (codes - zero_point) * scale
-        after = _activate(y, activation) if target is not None else y
-        note = _clipping(wide, outputs)
-        if target is not None and activation != "none":
-            note = f"{note}; compared with the float network behind the activation"
-        self._add(
-            "zero point and clamp",
-            f"q_y = clip(round(M·a) + {self._at_channel(zero_point):.0f}, {outputs.qmin}, "
-            f"{outputs.qmax}), s_y = {self._at_channel(scale):.6g}",
-            _type(outputs),
-            self._at_output(codes),
-            _sqnr_db(self.z if target is None else target, after),
-            f"{note}\n{self._agreement(codes, outputs)}",
-            outputs.bits,
-        )
-        return y
-
-    def _agreement(self, codes: np.ndarray, outputs: QParams) -> str:
-        if self.site.movement or self.site.output is self.site.activated and self.layer.activated:
-            return "not compared with the network's own codes, which are rounded again or moved"
-        output = jnp.float32(self._network_output(False))
-        network = np.asarray(quantize_array(output, self._like_outputs(outputs)))
-        return f"equal to the network's own code in {np.mean(network == codes):.2%} of the outputs"
+    return ExplainedStep(
+        "input codes",
+        f"q_x = clip(round(x / {divisor}) + {zero_point}, {_limits(inputs)})",
+        _type(inputs),
+        inputs.bits,
+        trace.shown.of_patches(trace.patches_q + zero_point),
+        _sqnr_db(trace.float_patches, trace.patches_q * scale),
+        note,
+    )
 
 
-def _product(patches: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Σ_k x[p, g, k]·w[g, k, m] in float64, exact for integers below 2^53."""
-    return np.einsum("pgk,gkm->pgm", patches, kernel, optimize=True)
+def _kernel(trace: LayerTrace) -> ExplainedStep | None:
+    if trace.layer.weights is not None and not trace.is_float_network:
+        return None
+    return ExplainedStep(
+        "kernel",
+        "w, batch norm and other factors per channel folded in",
+        "float32",
+        FLOAT_BITS,
+        trace.shown.of_kernel(trace.float_kernel),
+        None,
+    )
 
 
-def _activate(z: np.ndarray, activation: str) -> np.ndarray:
-    match activation:
-        case "relu":
-            return np.maximum(z, 0)
-        case "relu6":
-            return np.clip(z, 0, 6)
-        case _:
-            return z
+def _kernel_codes(trace: LayerTrace) -> ExplainedStep | None:
+    layer, weights = trace.layer, trace.layer.weights
+    if weights is None:
+        return None
+    groups, _, channels = trace.kernel_q.shape
+    scale, zero_point = (
+        np.broadcast_to(np.asarray(leaf), (groups, leaf.shape[1], channels))
+        for leaf in (weights.scale, weights.zero_point)
+    )
+    s, z = (trace.shown.of_channels(leaf[:, 0]) for leaf in (scale, zero_point))
+    w = "w·s_x" if layer.folds_input_scales else "w"
+    first = " (the first group's scale)" if layer.is_per_group else ""
+    many = f"{weights.scale.size} scales from {scale.min():.4g} to {scale.max():.4g}"
+    return ExplainedStep(
+        "kernel codes",
+        f"q_w ≈ {w} / {s:.6g} + {z:.0f} in {int(weights.qmin)} … {int(weights.qmax)}{first}",
+        _type(weights),
+        weights.bits,
+        trace.shown.of_kernel(np.asarray(layer.kernel, np.float64)),
+        _sqnr_db(trace.float_kernel, trace.kernel_hat) if trace.is_float_network else None,
+        f"{many if weights.scale.size > 1 else 'one scale'}; a sequential fit makes up for "
+        "errors of its input,\nwhich moves the kernel further than rounding alone",
+    )
+
+
+def _float_sum(trace: LayerTrace) -> ExplainedStep | None:
+    if trace.acc is not None:
+        return None
+    is_per_group = trace.layer.is_per_group
+    why = "its weights have several scales per sum" if is_per_group else "not all codes"
+    return ExplainedStep(
+        "sum of products and bias",
+        "y = Σ w·x + b",
+        "float32",
+        FLOAT_BITS,
+        _at_output(trace, trace.real),
+        _sqnr_db(trace.float_outputs, trace.real),
+        f"in float: {why}",
+    )
+
+
+def _products(trace: LayerTrace) -> ExplainedStep | None:
+    if trace.acc is None or trace.input_range is None:
+        return None
+    low, high = trace.input_range
+    largest = np.abs(trace.kernel_q).max() * max(-low, high)
+    bits = signed_width(-largest, largest)
+    return ExplainedStep(
+        "products",
+        "p = (q_w − z_w)(q_x − z_x)",
+        f"{bits} bits needed",
+        bits,
+        tuple(map(float, trace.products)),
+        None,
+        f"{len(trace.products)} of {trace.patches.shape[2]} products; together they make "
+        f"{trace.products.sum():.0f} of the sum",
+    )
+
+
+def _accumulator(trace: LayerTrace) -> ExplainedStep | None:
+    if trace.acc is None or trace.sum_range is None:
+        return None
+    low, high = trace.sum_range
+    real = trace.sums * trace.unit
+    return ExplainedStep(
+        "accumulator",
+        f"a = Σ p over {trace.patches.shape[2]} elements",
+        f"int{ACCUMULATOR_BITS}",
+        ACCUMULATOR_BITS,
+        _at_output(trace, trace.sums),
+        _sqnr_db(trace.float_sums, real),
+        f"{signed_width(low.min(), high.max())} bits needed for any input, "
+        f"{signed_width(trace.sums.min(), trace.sums.max())} by this one, "
+        f"{ACCUMULATOR_BITS} used\n"
+        f"one unit is {_unit(trace)} = {trace.shown.of_channels(trace.unit):.6g}, so a is "
+        f"{trace.shown.of_outputs(real):.6g}",
+    )
+
+
+def _bias(trace: LayerTrace) -> ExplainedStep | None:
+    if trace.acc is None or trace.sum_range is None:
+        return None
+    low, high = (end + trace.bias for end in trace.sum_range)
+    b = trace.shown.of_channels(trace.bias)
+    return ExplainedStep(
+        "bias",
+        f"a + q_b, q_b = round(b / ({_unit(trace)})) = {b:.0f}",
+        f"int{ACCUMULATOR_BITS}",
+        ACCUMULATOR_BITS,
+        _at_output(trace, trace.acc),
+        _sqnr_db(trace.float_outputs, trace.real),
+        f"{signed_width(low.min(), high.max())} bits needed for any input; the real value is "
+        f"{trace.shown.of_outputs(trace.real):.6g}",
+    )
+
+
+def _float_output(trace: LayerTrace) -> ExplainedStep | None:
+    if trace.outputs is not None:
+        return None
+    return ExplainedStep(
+        "de-quantization",
+        "nothing to do" if trace.acc is None else f"y = {_unit(trace)}·a",
+        "float32",
+        FLOAT_BITS,
+        _at_output(trace, trace.real),
+        _sqnr_db(trace.float_outputs, trace.real),
+    )
+
+
+def _requantization(trace: LayerTrace) -> ExplainedStep | None:
+    if trace.requantized is None:
+        return None
+    multiplier, mantissa, shift = map(trace.shown.of_channels, trace.requantized[:3])
+    return ExplainedStep(
+        "requantization",
+        f"round(M·a), M = {_unit(trace)} / s_y = {multiplier:.8g}",
+        "int32",
+        ACCUMULATOR_BITS,
+        _at_output(trace, trace.requantized.rounded),
+        None,
+        f"M in float32 = M0 / 2^shift = {mantissa:.0f} / "
+        f"2^{shift:.0f}: a product with a 31-bit integer and a shift",
+    )
+
+
+def _output_codes(trace: LayerTrace) -> ExplainedStep | None:
+    outputs, rounded = trace.layer.outputs, trace.outputs
+    if outputs is None or rounded is None:
+        return None
+    scale, zero_point = map(trace.shown.of_channels, (rounded.scale, rounded.zero_point))
+    sqnr_db, compared = _activated_sqnr_db(trace, trace.activated), ""
+    if sqnr_db is None:
+        sqnr_db = _sqnr_db(trace.float_outputs, rounded.real)
+    elif trace.has_activation:
+        compared = "; compared with the float network behind the activation"
+    own = "not compared with the network's own codes, which are rounded again or moved"
+    if trace.agreement is not None:
+        own = f"equal to the network's own code in {trace.agreement:.2%} of the outputs"
+    return ExplainedStep(
+        "zero point and clamp",
+        f"q_y = clip(round(M·a) + {zero_point:.0f}, {_limits(outputs)}), s_y = {scale:.6g}",
+        _type(outputs),
+        outputs.bits,
+        _at_output(trace, rounded.codes),
+        sqnr_db,
+        f"{_clipping(rounded.unclipped, outputs)}{compared}\n{own}",
+    )
+
+
+def _clipping_activation(trace: LayerTrace) -> ExplainedStep | None:
+    if trace.activated is None or not trace.has_activation:
+        return None
+    outputs = trace.layer.outputs
+    is_free = outputs is not None and float(outputs.range[0].min()) >= 0
+    return ExplainedStep(
+        f"activation: {trace.activation}",
+        "nothing to do: the clamp at code 0 was the ReLU" if is_free else "y = act(y)",
+        "float32" if outputs is None else "codes",
+        FLOAT_BITS,
+        _at_output(trace, trace.activated),
+        _activated_sqnr_db(trace, trace.activated),
+    )
+
+
+def _other_activation(trace: LayerTrace) -> ExplainedStep | None:
+    if trace.activated is not None:
+        return None
+    rounded, network = trace.layer.activated, trace.network_activated
+    return ExplainedStep(
+        f"activation: {trace.activation}",
+        "y = act(y), on real values",
+        "float32",
+        FLOAT_BITS,
+        () if network is None else _at_output(trace, network),
+        None,
+        "" if rounded is None else f"then rounded to {rounded.bits} bits",
+    )
+
+
+def _activated_codes(trace: LayerTrace) -> ExplainedStep | None:
+    activated, rounded = trace.layer.activated, trace.activated_outputs
+    if activated is None or rounded is None:
+        return None
+    scale, zero_point = map(trace.shown.of_channels, (rounded.scale, rounded.zero_point))
+    return ExplainedStep(
+        "output codes after the activation",
+        f"q_y = clip(round(y / {scale:.6g}) + {zero_point:.0f}, {_limits(activated)})",
+        _type(activated),
+        activated.bits,
+        _at_output(trace, rounded.codes),
+        _activated_sqnr_db(trace, rounded.real),
+        _clipping(rounded.unclipped, activated),
+    )
+
+
+def _dequantization(trace: LayerTrace) -> ExplainedStep | None:
+    last = trace.outputs if trace.activated_outputs is None else trace.activated_outputs
+    if last is None or trace.activated is None:
+        return None
+    real = trace.activated if trace.activated_outputs is None else trace.activated_outputs.real
+    scale, zero_point = map(trace.shown.of_channels, (last.scale, last.zero_point))
+    return ExplainedStep(
+        "de-quantization",
+        f"y = {scale:.6g}·(q_y − {zero_point:.0f})",
+        "float32",
+        FLOAT_BITS,
+        _at_output(trace, real),
+        _activated_sqnr_db(trace, real),
+        "only where something other than a layer reads y (a residual sum, pooling, the "
+        "output)\na layer that reads the codes folds s_y into its own multiplier",
+    )
+
+
+STEPS: tuple[Callable[[LayerTrace], ExplainedStep | None], ...] = (
+    _input,
+    _input_codes,
+    _kernel,
+    _kernel_codes,
+    _float_sum,
+    _products,
+    _accumulator,
+    _bias,
+    _float_output,
+    _requantization,
+    _output_codes,
+    _clipping_activation,
+    _other_activation,
+    _activated_codes,
+    _dequantization,
+)
+
+
+# ---- Numbers and words
+
+
+def _at_output(trace: LayerTrace, outputs: np.ndarray) -> tuple[float, ...]:
+    return (trace.shown.of_outputs(outputs),)
+
+
+def _unit(trace: LayerTrace) -> str:
+    """What one unit of the accumulator is."""
+    return "s_w" if trace.layer.folds_input_scales else "s_w·s_x"
 
 
 def _sqnr_db(reference: np.ndarray, approximation: np.ndarray) -> float:
@@ -541,16 +436,25 @@ def _sqnr_db(reference: np.ndarray, approximation: np.ndarray) -> float:
     return -math.inf if signal == 0 else 10 * math.log10(signal / noise)
 
 
+def _activated_sqnr_db(trace: LayerTrace, activated: np.ndarray | None) -> float | None:
+    """After the activation; None where the reference does not know that."""
+    if trace.float_activated is None or activated is None:
+        return None
+    return _sqnr_db(trace.float_activated, activated)
+
+
 def _clipping(codes: np.ndarray, qparams: QParams) -> str:
-    low, high = (
-        np.mean(np.rint(codes) < qparams.qmin),
-        np.mean(np.rint(codes) > qparams.qmax),
-    )
+    low = np.mean(np.rint(codes) < int(qparams.qmin))
+    high = np.mean(np.rint(codes) > int(qparams.qmax))
     return f"clipped {low:.2%} below and {high:.2%} above"
 
 
+def _limits(qparams: QParams) -> str:
+    return f"{int(qparams.qmin)}, {int(qparams.qmax)}"
+
+
 def _type(qparams: QParams) -> str:
-    return f"{'int' if qparams.qmin < 0 else 'uint'}{qparams.bits}"
+    return f"{'int' if int(qparams.qmin) < 0 else 'uint'}{qparams.bits}"
 
 
 def _db(value: float) -> str:

@@ -11,7 +11,8 @@ import pytest
 import small
 
 import qjax
-from qjax.study.explain import Explanation
+from qjax.study.explain import STEPS, Explanation
+from qjax.study.layer_trace import measure_layer
 
 
 def steps(explanation: Explanation) -> dict[str, Any]:
@@ -110,6 +111,17 @@ def test_the_last_value_is_the_networks(layer: str, changes: dict[str, Any]):
         outputs = identity(q.params, x).reshape(-1, 6)
         expected = outputs[explanation.position, explanation.channel]
     np.testing.assert_allclose(explanation.steps[-1].values[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", FORMS.values(), ids=FORMS.keys())
+def test_no_step_depends_on_another(changes: dict[str, Any]):
+    q, x = small.quantized(**changes), small.images()[:1]
+    trace = measure_layer(q, "conv", x)
+    backwards = [make(trace) for make in reversed(STEPS)][::-1]
+    made = tuple(step for step in backwards if step is not None)
+    assert made == qjax.explain(q, "conv", x).steps
+    arrays = [leaf for leaf in jax.tree.leaves(vars(trace)) if isinstance(leaf, np.ndarray)]
+    assert {array.dtype for array in arrays} == {np.dtype(np.float64), np.dtype(np.int64)}
 
 
 def _activations(params: Any, x: jax.Array) -> jax.Array:
