@@ -10,6 +10,7 @@ from qjax.fit.layerwise import Fit
 from qjax.formats.affine import QParams
 from qjax.formats.spec import Recipe
 from qjax.graph.layers import Layer, Skipped
+from qjax.table import table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,16 +141,12 @@ class Report(Sequence[LayerReport]):
         return isinstance(other, Report) and vars(self) == vars(other)
 
     def __str__(self) -> str:
-        rows = [_row(layer) for layer in self] + [self._total()]
-        widths = [max(map(len, column)) for column in zip(_HEADER, *rows, strict=True)]
-        widths[0] = min(widths[0], 98 - sum(widths[1:]) - 2 * (len(widths) - 1))
-        lines = [_line(row, widths) for row in (_HEADER, *rows)]
-        rule = "─" * len(lines[0])
-        lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        rows = [_row(layer) for layer in self]
+        lines = [table(_HEADER, rows, "<<<<<>>>>", footer=self._total(), most=_WIDTH)]
         for skip in self.skipped:
             shapes = " and ".join(map(_shape, skip.shapes))
             line = f"in float: {skip.primitive} of {shapes}: {skip.reason}"
-            lines += textwrap.wrap(line, 98, subsequent_indent="  ")
+            lines += textwrap.wrap(line, _WIDTH, subsequent_indent="  ")
         return "\n".join(lines)
 
     def _total(self) -> tuple[str, ...]:
@@ -158,6 +155,7 @@ class Report(Sequence[LayerReport]):
         return (f"{len(self)} layers", *[""] * 6, si(macs), " → ".join(map(si, sizes)))
 
 
+_WIDTH = 98  # columns of text
 _KINDS = ("float", "quantized")
 _HEADER = (
     *("layer", "kind", "kernel", "bits w/i/o", "activation"),
@@ -178,14 +176,6 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         si(layer.macs),
         f"{si(layer.bytes_float)} → {si(layer.bytes_quantized)}",
     )
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    name = row[0] if len(row[0]) <= widths[0] else f"…{row[0][1 - widths[0] :]}"
-    cells = [name.ljust(widths[0])]
-    for index, (cell, width) in enumerate(zip(row[1:], widths[1:], strict=True)):
-        cells.append(cell.ljust(width) if index < 4 else cell.rjust(width))
-    return "  ".join(cells)
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "qjax"
 # Folders and modules in the order of the pipeline: each may import only what stands before
 # it. A new module is given its place here.
 ORDER = (
-    "progress",
+    *("progress", "table"),
     *("formats.spec", "formats.affine"),
     *("graph.jaxpr", "graph.operation", "graph.layers", "graph.fold"),
     *("run.layer", "run.packed", "run.function", "run.tap"),

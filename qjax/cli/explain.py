@@ -14,6 +14,7 @@ from qjax.quantize import quantize
 from qjax.run.tap import float_layers, shapes_of, tapped
 from qjax.study.curves import Curves, layer_curves
 from qjax.study.explain import explain
+from qjax.table import table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,14 +78,16 @@ def run(
 
 def describe_curves(curves: Curves) -> str:
     """Writes what each cost function chooses, and what the layer's output says to that."""
-    lines = [
-        f"the range of the {curves.tensor}, {curves.bits} bits",
-        f"{'cost function':<14} {'range kept':>10} {'tensor dB':>10} {'output dB':>10}",
-    ]
-    for choice in curves.choices:
-        mark = "  best" if choice is curves.best else ""
-        lines.append(
-            f"{choice.method:<14} {choice.share:>10.1%} {choice.tensor_sqnr_db:>10.1f} "
-            f"{choice.output_sqnr_db:>10.1f}{mark}"
+    header = ("cost function", "range kept", "tensor dB", "output dB", "")
+    rows = [
+        (
+            choice.method,
+            f"{choice.share:.1%}",
+            f"{choice.tensor_sqnr_db:.1f}",
+            f"{choice.output_sqnr_db:.1f}",
+            " best" if choice is curves.best else "",
         )
-    return "\n".join(lines)
+        for choice in curves.choices
+    ]
+    columns = table(header, rows, "<>>><", ruled=False, gap=1, widths=(14, 10, 10, 10, 5))
+    return f"the range of the {curves.tensor}, {curves.bits} bits\n{columns}"

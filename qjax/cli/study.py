@@ -11,7 +11,7 @@ from qjax.page.study import render_study
 from qjax.progress import Progress
 from qjax.quantize import Quantized
 from qjax.study.accuracy import top1
-from qjax.study.questions import QUESTIONS, Measure, search_bits, study, table
+from qjax.study.questions import QUESTIONS, Measure, search_bits, study, summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,4 +80,4 @@ def search(
     measure = Measure(model.apply_fn, model.params, calibration, top1_of)
     q, rows = search_bits(measure, recipe, arguments.search_bits, progress)
     float_top1 = top1_of(model.apply_fn, model.params)
-    return q, f"{table(('bits',), rows, float_top1)}\n"
+    return q, f"{summary(('bits',), rows, float_top1)}\n"

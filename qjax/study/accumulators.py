@@ -11,6 +11,7 @@ from qjax.integer.function import integer
 from qjax.progress import Progress
 from qjax.quantize import Quantized
 from qjax.study.cost import cost
+from qjax.table import table
 
 WIDTHS = tuple(range(10, 33))
 
@@ -109,17 +110,19 @@ class AccumulatorStudy(NamedTuple):
     def __str__(self) -> str:
         """Two tables and a summary."""
         size = max(len(layer.name) for layer in self.ranges)
-        header = f"{'layer':<{size}}  {'worst':>5}  {'met':>4}  {'min':>10}  {'max':>10}"
-        lines = [f"{header}  {'mean':>10}  {'std':>10}"]
-        lines += [
-            f"{layer.name:<{size}}  {layer.worst_bits:>5}  {layer.bits:>4}  {layer.low:>10,}  "
-            f"{layer.high:>10,}  {layer.mean:>10,.0f}  {layer.deviation:>10,.0f}"
-            for layer in self.ranges
+        ranges = [
+            (name, str(worst), str(met), f"{low:,}", f"{high:,}", f"{mean:,.0f}", f"{std:,.0f}")
+            for name, worst, met, low, high, mean, std in self.ranges
         ]
-        lines += ["", "bits   top-1", *(f"{b:>4}  {a:>6.2f}" for b, a in self.top1.items())]
+        header = ("layer", "worst", "met", "min", "max", "mean", "std")
+        widths = (size, 5, 4, 10, 10, 10, 10)
+        accuracies = [(str(bits), f"{top1:.2f}") for bits, top1 in self.top1.items()]
         wide, narrow, own = self.energy
         saved = f"{narrow / wide - 1:+.1%}", f"{own / wide - 1:+.1%}"
-        lines += [
+        lines = [
+            table(header, ranges, "<>>>>>>", ruled=False, widths=widths),
+            "",
+            table(("bits", "top-1"), accuracies, ">>", ruled=False, widths=(4, 6)),
             "",
             f"least width that loses nothing: {self.least} bits; bit operations of an image:",
             f"{wide:,.0f} with 32 bits, {narrow:,.0f} with {self.least} ({saved[0]}),",

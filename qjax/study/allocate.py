@@ -12,6 +12,7 @@ from qjax.formats.spec import Recipe
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
 from qjax.study.sensitivity import PARTS, Part, Sensitivity, at_width
+from qjax.table import table
 
 AVERAGES = tuple(np.arange(2, 8.25, 0.25).tolist())  # budgets that `meet_target` chooses from
 FLOAT_BITS = 32
@@ -96,15 +97,14 @@ class Allocation(NamedTuple):
         """A table of the widths."""
         layers = dict.fromkeys(layer for layer, _ in self.widths)
         size = max(map(len, layers))
-        lines = [f"{'layer':<{size}}  " + "  ".join(f"{part:>11}" for part in self.average_bits)]
-        for layer in layers:
-            cells = [self.widths[layer, part] for part in self.average_bits]
-            lines.append(f"{layer:<{size}}  " + "  ".join(f"{cell:>11}" for cell in cells))
-        means = "  ".join(f"{bits:>11.2f}" for bits in self.average_bits.values())
-        errors = "  ".join(f"{error:>11.2e}" for error in self.error.values())
-        return "\n".join(
-            [*lines, f"{'mean bits':<{size}}  {means}", f"{'error':<{size}}  {errors}"]
-        )
+        parts = list(self.average_bits)
+        rows = [(layer, *(str(self.widths[layer, part]) for part in parts)) for layer in layers]
+        rows += [
+            ("mean bits", *(f"{bits:.2f}" for bits in self.average_bits.values())),
+            ("error", *(f"{error:.2e}" for error in self.error.values())),
+        ]
+        align, widths = "<" + ">" * len(parts), [size, *[11] * len(parts)]
+        return table(("layer", *parts), rows, align, ruled=False, widths=widths)
 
 
 def allocate(

@@ -14,6 +14,7 @@ from typing import NamedTuple, overload
 
 from qjax.quantize import Quantized
 from qjax.report import LayerReport, si
+from qjax.table import shortened, table
 
 ACCUMULATOR_BITS = 32
 
@@ -99,17 +100,12 @@ class Cost(Sequence[LayerCost]):
 
     def __str__(self) -> str:
         header = ("cost of one example", "MACs", "mul", "add", "weight B", "act. B", "bit ops")
-        rows: list[tuple[str, ...]] = [(*header, f"energy ({self.unit})")]
+        rows = []
         for layer in (*self, self.total):
             name, *numbers = dataclasses.astuple(layer)
-            rows.append((name if len(name) <= 30 else f"…{name[-29:]}", *map(si, numbers)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(pairs))
-            for pairs in (list(zip(row, widths, strict=True)) for row in rows)
-        ]
-        rule = "─" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+            rows.append((shortened(name, 30), *map(si, numbers)))
+        *rows, total = rows
+        return table((*header, f"energy ({self.unit})"), rows, "<>>>>>>>", footer=total)
 
 
 def cost(

@@ -20,6 +20,7 @@ from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
 from qjax.study.quality import predict
 from qjax.study.sensitivity import at_width
+from qjax.table import table
 
 WIDTHS = (8, 4)
 ALL_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
@@ -68,7 +69,7 @@ class Study(NamedTuple):
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        return f"{self.question}\n\n{table(self.header, self.rows, self.float_top1)}"
+        return f"{self.question}\n\n{summary(self.header, self.rows, self.float_top1)}"
 
 
 def cells(header: Labels, rows: Sequence[Row], float_top1: float) -> list[tuple[str, ...]]:
@@ -82,19 +83,10 @@ def cells(header: Labels, rows: Sequence[Row], float_top1: float) -> list[tuple[
     return lines
 
 
-def table(header: Labels, rows: Sequence[Row], float_top1: float) -> str:
+def summary(header: Labels, rows: Sequence[Row], float_top1: float) -> str:
     """Writes rows below a header, numbers to the right."""
-    lines = cells(header, rows, float_top1)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    count = len(header)
-    text = [
-        "  ".join(
-            cell.ljust(width) if index < count else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join([text[0], "─" * len(text[0]), *text[1:]])
+    first, *others = cells(header, rows, float_top1)
+    return table(first, others, "<" * len(header) + ">>>>")
 
 
 class Question(NamedTuple):

@@ -1,0 +1,58 @@
+"""A table as plain text: cells in columns, the header above them, sums below."""
+
+from collections.abc import Sequence
+
+Cells = Sequence[str]
+
+
+def table(
+    header: Cells,
+    rows: Sequence[Cells],
+    align: str,
+    *,
+    footer: Cells = (),
+    ruled: bool = True,
+    gap: int = 2,
+    widths: Sequence[int] = (),
+    most: int | None = None,
+) -> str:
+    """Writes a table.
+
+    Args:
+      header: a cell for every column.
+      rows: likewise, each.
+      align: a character for every column: `<` to the left, `>` to the right.
+      footer: one more row, set apart.
+      ruled: whether lines are drawn below the header and above the footer.
+      gap: blanks between two columns.
+      widths: of the columns, where a longer cell sticks out; by default that of the longest cell.
+      most: of all columns together; the first one is shortened to that.
+
+    Returns:
+      Lines without blanks at their ends, the last one without a line break.
+    """
+    lines = [header, *rows, *([footer] if footer else [])]
+    columns = list(widths) or [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if most is not None:
+        columns[0] = min(columns[0], most - sum(columns[1:]) - gap * (len(columns) - 1))
+        lines = [(shortened(first, columns[0]), *others) for first, *others in lines]
+    text = [_line(cells, align, columns, " " * gap) for cells in lines]
+    if ruled:
+        rule = "─" * len(text[0])
+        text.insert(1, rule)
+        if footer:
+            text.insert(-1, rule)
+    return "\n".join(text)
+
+
+def shortened(text: str, width: int) -> str:
+    """The end of a text where all of it is too long: the start of a layer's name says least."""
+    return text if len(text) <= width else f"…{text[1 - width :]}"
+
+
+def _line(cells: Cells, align: str, widths: Sequence[int], gap: str) -> str:
+    parts = [
+        cell.rjust(width) if side == ">" else cell.ljust(width)
+        for cell, side, width in zip(cells, align, widths, strict=True)
+    ]
+    return gap.join(parts).rstrip()

@@ -1,0 +1,44 @@
+"""Tables as plain text."""
+
+import pytest
+
+from qjax.table import shortened, table
+
+HEADER = ("name", "size")
+ROWS = [("stem", "9"), ("head", "1,024")]
+
+
+def test_columns_are_as_wide_as_their_longest_cell():
+    assert table(HEADER, ROWS, "<>", footer=("in all", "1,033")) == (
+        "name     size\n─────────────\nstem        9\nhead    1,024\n─────────────\nin all  1,033"
+    )
+
+
+def test_given_widths_stay_and_longer_cells_stick_out():
+    text = table(HEADER, ROWS, "<>", ruled=False, gap=1, widths=(3, 4))
+    assert text.splitlines() == ["name size", "stem    9", "head 1,024"]
+
+
+def test_lines_end_without_blanks():
+    assert table(("name", ""), [("a", ""), ("b", "best")], "<<", ruled=False).splitlines() == [
+        "name",
+        "a",
+        "b     best",
+    ]
+
+
+def test_the_first_column_is_shortened_to_what_is_left():
+    lines = table(HEADER, [("layer1/block0/conv1", "9")], "<>", most=12).splitlines()
+    assert lines == ["name    size", "─" * 12, "…conv1     9"]
+
+
+def test_a_row_has_a_cell_for_every_column():
+    with pytest.raises(ValueError):
+        table(HEADER, [("stem",)], "<>")
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "expected"), [("head", 4, "head"), ("block/conv", 5, "…conv")]
+)
+def test_shortened_keeps_the_end(text: str, width: int, expected: str):
+    assert shortened(text, width) == expected
