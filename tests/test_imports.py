@@ -22,7 +22,8 @@ ORDER = (
     *("study.curves", "study.layer_trace", "study.explain", "study.accumulators"),
     *("study.questions",),
     *("page.document", "page.svg", "page.quantization", "page.study"),
-    *("cli.widths", "cli.explain", "cli.study", "cli.accumulators", "cli.main"),
+    *("cli.loading", "cli.arguments", "cli.command", "cli.widths"),
+    *("cli.quantize", "cli.explain", "cli.accumulators", "cli.study", "cli.main"),
 )
 PATHS = [path.relative_to(PACKAGE).with_suffix("") for path in sorted(PACKAGE.rglob("*.py"))]
 MODULES = {

@@ -2,8 +2,10 @@
 
 import argparse
 from functools import partial
-from typing import Any, get_args
+from typing import get_args
 
+from qjax.cli import command
+from qjax.cli.loading import Loaded
 from qjax.formats.spec import Recipe
 from qjax.integer.accumulator import MAX_BITS, MIN_BITS, Check, Overflow
 from qjax.progress import Progress
@@ -37,15 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(
+def answer(
     arguments: argparse.Namespace,
-    model: Any,
-    calibration: Any,
-    test: Any,
+    loaded: Loaded,
     recipe: Recipe,
     progress: Progress,
 ) -> str:
-    """Quantizes a model and studies its accumulators; the arguments are those of `cli.explain.run`.
+    """Quantizes a model and studies its accumulators; the arguments are those of `explain.answer`.
 
     Returns:
       The tables to print.
@@ -54,6 +54,7 @@ def run(
       ValueError: an accumulator has no such width, or none would hold integers.
     """
     _check(arguments, recipe)
+    model, calibration, test = loaded
     q = quantize(model.apply_fn, model.params, calibration, recipe, progress=progress)
     measure = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
     size = min(BATCH_SIZE, len(calibration))
@@ -82,3 +83,8 @@ def _check(arguments: argparse.Namespace, recipe: Recipe) -> None:
         )
     if recipe.weights is None or recipe.inputs is None:
         raise ValueError("integer accumulators need quantized weights and inputs; got float.")
+
+
+COMMAND = command.question(
+    "accumulators", "measure how wide the accumulators must be", add_arguments, answer
+)

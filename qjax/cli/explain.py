@@ -1,10 +1,11 @@
 """`qjax explain`: one layer followed step by step on a test image."""
 
 import argparse
-from typing import Any
 
 import jax.numpy as jnp
 
+from qjax.cli import command
+from qjax.cli.loading import Loaded
 from qjax.formats.spec import Recipe
 from qjax.graph.layers import find_layers
 from qjax.page import quantization
@@ -26,11 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--report", metavar="FILE", help="and draw them on a page to look at: ranges.html")
 
 
-def run(
+def answer(
     arguments: argparse.Namespace,
-    model: Any,
-    calibration: Any,
-    test: Any,
+    loaded: Loaded,
     recipe: Recipe,
     progress: Progress,
 ) -> str:
@@ -38,9 +37,7 @@ def run(
 
     Args:
       arguments: of the command.
-      model: a `pretrained.Pretrained`.
-      calibration: preprocessed training images.
-      test: the test split.
+      loaded: the model and its images.
       recipe: how to quantize.
       progress: of the quantization.
 
@@ -50,6 +47,7 @@ def run(
     Raises:
       ValueError: there is no such image or layer.
     """
+    model, calibration, test = loaded
     if not 0 <= arguments.image < len(test.images):
         raise ValueError(
             f"`--image` must be from 0 to {len(test.images) - 1}; got {arguments.image}."
@@ -91,3 +89,8 @@ def describe_curves(curves: Curves) -> str:
     ]
     columns = table(header, rows, "<>>><", ruled=False, gap=1, widths=(14, 10, 10, 10, 5))
     return f"the range of the {curves.tensor}, {curves.bits} bits\n{columns}"
+
+
+COMMAND = command.question(
+    "explain", "follow one layer step by step on a test image", add_arguments, answer
+)

@@ -3,15 +3,15 @@
 import argparse
 import textwrap
 from functools import partial
-from typing import Any
 
+from qjax.cli import command
+from qjax.cli.loading import Loaded
 from qjax.formats.spec import Recipe
 from qjax.page.document import write
 from qjax.page.study import render_study
 from qjax.progress import Progress
-from qjax.quantize import Quantized
 from qjax.study.accuracy import top1
-from qjax.study.questions import QUESTIONS, Measure, search_bits, study, summary
+from qjax.study.questions import QUESTIONS, study
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,19 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--report", metavar="FILE", help="write a page to look at: study.html")
 
 
-def run(
+def answer(
     arguments: argparse.Namespace,
-    model: Any,
-    calibration: Any,
-    test: Any,
+    loaded: Loaded,
     recipe: Recipe,
     progress: Progress,
 ) -> str:
-    """Makes a study of a model; the arguments are those of `cli.explain.run`.
+    """Makes a study of a model; the arguments are those of `explain.answer`.
 
     Returns:
       The table to print.
     """
+    model, calibration, test = loaded
     measure = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
     result = study(
         arguments.name,
@@ -63,21 +62,6 @@ def run(
     return f"{result}\n\n{textwrap.fill(note, 80)}"
 
 
-def search(
-    arguments: argparse.Namespace,
-    model: Any,
-    calibration: Any,
-    test: Any,
-    recipe: Recipe,
-    progress: Progress,
-) -> tuple[Quantized, str]:
-    """Finds the least width that is good enough; the arguments are those of `cli.explain.run`.
-
-    Returns:
-      The quantized network, and the table of the widths that were tried.
-    """
-    top1_of = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
-    measure = Measure(model.apply_fn, model.params, calibration, top1_of)
-    q, rows = search_bits(measure, recipe, arguments.search_bits, progress)
-    float_top1 = top1_of(model.apply_fn, model.params)
-    return q, f"{summary(('bits',), rows, float_top1)}\n"
+COMMAND = command.question(
+    "study", "answer a question by quantizing in several ways", add_arguments, answer
+)

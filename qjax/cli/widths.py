@@ -1,15 +1,18 @@
-"""`qjax quantize --average-bits | --max-bytes | --target-drop`: a width for every layer."""
+"""The widths that `qjax quantize` finds: one for all layers, or one for every layer."""
 
 import argparse
 import math
+from functools import partial
 from typing import Any
 
 from qjax import artifact
+from qjax.cli.loading import Loaded
 from qjax.formats.spec import Recipe
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
+from qjax.study.accuracy import top1
 from qjax.study.allocate import FLOAT_BITS, Allocation, BudgetError, allocate, meet_target
-from qjax.study.questions import AGREEMENT
+from qjax.study.questions import AGREEMENT, Measure, search_bits, summary
 from qjax.study.sensitivity import WIDTHS, Sensitivity, measure_sensitivities
 
 SENSITIVITY_IMAGES = 256  # of the calibration images
@@ -56,20 +59,24 @@ def check(arguments: argparse.Namespace, recipe: Recipe) -> None:
 
 
 def is_wanted(arguments: argparse.Namespace) -> bool:
-    """Whether a budget was given."""
-    budgets = (arguments.average_bits, arguments.max_bytes, arguments.target_drop)
-    return any(budget is not None for budget in budgets)
+    """Whether a goal was given."""
+    goals = (
+        arguments.search_bits,
+        arguments.average_bits,
+        arguments.max_bytes,
+        arguments.target_drop,
+    )
+    return any(goal is not None for goal in goals)
 
 
 def run(
-    arguments: argparse.Namespace, model: Any, calibration: Any, recipe: Recipe, progress: Progress
+    arguments: argparse.Namespace, loaded: Loaded, recipe: Recipe, progress: Progress
 ) -> tuple[Quantized, str]:
-    """Measures sensitivities, allocates widths and quantizes with them.
+    """Finds widths and quantizes with them.
 
     Args:
-      arguments: the budget.
-      model: the pretrained model.
-      calibration: its calibration inputs.
+      arguments: the goal.
+      loaded: the model and its images.
       recipe: what else is to be done.
       progress: called with (what is being done, how much is done, how much there is).
 
@@ -77,8 +84,11 @@ def run(
       The quantized network, and the explanation to print.
 
     Raises:
-      ValueError: the budget cannot be kept.
+      ValueError: the goal cannot be met.
     """
+    if arguments.search_bits is not None:
+        return _one_for_all(arguments.search_bits, loaded, recipe, progress)
+    model, calibration, _ = loaded
     few = calibration[:SENSITIVITY_IMAGES]
     network = (model.apply_fn, model.params)
     found = measure_sensitivities(*network, few, recipe, progress=progress)
@@ -92,6 +102,17 @@ def run(
     else:
         chosen = _within_bytes(arguments.max_bytes, network, few, recipe, found)
     return quantize(*network, calibration, chosen.recipe, progress=progress), str(chosen)
+
+
+def _one_for_all(
+    agreement: float, loaded: Loaded, recipe: Recipe, progress: Progress
+) -> tuple[Quantized, str]:
+    """The least width that is good enough, and the table of the widths that were tried."""
+    model, calibration, test = loaded
+    top1_of = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
+    measure = Measure(model.apply_fn, model.params, calibration, top1_of)
+    q, rows = search_bits(measure, recipe, agreement, progress)
+    return q, summary(("bits",), rows, top1_of(model.apply_fn, model.params))
 
 
 def _within_bytes(

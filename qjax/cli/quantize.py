@@ -1,0 +1,172 @@
+"""`qjax quantize`: quantizes a pretrained model and reports what that costs."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from qjax import artifact
+from qjax.cli import widths
+from qjax.cli.arguments import add_model, add_recipe, check_report, load_model, read_recipe
+from qjax.cli.command import Command, Stage, add_quiet, stages
+from qjax.cli.loading import Loaded
+from qjax.formats.spec import Recipe
+from qjax.page import quantization
+from qjax.page.document import write
+from qjax.quantize import Quantized, quantize
+from qjax.study.accuracy import top1
+from qjax.study.cost import MODELS, cost
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
+    add_model(parser)
+    add_recipe(parser)
+    widths.add_arguments(parser)
+    add = parser.add_argument_group("what to write").add_argument
+    add(
+        "--baseline",
+        action="store_true",
+        help="also quantize naively (absmax ranges, nearest rounding, no correction)",
+    )
+    add(
+        "--cost",
+        choices=MODELS,
+        metavar="MODEL",
+        help="table of operations, bytes and energy, by a "
+        "model: bits (E = multiplications * b_w * b_x + additions * b_acc) or picojoules (45 nm)",
+    )
+    add("--report", metavar="FILE", help="write a page to read: report.html")
+    add("--out", metavar="DIR", help="save the quantized model for qjax.load")
+    add("--json", action="store_true", help="end standard output with the results as one JSON line")
+    add_quiet(add)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Quantizes a model, compares it with the float one, and prints and writes what was asked for.
+
+    Raises:
+      ValueError: an option is not possible.
+    """
+    recipe = read_recipe(arguments)
+    if arguments.out is not None:
+        artifact.check_destination(arguments.out)
+    check_report(arguments)
+    widths.check(arguments, recipe)
+    stage = stages(arguments)
+    with stage("loading") as progress:
+        loaded = load_model(arguments, progress)
+    q, seconds = _quantized(arguments, loaded, recipe, stage)
+    accuracies = _accuracies(arguments, loaded, q, stage)
+    if arguments.out is not None:
+        artifact.save(arguments.out, q)
+    result = _result(arguments, loaded, q, accuracies, seconds)
+    print(q.report, _summary(result), sep="\n\n")
+    if arguments.cost is not None:
+        print(f"\n{cost(q, model=arguments.cost)}\n")
+    if arguments.out is not None:
+        print(f"saved        {arguments.out}")
+    if arguments.report is not None:
+        with stage("measuring") as progress:
+            sizes = result["bytes_float"], result["bytes_quantized"]
+            facts = quantization.gather(q, *loaded, sizes, progress)
+        write(arguments.report, quantization.render(facts))
+        print(f"page         {arguments.report}")
+    if arguments.json:
+        print(json.dumps(result, allow_nan=False))
+
+
+def _quantized(
+    arguments: argparse.Namespace, loaded: Loaded, recipe: Recipe, stage: Stage
+) -> tuple[Quantized, float]:
+    """The quantized network and the seconds that it took; prints how its widths were found."""
+    start = time.perf_counter()
+    with stage("quantizing") as progress:
+        if widths.is_wanted(arguments):
+            q, found = widths.run(arguments, loaded, recipe, progress)
+            print(f"{found}\n")
+        else:
+            model = loaded.model
+            q = quantize(
+                model.apply_fn, model.params, loaded.calibration, recipe, progress=progress
+            )
+    return q, time.perf_counter() - start
+
+
+def _accuracies(
+    arguments: argparse.Namespace, loaded: Loaded, q: Quantized, stage: Stage
+) -> dict[str, float | None]:
+    """Top-1 in percent of the float network, the quantized one and, if asked for, a naive one."""
+    model, calibration, test = loaded
+    measure = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
+
+    def accuracy(name: str, apply_fn: Callable[..., Any], params: Any) -> float:
+        with stage(f"evaluating {name}") as progress:
+            return measure(apply_fn, params, progress=progress)
+
+    found: dict[str, float | None] = {
+        "float_top1": accuracy("float", model.apply_fn, model.params),
+        "quantized_top1": accuracy("quantized", q.apply_fn, q.params),
+        "naive_top1": None,
+    }
+    if arguments.baseline:
+        with stage("quantizing naively") as progress:
+            recipe = q.report.recipe.naive()
+            naive = quantize(model.apply_fn, model.params, calibration, recipe, progress=progress)
+        found["naive_top1"] = accuracy("naive", naive.apply_fn, naive.params)
+    return found
+
+
+def _result(
+    arguments: argparse.Namespace,
+    loaded: Loaded,
+    q: Quantized,
+    accuracies: dict[str, float | None],
+    seconds: float,
+) -> dict[str, Any]:
+    """The results as they are written by `--json`."""
+    return {
+        "model": loaded.model.name,
+        "dataset": loaded.test.name,
+        "calibration_images": len(loaded.calibration),
+        "seed": arguments.seed,
+        "test_images": len(loaded.test.images),
+        **accuracies,
+        "bytes_float": sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.model.params)),
+        "bytes_quantized": artifact.stored_bytes(q),
+        "bit_operations": cost(q).total.bit_operations,
+        "seconds": seconds,
+        "recipe": q.report.recipe.to_json(),
+        "layers": [artifact.record_to_json(record) for record in q.report],
+        "versions": artifact.versions(),
+    }
+
+
+def _summary(result: dict[str, Any]) -> str:
+    before, after = result["float_top1"], result["quantized_top1"]
+    naive = result["naive_top1"]
+    beside = "" if naive is None else f", {naive:.2f} % naively ({naive - before:+.2f})"
+    size, small = result["bytes_float"], result["bytes_quantized"]
+    return "\n".join(
+        (
+            f"top-1        {before:.2f} % float, {after:.2f} % quantized ({after - before:+.2f})"
+            f"{beside}, {result['test_images']:,} test images of {result['dataset']}",
+            f"parameters   {size:,} bytes float, {small:,} quantized ({size / small:.2f}x smaller)",
+            f"calibration  {result['seconds']:.1f} s on {result['calibration_images']:,} training "
+            f"images, without labels (seed {result['seed']})",
+        )
+    )
+
+
+COMMAND = Command(
+    "quantize",
+    "quantize a pretrained model and compare it with the float one",
+    "Quantizes a pretrained model on training images, without their labels, and "
+    "compares its top-1 accuracy on all test images with the float model's.",
+    add_arguments,
+    run,
+)

@@ -1,0 +1,161 @@
+"""`qjax quantize`: what it prints, what it writes, and that bad input ends it with one reason."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cli.tiny import Model, apply_fn, make_params, quantize
+
+import pretrained
+import qjax
+from pretrained import datasets
+
+
+def test_quantize(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "new" / "artifact"
+    options = ["--bits", "4", "--output-bits", "none", "--override", "hid*=12", "--json"]
+    assert quantize(*options, "--calibration-size", "30", "--seed", "1", "--out", str(out)) == 0
+    stdout, stderr = capsys.readouterr()
+    assert stderr == ""  # no terminal, no bars
+    *lines, last = stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    result = json.loads(last)
+    assert result["float_top1"] == 75.0
+    assert 0.0 <= result["quantized_top1"] <= 75.0
+    assert [layer["weight_bits"] for layer in result["layers"]] == [12, 4]
+    assert [layer["input_bits"] for layer in result["layers"]] == [None, None]
+    assert (result["calibration_images"], result["test_images"], result["seed"]) == (30, 300, 1)
+    assert result["bytes_float"] == 4 * (16 * 8 + 8 * 10)
+    assert result["bytes_quantized"] < result["bytes_float"]
+    assert set(result["versions"]) == {"qjax", "jax", "numpy", "python"}
+
+    recipe = qjax.Recipe.from_json(result["recipe"])
+    assert (recipe.inputs, recipe.outputs, recipe.range_method) == (None, None, "absmax")
+    restored = qjax.load(out, apply_fn)
+    assert restored.report.recipe == recipe
+    assert stdout.startswith(str(restored.report))
+    assert f"75.00 % float, {result['quantized_top1']:.2f} % quantized" in stdout
+    assert "300 test images of noise" in stdout
+
+    images = datasets.calibration_draw(datasets.load("noise", "train").images, 30, 1)
+    same = qjax.quantize(apply_fn, make_params(), np.float32(images) / 255, recipe)
+    assert same.report == restored.report  # nothing that a library call would not do
+
+
+def test_json_counts_what_is_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert quantize("--json", "--out", str(tmp_path), "--first-last-bits", "3") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    arrays = manifest["arrays"].values()
+    sizes = [np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in arrays]
+    assert result["bytes_quantized"] == sum(sizes)
+    assert result["calibration_images"] == 40  # all there are, below the default
+    assert {layer["weight_bits"] for layer in result["layers"]} == {3}
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_bars_on_a_terminal_unless_quiet(
+    quiet: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert quantize(*["--quiet"] * quiet) == 0
+    stdout, stderr = capsys.readouterr()
+    for stage in ("loading", "quantizing", "evaluating float", "evaluating quantized"):
+        assert (stage in stderr) is not quiet
+    assert "2 layers" in stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--model", "nope"], "nope"),
+        (["--bits", "1"], "`bits` must be an integer from 2 to 16; got 1"),
+        (["--bits", "17"], "`bits` must be an integer from 2 to 16; got 17"),
+        (["--bits", "many"], "argument --bits: invalid int value: 'many'"),
+        (["--weight-bits", "0"], "`weight_bits` must be an integer from 2 to 16; got 0"),
+        (["--output-bits", "half"], "--output-bits: expected a number of bits or float"),
+        (["--first-last-bits", "99"], "`first_last_bits` must be an integer from 2 to 16; got 99"),
+        (["--range-method", "guess"], "--range-method: invalid choice: 'guess'"),
+        (["--calibration-size", "0"], "--calibration-size: expected at least 1 image; got '0'"),
+        (["--calibration-size", "41"], "between 1 and 40"),
+        (["--override", "hidden"], "--override: expected PATTERN=N or PATTERN=float"),
+        (["--override", "hidden=1"], "`bits` must be an integer from 2 to 16; got 1"),
+        (["--override", "conv*=4"], "`overrides` pattern 'conv*' matches no layer; the layers are"),
+        (["--dataset", "digits:nope"], "digits:nope"),
+        (["--out", "/dev/null/artifact"], "/dev/null"),
+        (["--out", str(Path(__file__).parent)], "`path` must be new, empty or an artifact"),
+        (["--model", "broken"], "`params` must be finite; found NaN or infinity at 'head/w'"),
+        (["--model", "black"], "`batches` must be finite; found NaN or infinity"),
+        (
+            ["--dataset", "digits"],
+            "`--dataset` digits has images of shape (8, 8, 1), which the model",
+        ),
+        (["--colour"], "unrecognized arguments: --colour"),
+        (["--report", "/nowhere/report.html"], "`--report` must name a file in an existing folder"),
+        (
+            ["--search-bits", "0"],
+            "`--search-bits` must be above 0 and at most 100 percent; got 0.0",
+        ),
+    ],
+)
+def test_bad_input_is_refused_with_one_reason(
+    options: list[str],
+    reason: str,
+    stand_ins: dict[str, Model],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    tiny = stand_ins["tiny"]
+    params = tiny.params | {"head": {"w": tiny.params["head"]["w"].at[0, 0].set(jnp.nan)}}
+    stand_ins["broken"] = tiny._replace(params=params)
+    stand_ins["black"] = tiny._replace(preprocess=lambda x: np.float32(x) * np.float32(np.nan))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    assert quantize(*options) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert stderr.startswith("qjax: error: ") and reason in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_the_destination_is_checked_before_the_work(tmp_path: Path, monkeypatch):
+    def fail(*args: Any) -> None:
+        raise AssertionError("loaded a model first")
+
+    monkeypatch.setattr(pretrained, "load", fail)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert quantize("--out", str(tmp_path)) == 2
+
+
+def test_report_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "report.html"
+    assert quantize("--report", str(path), "--bits", "6", "--json") == 0
+    stdout = capsys.readouterr().out
+    assert f"page         {path}" in stdout
+    result = json.loads(stdout.splitlines()[-1])
+    page = path.read_text()
+    assert page.startswith("<!doctype html>") and "tiny, quantized" in page
+    assert f"{result['bytes_float']:,} → {result['bytes_quantized']:,} bytes" in page
+    assert f"{result['quantized_top1']:.2f} %" in page
+
+
+def test_scales_per_channel_can_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "report.html"
+    formats = ["--input-bits", "6", "--output-bits", "float"]
+    options = [*formats, "--activation-granularity", "per_channel", "--json"]
+    assert quantize(*options, "--report", str(path)) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["recipe"]["inputs"]["granularity"] == "per_channel"
+    finer = 4 * (16 + 8)  # bytes of the scales of both inputs
+    assert quantize(*formats, "--json") == 0
+    coarser = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["bytes_quantized"] == coarser["bytes_quantized"] + finer - 2 * 4
+    assert "tiny, quantized" in path.read_text()
+
+
+def test_cost_prints_a_table(capsys: pytest.CaptureFixture[str]):
+    assert quantize("--cost", "picojoules") == 0
+    assert "energy (pJ)" in capsys.readouterr().out
