@@ -16,16 +16,6 @@ def document(title: str, body: str) -> str:
     return template.replace("{{title}}", escape(title)).replace("{{body}}", body)
 
 
-def check_destination(path: str | None) -> None:
-    """Refuses a path where no file can be written, before any work is done.
-
-    Raises:
-      ValueError: it is a folder, or its folder does not exist.
-    """
-    if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-        raise ValueError(f"`--report` must name a file in an existing folder; got {path!r}.")
-
-
 def write(path: str | Path, text: str) -> None:
     """Writes a document whole or not at all."""
     unfinished = Path(f"{path}.unfinished")
