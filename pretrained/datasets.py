@@ -7,6 +7,7 @@ the user's cache folder, keyed by name, version and split.
 import contextlib
 import importlib.util
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -94,7 +95,21 @@ def calibration_draw(images: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 
 def cache_dir() -> Path:
-    """Returns this package's cache folder: $XDG_CACHE_HOME/qjax, by default ~/.cache/qjax."""
+    """Returns the user's cache folder for everything that qjax keeps.
+
+    That is QJAX_CACHE_DIR, by default `qjax` in the platform's: %LOCALAPPDATA% on Windows,
+    ~/Library/Caches on macOS, elsewhere $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+      RuntimeError: there is no home directory.
+    """
+    if own := os.environ.get("QJAX_CACHE_DIR"):
+        return Path(own).expanduser()
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return Path(local or Path.home() / "AppData" / "Local") / "qjax"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "qjax"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qjax"
 
 

@@ -22,7 +22,7 @@ ORDER = (
     *("study.curves", "study.layer_trace", "study.explain", "study.accumulators"),
     *("study.questions",),
     *("page.document", "page.svg", "page.quantization", "page.study"),
-    *("cli.loading", "cli.arguments", "cli.command", "cli.widths"),
+    *("cli.compilation_cache", "cli.loading", "cli.arguments", "cli.command", "cli.widths"),
     *("cli.quantize", "cli.explain", "cli.accumulators", "cli.study", "cli.main"),
 )
 PATHS = [path.relative_to(PACKAGE).with_suffix("") for path in sorted(PACKAGE.rglob("*.py"))]

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from qjax.cli import accumulators, explain, quantize, study
+from qjax.cli import accumulators, compilation_cache, explain, quantize, study
 
 COMMANDS = (quantize.COMMAND, explain.COMMAND, accumulators.COMMAND, study.COMMAND)
 
@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
+        with compilation_cache.caching(arguments):
+            arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:
         print(f"qjax: error: {error}", file=sys.stderr)
         return 2
@@ -41,5 +42,6 @@ def _parser() -> argparse.ArgumentParser:
             command.name, help=command.summary, description=command.description
         )
         command.add_arguments(own)
+        compilation_cache.add_argument(own.add_argument)
         own.set_defaults(run=command.run)
     return parser

@@ -1,31 +1,24 @@
 """What the commands find instead of real models and datasets."""
 
-import numpy as np
-import pytest
-from cli.tiny import Model, apply_fn, make_params
+from pathlib import Path
 
-import pretrained
-from pretrained import datasets
+import pytest
+from cli.tiny import Model, stand_in
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what the commands compile: all tests share it, the user's is left alone."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps it there."""
+    monkeypatch.setenv("QJAX_CACHE_DIR", str(cache_dir))
 
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> dict[str, Model]:
-    """A model `tiny` of random weights, and for any dataset 40 training and 300 test images."""
-    rng = np.random.default_rng(0)
-    sizes = {"train": 40, "test": 300}
-    images = {split: rng.integers(0, 255, (n, 4, 4, 1), np.uint8) for split, n in sizes.items()}
-    tiny = Model("tiny", apply_fn, make_params(), lambda x: np.float32(x) / 255, "noise")
-    models = {"tiny": tiny}
-    load_model, load_dataset = pretrained.load, datasets.load
-
-    def load(name: str, split: str) -> datasets.Dataset:
-        if name != "noise":
-            return load_dataset(name, split)
-        x = tiny.preprocess(images[split])
-        labels = np.array(apply_fn(tiny.params, x).argmax(-1), np.int32)
-        labels[: len(labels) // 4] = 10  # a quarter is wrong
-        return datasets.Dataset(images[split], labels, name)
-
-    monkeypatch.setattr(pretrained, "load", lambda name: models.get(name) or load_model(name))
-    monkeypatch.setattr(datasets, "load", load)
-    return models
+    """The model `tiny` and its images."""
+    return stand_in(monkeypatch)

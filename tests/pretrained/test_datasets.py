@@ -40,6 +40,7 @@ def data_dir(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
+    monkeypatch.delenv("QJAX_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "tfds" / "tiny" / "1.2.3"
     folder.mkdir(parents=True)
@@ -111,6 +112,29 @@ def test_decoded_images_are_cached_whole(data_dir: pathlib.Path, monkeypatch: py
     second = datasets.load("tiny", "test", data_dir)
     np.testing.assert_array_equal(first.images, second.images)
     np.testing.assert_array_equal(first.labels, second.labels)
+
+
+@pytest.mark.parametrize(
+    ("platform", "folder"),
+    [
+        ("linux", ".cache/qjax"),
+        ("darwin", "Library/Caches/qjax"),
+        ("win32", "AppData/Local/qjax"),
+    ],
+)
+def test_the_cache_folder_is_where_the_platform_has_it(
+    platform: str, folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+):
+    for name in ("QJAX_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path)
+    monkeypatch.setattr("sys.platform", platform)
+    assert datasets.cache_dir() == tmp_path / folder
+    monkeypatch.setenv("LOCALAPPDATA" if platform == "win32" else "XDG_CACHE_HOME", "/set")
+    expected = tmp_path / folder if platform == "darwin" else pathlib.Path("/set/qjax")
+    assert datasets.cache_dir() == expected
+    monkeypatch.setenv("QJAX_CACHE_DIR", "/own")
+    assert datasets.cache_dir() == pathlib.Path("/own")
 
 
 def test_loading_needs_no_cache(
