@@ -3,6 +3,7 @@
 python scripts/benchmark.py search
 python scripts/benchmark.py ablation --models lenet5-mnist
 python scripts/benchmark.py integer
+python scripts/benchmark.py startup --against ../older-checkout
 """
 
 import argparse
@@ -11,6 +12,7 @@ from typing import Any
 
 import benchmark_integer
 import benchmark_search
+import benchmark_startup
 import evaluate
 
 
@@ -24,6 +26,7 @@ def main() -> None:
     benchmark_integer.add_integer(commands)
     benchmark_integer.add_lowerings(commands)
     benchmark_integer.add_agreement(commands)
+    benchmark_startup.add_startup(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
