@@ -2,11 +2,12 @@
 
 from qjax.artifact import load, save
 from qjax.formats.affine import QParams, dequantize, fake_quant, quantize_array, sqnr_db
-from qjax.formats.spec import QuantSpec, Recipe, recipe
+from qjax.formats.spec import QuantSpec
 from qjax.graph.layers import Layer, trace
 from qjax.integer.accumulator import Accumulator
 from qjax.integer.function import integer
 from qjax.quantize import Quantized, quantize
+from qjax.recipe import Recipe, recipe
 from qjax.report import LayerReport, Report
 from qjax.run.packed import pack, unpack
 from qjax.study.accuracy import top1

@@ -28,18 +28,20 @@ import numpy as np
 from safetensors import numpy as safetensors
 
 from qjax.formats.affine import QParams
-from qjax.formats.spec import Recipe
-from qjax.graph.layers import Skipped, path_names
+from qjax.formats.packing import pack_codes, unpack_codes
+from qjax.formats.spec import FORMATS
+from qjax.graph.layers import Skipped
+from qjax.graph.naming import path_names
 from qjax.quantize import Quantized
+from qjax.recipe import Recipe
 from qjax.report import LayerReport, Report
 from qjax.run.function import QuantizedFunction
-from qjax.run.layer import QuantizedLayer, apply_layer
-from qjax.run.packed import pack_codes, unpack_codes
+from qjax.run.layer import QuantizedLayer
 
 FORMAT, VERSION = "qjax", 1
 ARRAYS, MANIFEST = "model.safetensors", "manifest.json"
 
-_QPARAMS = ("weights", "inputs", "outputs", "activated")
+_FORMATS = ("weights", "inputs", "outputs", "activated")  # fields of a layer
 
 
 def save(path: str | os.PathLike, q: Quantized) -> None:
@@ -56,8 +58,8 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
     check_destination(path)
     path = Path(path).resolve()
     layers: Mapping[str, QuantizedLayer] = q.params["layers"]
-    packed = {name: _with_kernel(layer, pack_codes) for name, layer in layers.items()}
-    arrays = _by_path({"layers": packed, "rest": q.params["rest"]})
+    stored = {name: _storable_layer(layer) for name, layer in layers.items()}
+    arrays = _by_path({"layers": stored, "rest": q.params["rest"]})
     data = safetensors.save(
         {name: _storable(array) for name, array in arrays.items() if not _is_integer_zero(array)}
     )
@@ -70,7 +72,7 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
             name: {
                 "operand_shape": q.apply_fn.shapes[name],
                 "kernel_shape": layer.kernel.shape,
-                **{field: _limits(getattr(layer, field)) for field in _QPARAMS},
+                **{field: _described_format(getattr(layer, field)) for field in _FORMATS},
             }
             for name, layer in layers.items()
         },
@@ -125,13 +127,12 @@ def load(
     leaves = [arrays[name] for name in path_names(template)]
     tree = jax.tree.unflatten(jax.tree.structure(template), leaves)
     layers = {
-        name: _with_kernel(layer, unpack_codes, manifest["layers"][name]["kernel_shape"])
+        name: _restored_layer(layer, manifest["layers"][name])
         for name, layer in tree["layers"].items()
     }
     function = QuantizedFunction(
         apply_fn,
         _float_params(path, manifest, params),
-        apply_layer,
         {name: tuple(layer["operand_shape"]) for name, layer in manifest["layers"].items()},
     )
     report = Report(
@@ -240,28 +241,91 @@ def _restored(name: str, stored: np.ndarray | None, dtype: str, shape: Sequence[
     return array
 
 
-def _with_kernel(layer: QuantizedLayer, change: Callable[..., Any], *args: Any) -> QuantizedLayer:
-    """Packs or unpacks the kernel of a layer, where it consists of codes."""
-    if layer.weights is None:
-        return layer
-    return dataclasses.replace(layer, kernel=change(layer.kernel, layer.weights, *args))
+# ---- Layers
+
+
+def _storable_layer(layer: QuantizedLayer) -> dict[str, Any]:
+    """The arrays of a layer: its kernel as a stream of bits, its formats without what is no array.
+
+    The limits of affine codes stand in the manifest.
+    """
+    kernel, format = layer.kernel, layer.weights
+    if format is not None:
+        kernel = pack_codes(kernel, format.lowest, format.bits)
+    formats = {field: _arrays_of(getattr(layer, field)) for field in _FORMATS}
+    return {"kernel": kernel, "bias": layer.bias} | formats
+
+
+def _arrays_of(format: Any) -> dict[str, Any] | None:
+    if format is None:
+        return None
+    arrays = {field: getattr(format, field) for field in _array_fields(type(format))}
+    return {
+        field: a for field, a in arrays.items() if not (_is_affine(format) and field in _LIMITS)
+    }
+
+
+_LIMITS = ("qmin", "qmax")
+
+
+def _is_affine(format: Any) -> bool:
+    return isinstance(format, QParams)
+
+
+def _array_fields(type: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(type) if not f.metadata.get("static")]
+
+
+def _described_format(format: Any) -> Any:
+    """A format without its arrays, as JSON: affine ones by their limits, others by their name."""
+    if format is None:
+        return None
+    if _is_affine(format):
+        return [int(format.qmin), int(format.qmax)]
+    fields = dataclasses.fields(format)
+    static = {f.name: getattr(format, f.name) for f in fields if f.metadata.get("static")}
+    return {"format": format.name, "lowest": int(format.lowest), "bits": format.bits} | static
+
+
+def _restored_layer(stored: Mapping[str, Any], described: Mapping[str, Any]) -> QuantizedLayer:
+    formats = {field: _restored_format(stored[field], described[field]) for field in _FORMATS}
+    kernel, format = stored["kernel"], formats["weights"]
+    if format is not None:
+        shape = described["kernel_shape"]
+        kernel = unpack_codes(kernel, int(format.lowest), format.bits, format.dtype, shape)
+    return QuantizedLayer(kernel, stored["bias"], **formats)
+
+
+def _restored_format(arrays: Mapping[str, Any] | None, described: Any) -> Any:
+    if arrays is None:
+        return None
+    if isinstance(described, list):
+        return QParams(arrays["scale"], arrays["zero_point"], *described)
+    fields = _array_fields(FORMATS[described["format"]].type)
+    static = {k: v for k, v in described.items() if k not in ("format", "lowest", "bits")}
+    return FORMATS[described["format"]].type(**{f: arrays[f] for f in fields}, **static)
+
+
+def _template(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a layer, a placeholder for each."""
+    formats = {field: _format_template(layer[field]) for field in _FORMATS}
+    return {"kernel": 0, "bias": 0} | formats
+
+
+def _format_template(described: Any) -> dict[str, int] | None:
+    if described is None:
+        return None
+    if isinstance(described, list):
+        return {"scale": 0, "zero_point": 0}
+    if described["format"] not in FORMATS:
+        raise ValueError(
+            f"`path` holds weights in the format {described['format']!r}, which this qjax does not "
+            f"know; it knows {', '.join(FORMATS)}. Add it to qjax.formats.spec.FORMATS first."
+        )
+    return dict.fromkeys(_array_fields(FORMATS[described["format"]].type), 0)
 
 
 # ---- What is no array
-
-
-def _limits(qparams: QParams | None) -> list[int] | None:
-    return None if qparams is None else [qparams.qmin, qparams.qmax]
-
-
-def _template(layer: Mapping[str, Any]) -> QuantizedLayer:
-    """A layer of the right structure, with a placeholder for every array."""
-    leaf: Any = 0
-    qparams = {
-        field: None if layer[field] is None else QParams(leaf, leaf, *layer[field])
-        for field in _QPARAMS
-    }
-    return QuantizedLayer(leaf, leaf, **qparams)
 
 
 def _described(params: Any) -> list[list[Any]]:

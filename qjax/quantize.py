@@ -10,14 +10,15 @@ import numpy as np
 
 from qjax.fit.equalize import equalize
 from qjax.fit.layerwise import calibrate
-from qjax.formats.spec import Recipe
-from qjax.formats.spec import recipe as make_recipe
 from qjax.graph.fold import fold
-from qjax.graph.layers import find_layers, path_names
+from qjax.graph.layers import find_layers, shapes_of
+from qjax.graph.naming import path_names
+from qjax.graph.schedule import rest_of_params
 from qjax.progress import Progress, progress_bar
+from qjax.recipe import Recipe
+from qjax.recipe import recipe as make_recipe
 from qjax.report import Report, layer_report
-from qjax.run.function import QuantizedFunction, rest_of_params
-from qjax.run.layer import apply_layer
+from qjax.run.function import QuantizedFunction
 
 BATCH_SIZE = 128  # calibration images that go through the network together
 
@@ -79,8 +80,8 @@ def quantize(
     images = _gather(batches)
     _check_finite("params", params)
     _check_finite("batches", images)
-    cut = _cut(images, 1 if mesh is None else mesh.devices.size)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), cut[0])
+    stacked = _stack(images, 1 if mesh is None else mesh.devices.size)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked)
     network = find_layers(apply_fn, params, shapes)
     if not network.sites:
         raise ValueError(
@@ -88,7 +89,7 @@ def quantize(
             "`params` with something that depends on the input."
         )
     leaves = jax.tree.leaves(params)
-    placed = [jax.tree.leaves(_place(batch, mesh)) for batch in cut]
+    placed = jax.tree.leaves(_place(stacked, mesh))
     with _reporter(progress) as report_progress:
         folded = fold(network, leaves)
         if recipe.equalize:
@@ -96,14 +97,10 @@ def quantize(
         fitted = calibrate(network, leaves, folded, placed, recipe, report_progress)
     layers = [site.layer for site in network.sites]
     records = [layer_report(layer, fitted[layer.name]) for layer in layers]
-    function = QuantizedFunction(
-        apply_fn,
-        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), params),
-        apply_layer,
-        {layer.name: layer.kernel_shape for layer in layers},
-    )
+    kernel_shapes = {layer.name: layer.kernel_shape for layer in layers}
+    function = QuantizedFunction(apply_fn, shapes_of(params), kernel_shapes)
     quantized = {
-        "layers": {name: fit.layer for name, fit in fitted.items()},
+        "layers": jax.tree.map(jnp.asarray, {name: fit.layer for name, fit in fitted.items()}),
         "rest": rest_of_params(network, params),
     }
     return Quantized(function, quantized, Report(records, recipe, network.skipped))
@@ -143,21 +140,22 @@ def _check_finite(argument: str, tree: Any) -> None:
             )
 
 
-def _cut(images: Any, devices: int) -> list[Any]:
-    """Cuts images into equal batches; the last one is filled up with the first images."""
+def _stack(images: Any, devices: int) -> Any:
+    """Cuts images into equal batches, [batches, examples, ...].
+
+    The last batch is filled up with the first images.
+    """
     total = len(jax.tree.leaves(images)[0])
     count = -(-total // BATCH_SIZE)
     size = -(-total // count)
     size += -size % devices
     order = np.arange(count * size) % total
-    return [
-        jax.tree.map(lambda x, part=part: x[part], images) for part in order.reshape(count, size)
-    ]
+    return jax.tree.map(lambda x: x[order.reshape(count, size)], images)
 
 
-def _place(batch: Any, mesh: jax.sharding.Mesh | None) -> Any:
+def _place(stacked: Any, mesh: jax.sharding.Mesh | None) -> Any:
     if mesh is None:
-        return jax.tree.map(jnp.asarray, batch)
+        return jax.tree.map(jnp.asarray, stacked)
     automatic = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
-    spec = jax.sharding.PartitionSpec(mesh.axis_names)
-    return jax.device_put(batch, jax.sharding.NamedSharding(automatic, spec))
+    spec = jax.sharding.PartitionSpec(None, mesh.axis_names)
+    return jax.device_put(stacked, jax.sharding.NamedSharding(automatic, spec))

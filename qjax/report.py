@@ -4,12 +4,15 @@ import dataclasses
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
+
+import jax
+import numpy as np
 
 from qjax.fit.layerwise import Fit
 from qjax.formats.affine import QParams
-from qjax.formats.spec import Recipe
 from qjax.graph.layers import Layer, Skipped
+from qjax.recipe import Recipe
 from qjax.table import table
 
 
@@ -83,27 +86,43 @@ def layer_report(layer: Layer, fit: Fit) -> LayerReport:
         weight_bits=weights and weights.bits,
         input_bits=quantized.inputs and quantized.inputs.bits,
         output_bits=outputs and outputs.bits,
-        weight_scale=weights and (float(weights.scale.min()), float(weights.scale.max())),
+        weight_scale=None if weights is None else _ends(weights.step),
         input_scale=_scale(quantized.inputs),
         input_zero_point=_zero_point(quantized.inputs),
         output_scale=_scale(outputs),
         output_zero_point=_zero_point(outputs),
-        weight_sqnr_db=fit.weight_sqnr_db,
+        weight_sqnr_db=float(fit.weight_sqnr_db),
         output_sqnr_db=fit.output_sqnr_db,
-        weight_clip=fit.weight_clip,
-        input_clip=fit.input_clip,
-        output_clip=fit.output_clip,
+        weight_clip=_number(fit.weight_clip),
+        input_clip=_number(fit.input_clip),
+        output_clip=_number(fit.output_clip),
         macs=layer.macs,
         bytes_float=4 * (quantized.kernel.size + quantized.bias.size),
         bytes_quantized=math.ceil(quantized.kernel.size * codes_bits / 8)
         + quantized.bias.nbytes
-        + sum(q.scale.nbytes + q.zero_point.nbytes for q in qparams),
+        + sum(_table_bytes(q) for q in qparams),
         input_shape=layer.input_shape[1:],
     )
 
 
+def _table_bytes(format: Any) -> int:
+    """What a format takes in addition to codes: scales, zero points, levels; not limits."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(format)) - (
+        format.qmin.nbytes + format.qmax.nbytes if format.is_uniform else 0
+    )
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _ends(scale: jax.Array) -> tuple[float, float]:
+    scales = np.asarray(scale)
+    return float(scales.min()), float(scales.max())
+
+
 def _scale(qparams: QParams | None) -> float | None:
-    return None if qparams is None else float(qparams.scale.mean())
+    return None if qparams is None else float(np.asarray(qparams.scale).mean())
 
 
 def _zero_point(qparams: QParams | None) -> int | None:

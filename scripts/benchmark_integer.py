@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ import pretrained
 import qjax
 from pretrained import datasets
 from pretrained.resnet import resnet_cifar, resnet_imagenet
-from qjax.integer.lowerings import Method
-from qjax.integer.requantize import Arithmetic
+from qjax.integer.lowerings import LOWERINGS
+from qjax.integer.requantize import ARITHMETICS
 from qjax.progress import progress_bar
 
 CALIBRATION_IMAGES = 128
@@ -43,9 +43,7 @@ def add_integer(commands: Any) -> None:
 
 def add_lowerings(commands: Any) -> None:
     """Adds the command `lowerings`."""
-    text = (
-        "time of every lowering of every shape of layer: what the table in qjax.lowerings rests on"
-    )
+    text = "time of every lowering of every shape of layer, on which the default lowerings rest"
     parser = commands.add_parser("lowerings", help=text, description=text)
     _add_arguments(parser)
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images (%(default)s)")
@@ -146,8 +144,7 @@ def run_lowerings(arguments: argparse.Namespace) -> None:
     """Times a network of one layer for every shape of layer and every lowering."""
     print(f"8 bits, {arguments.batch} images, milliseconds per layer, {device()}\n")
     print(f"{'input':>16}{'kernel':>14}{'stride':>8}{'float net':>11}", end="")
-    methods: tuple[Method, ...] = ("int8", "dot", "float32")
-    print("".join(f"{method:>9}" for method in methods) + "   chosen")
+    print("".join(f"{name:>9}" for name in LOWERINGS) + "   chosen")
     results, seen = [], set()
     for name in arguments.networks:
         model = NETWORKS[name]()
@@ -159,7 +156,7 @@ def run_lowerings(arguments: argparse.Namespace) -> None:
             if key in seen:
                 continue
             seen.add(key)
-            times, chosen = time_lowerings(operation, x_shape, methods, arguments.seconds)
+            times, chosen = time_lowerings(operation, x_shape, arguments.seconds)
             stride = getattr(operation, "window_strides", (1,))[0]
             kernel = "x".join(map(str, operation.kernel_shape))
             row = "".join(f"{seconds * 1e3:>9.2f}" for seconds in times.median[1:])
@@ -173,10 +170,8 @@ def run_lowerings(arguments: argparse.Namespace) -> None:
         print(json.dumps(results))
 
 
-def time_lowerings(
-    operation: Any, x_shape: tuple[int, ...], methods: tuple[Method, ...], seconds: float
-) -> tuple[Times, Method]:
-    """Times one layer in float and in every lowering: (times, what the table chooses)."""
+def time_lowerings(operation: Any, x_shape: tuple[int, ...], seconds: float) -> tuple[Times, str]:
+    """Times one layer in float and in every lowering: (times, the lowering of the table)."""
     rng = np.random.default_rng(0)
     params = {"kernel": rng.standard_normal(operation.kernel_shape, np.float32)}
     x = jnp.asarray(rng.standard_normal(x_shape, np.float32))
@@ -186,10 +181,10 @@ def time_lowerings(
 
     q = qjax.quantize(layer, params, x, qjax.recipe(8).naive())
     plain = jax.jit(layer)
-    runs = [qjax.integer(q, lowering=method) for method in methods]
+    runs = [qjax.integer(q, lowering=method) for method in LOWERINGS.values()]
     variants = [partial(plain, params, x), *(partial(run, q.params, x) for run in runs)]
     (chosen,) = qjax.integer(q).lowerings(x).values()
-    return side_by_side(variants, seconds), chosen.method
+    return side_by_side(variants, seconds), chosen.method.name
 
 
 def run_agreement(arguments: argparse.Namespace) -> None:
@@ -232,7 +227,7 @@ def compare_codes(
 ) -> dict[str, Agreement]:
     """Compares the codes of every layer on every test image, by arithmetic."""
     runs = {"fake": q.apply_fn.codes}
-    runs |= {name: qjax.integer(q, arithmetic=name).codes for name in get_args(Arithmetic)}
+    runs |= {name: qjax.integer(q, arithmetic=name).codes for name in ARITHMETICS}
     differing, largest, right = (dict.fromkeys(runs, 0) for _ in range(3))
     total = 0
     for start in range(0, len(test.images), TEST_BATCH):

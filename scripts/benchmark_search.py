@@ -14,10 +14,14 @@ from measure import device, in_own_process, timed
 
 import qjax
 from pretrained.resnet import resnet_cifar, resnet_imagenet
-from qjax.fit import observers, search
-from qjax.fit.ranges import MOMENT_PATCHES, patch_stride
+from qjax.fit.moments import moments
+from qjax.fit.observers import observe_stacked
+from qjax.fit.samples import KernelSample, kernel_loss
+from qjax.fit.sampling import MOMENT_PATCHES, patch_stride
+from qjax.fit.search import Candidates, least
 from qjax.formats.affine import affine_qparams, fake_quant
 from qjax.graph.operation import Linear
+from qjax.objectives.errors import OUTPUT_MSE
 
 BATCH = 128
 SPEC = qjax.QuantSpec(bits=8)
@@ -87,44 +91,56 @@ class Layer(NamedTuple):
     Attributes:
       operation: what it does.
       kernel: float32[groups, patch, channels].
-      inputs: its input on every batch of images.
+      inputs: its input on all batches of images, float32[batches, examples, ...].
     """
 
     operation: Linear
     kernel: jax.Array
-    inputs: list[jax.Array]
+    inputs: jax.Array
 
 
 def layers(images: int) -> Iterator[Layer]:
     """The layers of ResNet-20, one at a time."""
     shape = jax.ShapeDtypeStruct((BATCH, 32, 32, 3), jnp.float32)
     rng = np.random.default_rng(0)
+    batches = -(-images // BATCH)
+    examples = -(-images // batches)
     for layer in qjax.trace(*resnet20(), shape):
         kernel = rng.normal(size=layer.operation.matrix_shape).astype(np.float32)
-        x = rng.standard_normal((images, *layer.input_shape[1:]), np.float32)
+        x = rng.standard_normal((batches, examples, *layer.input_shape[1:]), np.float32)
         np.maximum(x, 0, out=x)
-        inputs = [jnp.asarray(x[i : i + BATCH]) for i in range(0, images, BATCH)]
-        yield Layer(layer.operation, jnp.asarray(kernel), inputs)
+        yield Layer(layer.operation, jnp.asarray(kernel), jnp.asarray(x))
 
 
 def time_closed_form(arguments: argparse.Namespace) -> tuple[float, float, list[float]]:
     """The second moments of every layer's input, and the search over them."""
-
-    def second_moment(layer: Layer, stride: int = 1) -> jax.Array:
-        return observers.observe(observers.moments(layer.operation, stride), layer.inputs).hessian
+    candidates = Candidates(arguments.candidates, refinements=0)
 
     def find(layer: Layer) -> Any:
-        static = (SPEC, "output_mse", search.Grid(arguments.candidates, refinements=0))
         stride = patch_stride(layer.operation, layer.inputs, MOMENT_PATCHES)
-        return search.search_weights(layer.kernel, second_moment(layer, stride), *static)
+        hessian = second_moment(layer.operation, stride, layer.inputs)
+        return best_range(layer.kernel, hessian, candidates)
 
     seconds, losses = [], []
     for layer in layers(arguments.images):
         seconds.append(timed(partial(find, layer), arguments.repeats))
         error = clipping_error(layer.kernel, 0.5)
-        losses.append(float(jnp.sum(search.kernel_loss(error, second_moment(layer)))))
+        hessian = second_moment(layer.operation, 1, layer.inputs)
+        losses.append(float(jnp.sum(kernel_loss(error, hessian))))
     first, steady = map(sum, zip(*seconds, strict=True))
     return first, steady, losses
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def second_moment(operation: Linear, stride: int, inputs: jax.Array) -> jax.Array:
+    """E[x xᵀ] of every `stride`-th patch of a layer's input."""
+    return observe_stacked(moments(operation, stride), inputs).hessian
+
+
+@partial(jax.jit, static_argnums=2)
+def best_range(kernel: jax.Array, hessian: jax.Array, candidates: Candidates) -> Any:
+    """The format of a kernel with the least error of the output."""
+    return least(OUTPUT_MSE, KernelSample(kernel, SPEC, hessian), SPEC, candidates)
 
 
 def time_loop(arguments: argparse.Namespace) -> tuple[float, float, list[float]]:

@@ -26,10 +26,9 @@ import numpy as np
 import pretrained
 import qjax
 from pretrained import datasets
-from qjax.formats.spec import Recipe
 from qjax.page.document import write
 from qjax.progress import progress_bar
-from qjax.study.questions import KEPT_COMPILED
+from qjax.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
@@ -222,8 +221,6 @@ def measure_missing(name: str, table: Table, arguments: argparse.Namespace, path
     )
     with progress_bar(label) as progress:
         for done, (row, column, seed) in enumerate(missing):
-            if done % KEPT_COMPILED == 0:
-                jax.clear_caches()
             progress(f"{row}, {column}, draw {seed}", done, len(missing))
             line = {"model": label, "row": row, "column": column, "seed": seed}
             if row == FLOAT:

@@ -17,11 +17,19 @@ import jax.numpy as jnp
 import pretrained
 import qjax
 from pretrained import datasets
-from qjax.fit import observers, rounding, search
-from qjax.fit.ranges import MOMENT_PATCHES, patch_stride
-from qjax.formats.affine import dequantize, sqnr_db
-from qjax.graph.layers import find_layers
-from qjax.run.tap import float_layers, shapes_of, tapped
+from qjax.fit.moments import moments
+from qjax.fit.observers import observe
+from qjax.fit.samples import KernelSample, kernel_loss
+from qjax.fit.sampling import MOMENT_PATCHES, patch_stride
+from qjax.fit.search import least
+from qjax.formats.affine import sqnr_db
+from qjax.formats.base import elementwise
+from qjax.graph.layers import find_layers, shapes_of
+from qjax.objectives.errors import OUTPUT_MSE
+from qjax.rounding.gptq import round_gptq
+from qjax.rounding.nearest import round_nearest
+from qjax.rounding.sweeps import coordinate_sweeps
+from qjax.run.tap import float_layers, tapped
 from qjax.study.curves import Curves, layer_curves
 from qjax.study.explain import explain
 from qjax.study.questions import Measure, Row
@@ -231,21 +239,16 @@ def _rounding(s: Subject, bits: int) -> tuple[str, ...]:
     operation, kernel = s.layer.operation, s.floats["layers"][s.layer.name].kernel
     spec = at_width(BASE, bits).weights
     assert spec is not None
-    stride = patch_stride(operation, [s.x], MOMENT_PATCHES)
-    hessian = observers.observe(observers.moments(operation, stride), [s.x]).hessian
-    qparams = search.search_weights(kernel, hessian, spec)
-    gptq = rounding.round_gptq(kernel, hessian, qparams)
-    swept = rounding.coordinate_sweeps(gptq, kernel, hessian, qparams, 2)
+    stride = patch_stride(operation, s.x[None], MOMENT_PATCHES)
+    hessian = observe(moments(operation, stride), [s.x]).hessian
+    format = least(OUTPUT_MSE, KernelSample(kernel, spec, hessian), spec)
+    gptq = round_gptq(kernel, hessian, format)
+    swept = coordinate_sweeps(gptq, kernel, hessian, format, 2)
     found = []
-    for codes, scales in (
-        (rounding.round_nearest(kernel, qparams), qparams),
-        (gptq, qparams),
-        swept,
-    ):
-        kernel_hat = dequantize(codes, rounding.elementwise(scales, kernel.shape[1]))
+    for codes, refitted in ((round_nearest(kernel, format), format), (gptq, format), swept):
+        kernel_hat = elementwise(refitted, kernel.shape[1]).decode(codes)
         signal, noise = (
-            float(jnp.sum(search.kernel_loss(error, hessian)))
-            for error in (kernel, kernel_hat - kernel)
+            float(jnp.sum(kernel_loss(error, hessian))) for error in (kernel, kernel_hat - kernel)
         )
         decibels = 10 * math.log10(signal / noise)
         found.append(f"{decibels:.1f} (kernel {float(sqnr_db(kernel, kernel_hat)):.1f})")

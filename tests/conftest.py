@@ -1,13 +1,24 @@
 """Strict JAX for every test: no silent dtype or rank promotion; four CPU devices for sharding.
 
+What one worker compiles the other one reads from a folder that lasts as long as the run.
+
 The report page is checked in a headless Chromium with `--browser`. No package index has one, so
 without the option that check is left out, and the end of the run says so; with it, it fails where
 there is no Chromium.
 """
 
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import hypothesis
 import jax
 import pytest
+
+_PROGRAMS = "QJAX_TEST_PROGRAMS"  # names the folder to the workers
+_MAPS = Path("/proc/self/maps")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -17,6 +28,21 @@ jax.config.update("jax_num_cpu_devices", 4)
 # The same examples every run: what fails here fails everywhere.
 hypothesis.settings.register_profile("qjax", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("qjax")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs for the other worker, in a folder of this run."""
+    if not hasattr(config, "workerinput"):
+        os.environ[_PROGRAMS] = tempfile.mkdtemp(prefix="qjax-tests-")
+    jax.config.update("jax_compilation_cache_dir", os.environ[_PROGRAMS])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes that folder."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(_PROGRAMS), ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,6 +69,17 @@ def pytest_terminal_summary(
             "not run: the checks of the report page in a browser; "
             "with Chromium installed, python -m pytest --browser runs them"
         )
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """Lets go of compiled programs before the process has all the memory maps that it may have.
+
+    Hundreds of networks are compiled in one process here; a program takes some ten maps of 65,530.
+    """
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 35_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import qjax
 from qjax import QParams, Quantized, QuantSpec, Recipe
-from qjax.formats.spec import ACTIVATIONS
+from qjax.recipe import ACTIVATIONS
 
 EMPTY = Recipe(weights=None, inputs=None, outputs=None)
 CHEAP = Recipe().naive()  # compiles fastest
@@ -77,7 +77,8 @@ def check_laws(q: Quantized) -> None:
         else:
             chex.assert_type(layer.kernel, layer.weights.dtype)
             codes = np.asarray(layer.kernel)
-            assert layer.weights.qmin <= codes.min() and codes.max() <= layer.weights.qmax
+            qmin, qmax = int(layer.weights.qmin), int(layer.weights.qmax)
+            assert qmin <= codes.min() and codes.max() <= qmax
 
 
 # ---- Every model of the table

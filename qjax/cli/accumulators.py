@@ -6,10 +6,10 @@ from typing import get_args
 
 from qjax.cli import command
 from qjax.cli.loading import Loaded
-from qjax.formats.spec import Recipe
 from qjax.integer.accumulator import MAX_BITS, MIN_BITS, Check, Overflow
 from qjax.progress import Progress
 from qjax.quantize import BATCH_SIZE, quantize
+from qjax.recipe import Recipe
 from qjax.study.accumulators import WIDTHS, study_accumulators
 from qjax.study.accuracy import top1
 

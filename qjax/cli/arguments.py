@@ -2,21 +2,17 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from qjax.cli.loading import CALIBRATION_SIZE, Loaded, load
-from qjax.formats.spec import (
-    ActivationGranularity,
-    OutputPosition,
-    RangeMethod,
-    Recipe,
-    Rounding,
-    recipe,
-)
+from qjax.formats.spec import ActivationGranularity
+from qjax.objectives.table import OBJECTIVES
 from qjax.progress import Progress
+from qjax.recipe import LayerRecipe, OutputPosition, Recipe, recipe
+from qjax.rounding.table import ROUNDINGS
 
 MODEL = "resnet20-digits"
 
@@ -73,7 +69,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "float; repeatable, later ones win",
     )
     choose = partial(_add_choice, add)
-    choose("--range-method", RangeMethod, Recipe.range_method, "how clipping ranges are chosen")
+    choose(
+        "--range-method", OBJECTIVES, LayerRecipe().objective.name, "how clipping ranges are chosen"
+    )
     choose(
         "--activation-granularity",
         ActivationGranularity,
@@ -81,7 +79,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "of the scales of inputs and outputs",
     )
     choose("--output-position", OutputPosition, Recipe.output_position, "where outputs are rounded")
-    choose("--rounding", Rounding, Recipe.rounding, "of the weights")
+    choose("--rounding", ROUNDINGS, LayerRecipe().round_with.name, "of the weights")
     add(
         "--sweeps",
         type=int,
@@ -148,7 +146,7 @@ def check_report(arguments: argparse.Namespace) -> None:
 
 
 def _add_choice(add: Callable[..., Any], flag: str, choices: Any, default: str, text: str) -> None:
-    names = get_args(choices)
+    names = tuple(choices) if isinstance(choices, Mapping) else get_args(choices)
     help_text = f"{text}: {', '.join(names)} (%(default)s)"
     add(flag, choices=names, default=default, metavar="NAME", help=help_text)
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from qjax.cli.arguments import add_model, add_recipe, check_report, load_model, read_recipe
 from qjax.cli.loading import Loaded
-from qjax.formats.spec import Recipe
 from qjax.progress import Progress, progress_bar
+from qjax.recipe import Recipe
 
 Stage = Callable[[str], contextlib.AbstractContextManager[Progress]]
 Answer = Callable[[argparse.Namespace, Loaded, Recipe, Progress], str]

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 
 from qjax.cli import command
 from qjax.cli.loading import Loaded
-from qjax.formats.spec import Recipe
-from qjax.graph.layers import find_layers
+from qjax.graph.layers import find_layers, shapes_of
 from qjax.page import quantization
 from qjax.page.document import write
 from qjax.progress import Progress
 from qjax.quantize import quantize
-from qjax.run.tap import float_layers, shapes_of, tapped
+from qjax.recipe import Recipe
+from qjax.run.tap import float_layers, tapped
 from qjax.study.curves import Curves, layer_curves
 from qjax.study.explain import explain
 from qjax.table import table

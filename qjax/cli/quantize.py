@@ -14,10 +14,10 @@ from qjax.cli import widths
 from qjax.cli.arguments import add_model, add_recipe, check_report, load_model, read_recipe
 from qjax.cli.command import Command, Stage, add_quiet, stages
 from qjax.cli.loading import Loaded
-from qjax.formats.spec import Recipe
 from qjax.page import quantization
 from qjax.page.document import write
 from qjax.quantize import Quantized, quantize
+from qjax.recipe import Recipe
 from qjax.study.accuracy import top1
 from qjax.study.cost import MODELS, cost
 

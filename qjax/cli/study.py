@@ -6,10 +6,10 @@ from functools import partial
 
 from qjax.cli import command
 from qjax.cli.loading import Loaded
-from qjax.formats.spec import Recipe
 from qjax.page.document import write
 from qjax.page.study import render_study
 from qjax.progress import Progress
+from qjax.recipe import Recipe
 from qjax.study.accuracy import top1
 from qjax.study.questions import QUESTIONS, study
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from qjax import artifact
 from qjax.cli.loading import Loaded
-from qjax.formats.spec import Recipe
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
+from qjax.recipe import Recipe
 from qjax.study.accuracy import top1
 from qjax.study.allocate import FLOAT_BITS, Allocation, BudgetError, allocate, meet_target
 from qjax.study.questions import AGREEMENT, Measure, search_bits, summary

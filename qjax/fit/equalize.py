@@ -9,19 +9,19 @@ References:
   Nagel et al., 2019, arXiv:1906.04721, section 4.1; Xiao et al., 2022, arXiv:2211.10438, eq. 4.
 """
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from qjax.fit.streams import Streams, cut
+from qjax.fit.streams import Streams, cut, map_batches
 from qjax.graph import jaxpr
+from qjax.graph.activation import NONE, RELU
 from qjax.graph.fold import Folded, apply_folded
-from qjax.graph.layers import Network, Site
-from qjax.graph.operation import Linear, by_channel, input_axes, scale_input_channels
-from qjax.run.function import moved
+from qjax.graph.layers import Movement, Network, Site
+from qjax.graph.operation import Linear, by_channel, scale_input_channels
+from qjax.programs import program
 
 
 class Pair(NamedTuple):
@@ -57,15 +57,15 @@ def _matches(first: Site, second: Site) -> bool:
     axes = tuple(
         axis % len(first.layer.output_shape) for axis in first.layer.operation.channel_axes
     )
-    is_homogeneous = first.layer.activation in ("relu", "none")
-    return is_homogeneous and not first.movement and axes == input_axes(second.layer.operation)
+    is_homogeneous = first.activation in (RELU, NONE)
+    return is_homogeneous and not first.movement and axes == second.layer.operation.input_axes
 
 
 def equalize(
     network: Network,
     leaves: Sequence[jax.Array],
     folded: Sequence[Folded],
-    batches: Iterable[Sequence[jax.Array]],
+    batches: Sequence[jax.Array],
 ) -> tuple[Folded, ...]:
     """Rescales the kernels and biases of all equalizable pairs.
 
@@ -73,7 +73,7 @@ def equalize(
       network: the network, traced at the size of the batches.
       leaves: the leaves of its params.
       folded: kernel and bias of each layer.
-      batches: for each batch, the leaves of an input.
+      batches: the leaves of an input, those of all batches stacked.
 
     Returns:
       Kernels and biases that compute the same network.
@@ -95,7 +95,7 @@ def _input_magnitudes(
     network: Network,
     leaves: Sequence[jax.Array],
     folded: Sequence[Folded],
-    batches: Iterable[Sequence[jax.Array]],
+    batches: Sequence[jax.Array],
     wanted: set[int],
 ) -> dict[int, jax.Array]:
     """The greatest magnitude of each input channel of the wanted layers in the float network."""
@@ -108,22 +108,24 @@ def _input_magnitudes(
             site = segment.step
             position = positions[site.layer.name]
             x, _ = streams.read(site.input)
+            outputs, largest = _evaluated(site.layer.operation, site.movement, folded[position], x)
             if position in wanted:
-                axes = input_axes(site.layer.operation)
-                largest = [_channel_magnitudes(axes, batch) for batch in x]
-                magnitudes[position] = jnp.max(jnp.stack(largest), axis=0)
-            operation = site.layer.operation
-            outputs = [moved(site, apply_folded(operation, folded[position], b)) for b in x]
+                magnitudes[position] = largest
             streams.write(site.output, outputs, outputs)
     return magnitudes
 
 
-@partial(jax.jit, static_argnums=0)
-def _channel_magnitudes(axes: tuple[int, ...], x: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(by_channel(axes, x)), axis=1)
+@program(static_argnums=(0, 1))
+def _evaluated(
+    operation: Linear, movement: Movement, folded: Folded, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A layer's output on all batches, and the greatest magnitude of each of its input channels."""
+    outputs = map_batches(lambda batch: movement(apply_folded(operation, folded, batch)), x)
+    by_batch = jax.vmap(lambda batch: by_channel(operation.input_axes, batch))(jnp.abs(x))
+    return outputs, jnp.max(by_batch, axis=(0, 2))
 
 
-@partial(jax.jit, static_argnums=0)
+@program(static_argnums=0)
 def _equalize_pair(
     operation: Linear, first: Folded, second: Folded, magnitude: jax.Array
 ) -> tuple[Folded, Folded]:

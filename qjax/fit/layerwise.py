@@ -2,31 +2,56 @@
 
 Each layer is fitted on the input that its already quantized predecessors produce (the float input,
 unless `Recipe.sequential`) toward the output that the float network has there.
+
+A layer takes four programs: `prepare` (its input), `round_kernel`, `correct` (its bias) and
+`finish` (its output). They depend on shapes and methods, not on names, widths or networks, so that
+layers of equal shape share them; where nothing is searched, all four are one.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
-from qjax.fit import observers, ranges, search
-from qjax.fit.ranges import MOMENT_PATCHES, Arrays, Task, patch_stride
+from qjax.fit import moments as m
+from qjax.fit.observers import observe_stacked
+from qjax.fit.ranges import (
+    OutputValues,
+    Task,
+    activated,
+    choose_output,
+    fit_input,
+    fit_output_channels,
+    output_values,
+    seen_by,
+    task_of,
+)
 from qjax.fit.refit import Goal, lacking, refit
-from qjax.fit.rounding import coordinate_sweeps, elementwise, round_gptq, round_nearest
-from qjax.fit.streams import Streams, cut
-from qjax.formats.affine import QParams, dequantize, fake_quant, sqnr_db
-from qjax.formats.spec import QuantSpec, RangeMethod, Recipe, Rounding
+from qjax.fit.samples import KernelSample
+from qjax.fit.sampling import MOMENT_PATCHES, patch_stride
+from qjax.fit.search import Candidates, least, widest
+from qjax.fit.streams import Segment, Streams, cut, map_batches
+from qjax.formats.affine import QParams, sqnr_db
+from qjax.formats.base import elementwise
+from qjax.formats.spec import QuantSpec
 from qjax.graph import jaxpr
+from qjax.graph.activation import NONE, Activation, keeps_codes
 from qjax.graph.fold import Folded, apply_folded
-from qjax.graph.layers import Network, Site, keeps_codes
+from qjax.graph.layers import Movement, Network, Site
 from qjax.graph.operation import Linear
+from qjax.graph.schedule import Activated
+from qjax.objectives.base import Objective
+from qjax.programs import program
 from qjax.progress import Progress
-from qjax.run.function import Activated, moved
+from qjax.recipe import LayerRecipe, Recipe
+from qjax.rounding.base import Problem, Rounding
+from qjax.rounding.sweeps import coordinate_sweeps
 from qjax.run.layer import (
     QuantizedLayer,
     apply_linear,
@@ -37,31 +62,104 @@ from qjax.run.layer import (
 
 
 class Fit(NamedTuple):
-    """A fitted layer and how well it does.
+    """A fitted layer and how well it does; numbers may still be on their way from the device.
 
     Attributes:
       layer: its quantized parameters.
-      weight_sqnr_db: of its kernel, against the one that was rounded.
-      output_sqnr_db: of its output after the activation, against the float network's.
+      weight_sqnr_db: of its kernel, against the one that was rounded; infinite in float.
+      energies: of its output after the activation in the float network, and of the difference from
+        it: sums by batch.
       weight_clip: the clipping range's share of the range of the weights, mean over scales; None
         in float.
-      input_clip: likewise of its input.
-      output_clip: likewise of its output.
+      input_clip: of its input; None in float.
+      output_clip: of its output; None in float.
     """
 
     layer: QuantizedLayer
-    weight_sqnr_db: float
-    output_sqnr_db: float
-    weight_clip: float | None
-    input_clip: float | None
-    output_clip: float | None
+    weight_sqnr_db: Any
+    energies: tuple[jax.Array, jax.Array]
+    weight_clip: Any
+    input_clip: Any
+    output_clip: Any
+
+    @property
+    def output_sqnr_db(self) -> float:
+        """SQNR of its output after the activation, against the float network's."""
+        signal, noise = (math.fsum(np.asarray(by_batch).tolist()) for by_batch in self.energies)
+        return 10 * math.log10(signal / noise) if noise and signal else math.inf
+
+
+class Grid(NamedTuple):
+    """The grid of codes that a value lies on.
+
+    Attributes:
+      qparams: scalars.
+      width: (bits, whether symmetric).
+    """
+
+    qparams: QParams
+    width: tuple[int, bool]
+
+    @property
+    def greatest(self) -> float:
+        """The greatest value."""
+        return float(self.qparams.range[1])
+
+
+class State(NamedTuple):
+    """What fitting reads and writes.
+
+    Attributes:
+      streams: the values that flow through both networks.
+      folded: kernel and bias of each layer in float, by name.
+      grids: the grids of codes that values lie on.
+      fits: what is fitted so far, by name.
+    """
+
+    streams: Streams
+    folded: dict[str, Folded]
+    grids: dict[core.Var, Grid]
+    fits: dict[str, Fit]
+
+
+class Unit(NamedTuple):
+    """What is fitted together: a layer, or its output after the activation.
+
+    Attributes:
+      segment: the plain equations before it, and the step itself.
+      name: of the layer that is finished by it, None if none is.
+      fit: fits it and writes what it computes to the streams.
+    """
+
+    segment: Segment
+    name: str | None
+    fit: Callable[[State], None]
+
+
+def units(network: Network, recipe: Recipe) -> tuple[Unit, ...]:
+    """Cuts a network into what is fitted together, in the order of fitting."""
+    recipes = recipe.by_layer([site.layer.name for site in network.sites])
+    candidates = Candidates(recipe.grid_size, recipe.refinements)
+    logits = _logits(network) if recipe.logits else None
+    found = []
+    for segment in cut(network):
+        match segment.step:
+            case Site(layer=layer) as site:
+                task = task_of(site, recipes[layer.name], candidates, site is logits)
+                fit = partial(_fit_site, site, task, recipes[layer.name])
+                found.append(Unit(segment, layer.name, fit))
+            case Activated(site=site):
+                own = recipes[site.layer.name]
+                task = task_of(site, own, candidates, site is logits)
+                found.append(Unit(segment, None, partial(_fit_activated, site, task, own)))
+    return tuple(found)
 
 
 def calibrate(
     network: Network,
     leaves: Sequence[jax.Array],
     folded: Sequence[Folded],
-    batches: Iterable[Sequence[jax.Array]],
+    batches: Sequence[jax.Array],
     recipe: Recipe,
     progress: Progress,
 ) -> dict[str, Fit]:
@@ -71,7 +169,7 @@ def calibrate(
       network: the network, traced at the size of the batches.
       leaves: the leaves of its params.
       folded: kernel and bias of each layer.
-      batches: for each batch, the leaves of an input.
+      batches: the leaves of an input, those of all batches stacked.
       recipe: what to do.
       progress: called with (layer name, layers done, layers).
 
@@ -79,29 +177,22 @@ def calibrate(
       A `Fit` per layer, by name, in dataflow order.
     """
     names = [site.layer.name for site in network.sites]
-    recipes = recipe.by_layer(names)
-    by_name = dict(zip(names, folded, strict=True))
     streams = Streams(network, leaves, batches, recipe.sequential)
-    grid = search.Grid(recipe.grid_size, recipe.refinements)
-    logits = _logits(network) if recipe.logits else None
-    grids: dict[core.Var, QParams] = {}
-    fits: dict[str, Fit] = {}
-    for segment in cut(network):
-        streams.advance(segment)
-        for equation in segment.equations:
-            _follow_grid(equation, grids)
-        match segment.step:
-            case Site(layer=layer) as site:
-                progress(layer.name, len(fits), len(names))
-                task = Task(site, recipes[layer.name], grid, site is logits)
-                fits[layer.name] = _fit_layer(task, by_name[layer.name], streams, grids)
-            case Activated(site=site):
-                name = site.layer.name
-                task = Task(site, recipes[name], grid, site is logits)
-                fits[name] = _fit_activated(task, fits[name], streams, grids)
-            case None:
-                progress("", len(names), len(names))
-    return fits
+    state = State(streams, dict(zip(names, folded, strict=True)), {}, {})
+    started: list[str] = []
+    for unit in units(network, recipe):
+        if unit.name is not None:
+            if len(started) > 1:  # one layer may still be computed while the next is compiled
+                jax.block_until_ready(state.fits[started[-2]].energies)
+            progress(unit.name, len(started), len(names))
+            started.append(unit.name)
+        streams.advance(unit.segment)
+        for equation in unit.segment.equations:
+            _follow_grid(equation, state.grids)
+        unit.fit(state)
+    jax.block_until_ready([fit.energies for fit in state.fits.values()])
+    progress("", len(names), len(names))
+    return state.fits
 
 
 def _logits(network: Network) -> Site:
@@ -115,153 +206,387 @@ def _logits(network: Network) -> Site:
     )
 
 
-def _follow_grid(equation: core.JaxprEqn, grids: dict[core.Var, QParams]) -> None:
+def _follow_grid(equation: core.JaxprEqn, grids: dict[core.Var, Grid]) -> None:
     """Records that an equation's result lies on the same grid of codes as its operand."""
     for var in jaxpr.variables(equation.invars):
-        if var in grids and keeps_codes(equation, var, float(grids[var].range[1])):
+        if var in grids and keeps_codes(equation, var, lambda var=var: grids[var].greatest):
             grids[equation.outvars[0]] = grids[var]
 
 
-def _fit_layer(task: Task, folded: Folded, streams: Streams, grids: dict[core.Var, QParams]) -> Fit:
+# ---- Layers
+
+
+class Values(NamedTuple):
+    """What a layer is fitted on, stacked by batch.
+
+    Attributes:
+      x_float: its input in the float network.
+      x: the input that its quantized predecessors produce.
+      shortcut: what its output is added to in (the float, the quantized) network; None for nothing
+        or if it is not known yet.
+    """
+
+    x_float: jax.Array
+    x: jax.Array
+    shortcut: tuple[jax.Array, jax.Array] | None
+
+
+class Fitted(NamedTuple):
+    """What fitting a layer gives: its `Fit`, and its output in the float and the quantized network.
+
+    The outputs are those that other steps read, [batches, ...].
+    """
+
+    fit: Fit
+    float_output: jax.Array
+    output: jax.Array
+
+
+def _fit_site(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None:
     """Fits a layer up to its pre-activation output and writes that to the streams."""
-    site, operation = task.site, task.site.layer.operation
-    x_float, x = streams.read(site.input)
-    float_output = [apply_folded(operation, folded, batch) for batch in x_float]
-    shortcut = _read_shortcut(site, streams)
-    added, activation = [None] * len(x), ranges.KNOWN.get(site.layer.activation, ranges.identity)
-    target = float_output
-    if shortcut is not None:  # the layer's share of the float sum z + s, where the other one is ŝ
-        added, activation = shortcut[1], ranges.summed_activation(site)
-        target = [z + (s - s_hat) for z, s, s_hat in zip(target, *shortcut, strict=True)]
-    goal = Goal(target, added, activation)
-    inputs, input_clip = ranges.fit_input(task, x, folded, grids.get(site.input))
-    unscaled = inputs
+    streams, name = state.streams, site.layer.name
+    shortcut = None
+    if site.shortcut is not None and not site.movement and streams.holds(site.shortcut.value):
+        shortcut = streams.read(site.shortcut.value)
+    values = Values(*streams.read(site.input), shortcut)
+    known = _known_grid(recipe.inputs, state.grids.get(site.input))
+    divides = known is None and _divides_channels(recipe.inputs, task.operation, values.x)
+    fit_layer = _fit_at_once if task.recipe.is_closed_form else _fit_in_steps
+    found = fit_layer(task, divides, recipe.limits, values, state.folded[name], known)
+    outputs = found.fit.layer.outputs
+    if outputs is not None and not outputs.scale.ndim:
+        assert recipe.outputs is not None
+        state.grids[site.output] = Grid(outputs, _width(recipe.outputs))
+    state.fits[name] = found.fit
+    streams.write(site.output, found.float_output, found.output)
+
+
+def _width(spec: QuantSpec) -> tuple[int, bool]:
+    return spec.bits, spec.symmetric
+
+
+def _known_grid(spec: QuantSpec | None, grid: Grid | None) -> QParams | None:
+    """The grid that an input lies on already, if it is what the recipe asks for."""
+    is_kept = spec is not None and grid is not None and grid.width == _width(spec)
+    return grid.qparams if is_kept and grid is not None else None
+
+
+def _divides_channels(spec: QuantSpec | None, operation: Linear, x: jax.Array) -> bool:
+    """Whether the channels of an input get scales of their own."""
+    is_wanted = spec is not None and spec.granularity == "per_channel"
+    return is_wanted and bool(operation.input_axes) and float(_least_value(x)) >= 0
+
+
+@program()
+def _least_value(x: jax.Array) -> jax.Array:
+    return x.min()
+
+
+def _fit_in_steps(
+    task: Task,
+    divides_channels: bool,
+    limits: Any,
+    values: Values,
+    folded: Folded,
+    known: QParams | None,
+) -> Fitted:
+    """Fits input, kernel and output of a layer, one after the other."""
+    prepared = prepare(task, divides_channels, limits["inputs"], values, folded, known)
+    rounded = None
+    if task.recipe.weights is not None:
+        rounded = round_kernel(
+            prepared.folded.kernel,
+            prepared.hessian,
+            limits["weights"],
+            spec=task.recipe.weights,
+            objective=task.recipe.objective,
+            rounding=task.recipe.round_with,
+            sweeps=task.recipe.sweeps,
+            candidates=task.candidates,
+        )
+    target = prepared.float_output if prepared.target is None else prepared.target
+    corrected = correct(task, values.x, values.shortcut, target, prepared, rounded)
+    outputs, output_clip = _fit_output(task, limits["outputs"], values, target, corrected)
+    floats, output, energies = finish(
+        task.movement, task.activation, prepared.float_output, corrected.output, outputs
+    )
+    layer = dataclasses.replace(corrected.layer, inputs=prepared.inputs, outputs=outputs)
+    weight_sqnr_db, weight_clip = (
+        (math.inf, None) if rounded is None else (rounded.sqnr_db, rounded.clip)
+    )
+    fit = Fit(layer, weight_sqnr_db, energies, weight_clip, prepared.input_clip, output_clip)
+    return Fitted(fit, floats, output)
+
+
+_fit_at_once = program(static_argnums=(0, 1))(_fit_in_steps)
+
+
+# ---- The input, and the kernel that suits it
+
+
+class Prepared(NamedTuple):
+    """A layer before its kernel is rounded.
+
+    Attributes:
+      float_output: z, its output in the float network, as its operation leaves it.
+      target: the output to be had, the layer's share of the float sum z + s where the other one is
+        ŝ; None where it is z.
+      inputs: qparams of its input; None in float.
+      input_clip: their share of the extremes; None in float.
+      folded: kernel and bias, refitted, in units of the input's scales if it has several.
+      hessian: the second moments of the quantized input's patches, None if nothing reads them.
+    """
+
+    float_output: jax.Array
+    target: jax.Array | None
+    inputs: QParams | None
+    input_clip: jax.Array | None
+    folded: Folded
+    hessian: jax.Array | None
+
+
+@program(static_argnums=(0, 1))
+def prepare(
+    task: Task,
+    divides_channels: bool,
+    limits: Any,
+    values: Values,
+    folded: Folded,
+    known: QParams | None,
+) -> Prepared:
+    """Chooses the range of a layer's input and refits its kernel to that."""
+    operation, recipe = task.operation, task.recipe
+    z = map_batches(partial(apply_folded, operation, folded), values.x_float)
+    target = None
+    if values.shortcut is not None:
+        s, s_hat = values.shortcut
+        target = z + (s - s_hat)
+    inputs, clip = fit_input(task, limits, values.x, folded.kernel, known, divides_channels)
     if inputs is not None and inputs.scale.ndim:  # fitted in units of the codes
-        x = [batch * inputs.inverse_scale for batch in x]
         folded = folded._replace(kernel=fold_input_scales(operation, inputs, folded.kernel))
-        unscaled = dataclasses.replace(inputs, scale=jnp.ones(()))
-    layer, weight_sqnr_db, weight_clip = _fit_kernel(task, x, goal, folded, unscaled)
-    actual = [_apply_linear(operation, layer, batch) for batch in x]
-    if task.recipe.bias_correction and (inputs is not None or layer.weights is not None):
-        layer = _shift_bias(operation, layer, _channel_means(operation, lacking(goal, actual)))
-        actual = [_apply_linear(operation, layer, batch) for batch in x]
-    outputs, output_clip = ranges.fit_output(task, target, actual, shortcut and shortcut[1])
-    if outputs is not None:
-        layer = dataclasses.replace(layer, outputs=outputs)
-        actual = [_fake_quant(batch, outputs) for batch in actual]
-        if not outputs.scale.ndim:
-            grids[site.output] = outputs
-    layer = dataclasses.replace(layer, inputs=inputs)
-    output_sqnr_db = _sqnr_db(ranges.activation_of(site), float_output, actual)
-    float_values = [moved(site, batch) for batch in float_output]
-    streams.write(site.output, float_values, [moved(site, batch) for batch in actual])
-    return Fit(layer, weight_sqnr_db, output_sqnr_db, weight_clip, input_clip, output_clip)
-
-
-def _read_shortcut(site: Site, streams: Streams) -> tuple[Arrays, Arrays] | None:
-    """What a layer's output is added to, where that is known by now: (float, quantized)."""
-    if site.shortcut is None or site.movement or not streams.holds(site.shortcut.value):
-        return None
-    return streams.read(site.shortcut.value)
-
-
-def _fit_kernel(
-    task: Task, x: Arrays, goal: Goal, folded: Folded, inputs: QParams | None
-) -> tuple[QuantizedLayer, float, float | None]:
-    """Rounds kernel and bias: (layer, SQNR of the kernel in dB, share of the range kept)."""
-    recipe, operation = task.recipe, task.site.layer.operation
-    if recipe.weights is None:
-        return QuantizedLayer(*folded, None, inputs, None, None), math.inf, None
-    seen = x if inputs is None else [_fake_quant(batch, inputs) for batch in x]
+    x, unscaled = in_units_of_codes(values.x, inputs)
+    if not recipe.needs_moments:
+        return Prepared(z, target, inputs, clip, folded, None)
+    seen = x if unscaled is None else unscaled.project(x)
     stride = patch_stride(operation, seen, MOMENT_PATCHES)
-    moments = observers.observe(observers.moments(operation, stride), seen)
+    moments = observe_stacked(m.moments(operation, stride), seen)
     if recipe.bias_correction:  # the bias takes up the means, the kernel answers for the rest
-        moments = observers.centered(moments)
-    steps = min(recipe.reconstructions, 1 if goal.activation is ranges.identity else math.inf)
-    for _ in range(int(steps)):
-        folded = refit(operation, folded, moments, seen, goal, stride, recipe.bias_correction)
-    how = (recipe.weights, recipe.range_method, recipe.rounding, recipe.sweeps, task.grid)
-    codes, weights, sqnr, clip = _round_kernel(*how, folded.kernel, moments.hessian)
-    layer = QuantizedLayer(codes, folded.bias, weights, inputs, None, None)
-    layer = dataclasses.replace(layer, bias=_quantize_bias(operation, layer, folded.bias))
-    return layer, float(sqnr), float(clip)
+        moments = m.centered(moments)
+    goal = _goal(task, z if target is None else target, values.shortcut)
+    times = min(recipe.reconstructions, 1) if goal.activation == NONE else recipe.reconstructions
+    if times:
+        correction = recipe.bias_correction
+        folded = refit(operation, folded, moments, seen, goal, stride, correction, times)
+    return Prepared(z, target, inputs, clip, folded, moments.hessian)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _round_kernel(
+def in_units_of_codes(x: jax.Array, inputs: QParams | None) -> tuple[jax.Array, QParams | None]:
+    """An input divided by its scales per channel, and the qparams that are left to apply.
+
+    Args:
+      x: float[batches, ...].
+      inputs: qparams of a batch: scalars, or per channel; None in float.
+    """
+    if inputs is None or not inputs.scale.ndim:
+        return x, inputs
+    return x * inputs.inverse_scale[None], dataclasses.replace(inputs, scale=jnp.ones(()))
+
+
+def _goal(task: Task, target: jax.Array, shortcut: tuple[jax.Array, jax.Array] | None) -> Goal:
+    if shortcut is None:
+        return Goal(target, None, task.activation.shown)
+    assert task.summed is not None
+    return Goal(target, shortcut[1], task.summed)
+
+
+# ---- The kernel
+
+
+class Rounded(NamedTuple):
+    """A rounded kernel.
+
+    Attributes:
+      codes: [groups, patch, channels].
+      format: what they stand for.
+      sqnr_db: against the kernel that was rounded.
+      clip: the scales' share of those that the extremes need, their mean.
+    """
+
+    codes: jax.Array
+    format: Any
+    sqnr_db: jax.Array
+    clip: jax.Array
+
+
+@program(static_argnames=("spec", "objective", "rounding", "sweeps", "candidates"))
+def round_kernel(
+    kernel: jax.Array,
+    hessian: jax.Array | None,
+    limits: Any,
+    *,
     spec: QuantSpec,
-    range_method: RangeMethod,
+    objective: Objective,
     rounding: Rounding,
     sweeps: int,
-    grid: search.Grid,
-    kernel: jax.Array,
-    hessian: jax.Array,
-) -> tuple[jax.Array, QParams, jax.Array, jax.Array]:
-    """Rounds a kernel: (codes, qparams, SQNR in dB, share of the range kept).
+    candidates: Candidates,
+) -> Rounded:
+    """Chooses the range of a kernel and rounds it.
 
     Compiled once per shape and format of kernels, whatever else differs between layers.
     """
-    weights = search.search_weights(kernel, hessian, spec, range_method, grid)
-    widest = search.search_weights(kernel, hessian, spec, "absmax")
-    if rounding == "gptq":
-        codes = round_gptq(kernel, hessian, weights)
-    else:
-        codes = round_nearest(kernel, weights)
+    sample = KernelSample(kernel, spec, hessian)
+    format = least(objective, sample, spec, candidates, limits)
+    covering = widest(objective, sample, spec, limits)
+    codes, format = rounding.round(Problem(kernel, format, hessian))
     if sweeps:
-        codes, weights = coordinate_sweeps(codes, kernel, hessian, weights, sweeps)
-    values = dequantize(codes, elementwise(weights, kernel.shape[1]))
-    return codes, weights, sqnr_db(kernel, values), jnp.mean(weights.scale / widest.scale)
+        assert hessian is not None
+        codes, format = coordinate_sweeps(codes, kernel, hessian, format, sweeps)
+    values = elementwise(format, kernel.shape[1]).decode(codes)
+    return Rounded(codes, format, sqnr_db(kernel, values), jnp.mean(format.step / covering.step))
 
 
-@partial(jax.jit, static_argnums=0)
-def _shift_bias(operation: Linear, layer: QuantizedLayer, shift: jax.Array) -> QuantizedLayer:
-    bias = quantize_bias(operation, layer, dequantized_bias(operation, layer) + shift)
-    return dataclasses.replace(layer, bias=bias)
+# ---- The bias
 
 
-_quantize_bias = jax.jit(quantize_bias, static_argnums=0)
+class Corrected(NamedTuple):
+    """A layer but for the range of its output.
+
+    Attributes:
+      layer: its parameters, in units of the input's codes.
+      output: what it computes, [batches, ...].
+      values: what the search of the output's range reads; None if there is none.
+    """
+
+    layer: QuantizedLayer
+    output: jax.Array
+    values: OutputValues | None
 
 
-def _fit_activated(task: Task, fit: Fit, streams: Streams, grids: dict[core.Var, QParams]) -> Fit:
-    """Fits the range of a layer's output after its activation."""
-    spec, position = task.recipe.outputs, task.recipe.output_position
-    is_already_done = position == "both" and not task.site.activation
-    if spec is None or position == "pre_activation" or is_already_done:
-        return fit
-    floats, values = streams.read(task.site.activated)
-    activated, clip = ranges.fit_activated(task, floats, values)
-    grids[task.site.activated] = activated
-    streams.write(task.site.activated, floats, [_fake_quant(v, activated) for v in values])
-    layer = dataclasses.replace(fit.layer, activated=activated)
-    return fit._replace(layer=layer, output_clip=fit.output_clip or clip)
+@program(static_argnums=0)
+def correct(
+    task: Task,
+    x: jax.Array,
+    shortcut: tuple[jax.Array, jax.Array] | None,
+    target: jax.Array,
+    prepared: Prepared,
+    rounded: Rounded | None,
+) -> Corrected:
+    """Rounds a layer's bias and shifts it by the mean of what the output lacks."""
+    operation, recipe, folded = task.operation, task.recipe, prepared.folded
+    x, unscaled = in_units_of_codes(x, prepared.inputs)
+    codes, format = (folded.kernel, None) if rounded is None else (rounded.codes, rounded.format)
+    layer = QuantizedLayer(codes, folded.bias, format, unscaled, None, None)
+    layer = dataclasses.replace(layer, bias=quantize_bias(operation, layer, folded.bias))
+    y = map_batches(partial(apply_linear, operation, layer), x)
+    if recipe.bias_correction and (unscaled is not None or format is not None):
+        missing = _channel_means(operation, lacking(_goal(task, target, shortcut), y))
+        bias = quantize_bias(operation, layer, dequantized_bias(operation, layer) + missing)
+        layer = dataclasses.replace(layer, bias=bias)
+        y = map_batches(partial(apply_linear, operation, layer), x)
+    values = None
+    if _has_output_range(recipe) and not task.has_output_channels:
+        objective = task.output_objective
+        seen = seen_by(task, shortcut is not None)
+        added = None if shortcut is None else shortcut[1]
+        values = output_values(objective, seen, task.movement, target, y, added)
+    return Corrected(layer, y, values)
 
 
-_apply_linear = jax.jit(apply_linear, static_argnums=0)
-_fake_quant = jax.jit(fake_quant)
+def _has_output_range(recipe: LayerRecipe) -> bool:
+    return recipe.outputs is not None and recipe.output_position != "post_activation"
 
 
-@partial(jax.jit, static_argnums=0)
-def _channel_sums(operation: Linear, y: jax.Array) -> jax.Array:
-    kept = {axis % y.ndim for axis in operation.channel_axes}
-    return y.sum([axis for axis in range(y.ndim) if axis not in kept]).reshape(-1)
-
-
-def _channel_means(operation: Linear, values: Arrays) -> jax.Array:
+def _channel_means(operation: Linear, values: jax.Array) -> jax.Array:
     """The mean of each output channel, float32[groups * channels]."""
-    sums = jnp.sum(jnp.stack([_channel_sums(operation, batch) for batch in values]), axis=0)
-    count = sum(batch.size for batch in values) // len(sums)
-    return sums / count
+    kept = {1 + axis % (values.ndim - 1) for axis in operation.channel_axes}
+    by_batch = values.sum([axis for axis in range(1, values.ndim) if axis not in kept])
+    sums = jnp.sum(by_batch.reshape(len(values), -1), axis=0)
+    return sums / (values.size // len(sums))
 
 
-@partial(jax.jit, static_argnums=0)
-def _energies(
-    activation: Callable[[jax.Array], jax.Array], target: jax.Array, actual: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    target, actual = activation(target), activation(actual)
-    return jnp.sum(jnp.square(target)), jnp.sum(jnp.square(target - actual))
+# ---- The output
 
 
-def _sqnr_db(activation: Callable[[jax.Array], jax.Array], target: Arrays, actual: Arrays) -> float:
-    energies = [_energies(activation, z, z_hat) for z, z_hat in zip(target, actual, strict=True)]
-    signal, noise = (math.fsum(map(float, column)) for column in zip(*energies, strict=True))
-    return 10 * math.log10(signal / noise) if noise and signal else math.inf
+def _fit_output(
+    task: Task, limits: Any, values: Values, target: jax.Array, corrected: Corrected
+) -> tuple[QParams | None, Any]:
+    """Chooses the range of a layer's output before the activation; None in float."""
+    spec, shortcut = task.recipe.outputs, values.shortcut
+    if spec is None or not _has_output_range(task.recipe):
+        return None, None
+    if task.has_output_channels:
+        added = None if shortcut is None else shortcut[1]
+        return fit_output_channels(task, limits, target, corrected.output, added)
+    assert corrected.values is not None
+    return choose_output(
+        corrected.values,
+        limits,
+        objective=task.output_objective,
+        spec=spec,
+        activation=seen_by(task, shortcut is not None),
+        candidates=task.candidates,
+    )
+
+
+@program(static_argnums=(0, 1))
+def finish(
+    movement: Movement,
+    activation: Activation,
+    float_output: jax.Array,
+    output: jax.Array,
+    outputs: QParams | None,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """Rounds outputs: (float outputs, quantized outputs, energies); see `Fitted` and `Fit`."""
+    if outputs is not None:
+        output = _of_stack(outputs).project(output)
+    moved = [jax.vmap(movement)(values) for values in (float_output, output)]
+    shown, shown_hat = (activated(activation, movement, y) for y in (float_output, output))
+    axes = tuple(range(1, shown.ndim))
+    signal = jnp.sum(jnp.square(shown), axes)
+    noise = jnp.sum(jnp.square(shown - shown_hat), axes)
+    return moved[0], moved[1], (signal, noise)
+
+
+def _of_stack(qparams: QParams) -> QParams:
+    """Qparams of a batch for stacked batches."""
+    if not qparams.scale.ndim:
+        return qparams
+    scale, zero_point = qparams.scale[None], qparams.zero_point[None]
+    return dataclasses.replace(qparams, scale=scale, zero_point=zero_point)
+
+
+def _fit_activated(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None:
+    """Fits the range of a layer's output after its activation."""
+    position = recipe.output_position
+    is_already_done = position == "both" and not site.activating
+    if recipe.outputs is None or position == "pre_activation" or is_already_done:
+        return
+    floats, values = state.streams.read(site.activated)
+    objective = task.output_objective
+    samples = _activated_values(objective, floats, values)
+    spec = task.recipe.outputs
+    assert spec is not None
+    qparams, clip = choose_output(
+        samples,
+        recipe.limits["outputs"],
+        objective=objective,
+        spec=spec,
+        activation=NONE,
+        candidates=task.candidates,
+    )
+    state.grids[site.activated] = Grid(qparams, _width(recipe.outputs))
+    state.streams.write(site.activated, floats, _project(qparams, values))
+    fit = state.fits[site.layer.name]
+    layer = dataclasses.replace(fit.layer, activated=qparams)
+    output_clip = clip if fit.output_clip is None else fit.output_clip
+    state.fits[site.layer.name] = fit._replace(layer=layer, output_clip=output_clip)
+
+
+@program(static_argnums=0)
+def _activated_values(objective: Objective, floats: jax.Array, values: jax.Array) -> OutputValues:
+    return output_values(objective, NONE, None, floats, values, None)
+
+
+@program()
+def _project(qparams: QParams, values: jax.Array) -> jax.Array:
+    return qparams.project(values)

@@ -6,119 +6,147 @@ With granularity per_channel, channels that carry little get finer codes than th
 * inputs x ≥ 0 are divided by t_c, √ of the scale of least error of channel c, before one range is
   searched for all; t_c is a factor of the kernel, W·x = (W·t)·(x / t), which is why the root: what
   evens out the channels of the input must not tear apart those of the kernel.
+
+Values are stacked by batch, [batches, examples, ...].
 """
 
-import math
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from qjax.fit import observers, search
-from qjax.formats.affine import QParams, affine_qparams
-from qjax.formats.spec import LayerRecipe, QuantSpec
-from qjax.graph import jaxpr
-from qjax.graph.fold import Folded
-from qjax.graph.layers import Site
+from qjax.fit.samples import InputSample, OutputSample
+from qjax.fit.sampling import sampled, sampled_channels, sampled_patches
+from qjax.fit.search import Candidates, least, least_by_channel, widest
+from qjax.fit.streams import map_batches
+from qjax.formats.affine import QParams
+from qjax.formats.spec import QuantSpec
+from qjax.graph.activation import NONE, Activation
+from qjax.graph.layers import Movement, Site
 from qjax.graph.operation import (
     Linear,
     along_axes,
     along_channels,
     by_channel,
-    input_axes,
     scale_input_channels,
 )
-from qjax.run.function import moved
+from qjax.objectives.base import Objective, Range
+from qjax.programs import program
+from qjax.recipe import LayerRecipe
 
-# Samples per layer, spread evenly over all calibration images and positions.
-MOMENT_PATCHES = 2**16  # for the second moments of its input
-SAMPLED_PATCHES = 2**12  # for the search of its input range
-SAMPLED_VALUES = 2**18  # for the search of its output range, or of ranges per channel
-PERCENT = 99.9  # of the values, that the `percentile` range keeps
 NARROWEST = 1e-3  # scale of an input channel, of the widest one's
-
-Arrays = list[jax.Array]  # one per calibration batch
-Activation = Callable[[jax.Array], jax.Array]
 
 
 class Task(NamedTuple):
-    """One layer to fit.
+    """How to fit one layer: all that its programs depend on, and nothing else.
 
     Attributes:
-      site: where it stands.
-      recipe: what to do with it.
-      grid: the candidates of each search.
+      operation: its linear operation.
+      movement: what its output goes through.
+      activation: what follows its output.
+      summed: what follows the sum of its output and its shortcut; None without a shortcut.
+      recipe: what to do with it, its widths left out.
+      candidates: of each search.
       makes_logits: whether its output is the network's, and to be taken for logits.
     """
 
-    site: Site
+    operation: Linear
+    movement: Movement
+    activation: Activation
+    summed: Activation | None
     recipe: LayerRecipe
-    grid: search.Grid
+    candidates: Candidates
     makes_logits: bool
 
     @property
-    def is_judged_by_softmax(self) -> bool:
-        """Whether the range of the output is the one that keeps the probabilities of classes."""
-        return self.makes_logits and self.recipe.range_method == "output_mse"
+    def output_objective(self) -> Objective:
+        """What makes one range of the output better than another."""
+        objective = self.recipe.objective
+        return (self.makes_logits and objective.for_logits) or objective
 
     @property
-    def operation(self) -> Linear:
-        """The layer's linear operation."""
-        return self.site.layer.operation
+    def has_output_channels(self) -> bool:
+        """Whether the output has a scale per channel: nothing may read it but a sum."""
+        spec = self.recipe.outputs
+        is_wanted = spec is not None and spec.granularity == "per_channel"
+        return is_wanted and self.summed is not None and not self.movement
+
+
+def task_of(
+    site: Site, recipe: LayerRecipe, candidates: Candidates, makes_logits: bool = False
+) -> Task:
+    """The task of fitting a layer."""
+    summed = None if site.shortcut is None else site.shortcut.activation.shown
+    operation = site.layer.operation
+    fields = (operation, site.movement, site.activation, summed)
+    return Task(*fields, recipe.stored, candidates, makes_logits)
+
+
+def extremes_of(values: jax.Array) -> Range:
+    """The least and the greatest value, float32 scalars."""
+    floats = values.astype(jnp.float32)
+    return floats.min(), floats.max()
+
+
+# ---- Inputs
 
 
 def fit_input(
-    task: Task, x: Arrays, folded: Folded, grid: QParams | None
-) -> tuple[QParams | None, float | None]:
+    task: Task,
+    limits: Any,
+    x: jax.Array,
+    kernel: jax.Array,
+    known: QParams | None,
+    divides_channels: bool,
+) -> tuple[QParams | None, jax.Array | None]:
     """Chooses the range of a layer's input.
 
     Args:
       task: the layer.
-      x: its input on every batch.
-      folded: its kernel and bias.
-      grid: the grid of codes that the input lies on already, None if there is none.
+      limits: of the input's width.
+      x: its input.
+      kernel: float32[groups, patch, channels].
+      known: the grid of codes that the input lies on already, None if there is none.
+      divides_channels: whether channels are to have scales of their own; none may be negative.
 
     Returns:
       Qparams, and their scale's share of the scale that the extremes need; None in float.
     """
-    spec, method = task.recipe.inputs, task.recipe.range_method
+    spec = task.recipe.inputs
     if spec is None:
         return None, None
-    if grid is not None and (grid.qmin, grid.qmax) == (spec.qmin, spec.qmax):
-        return grid, 1.0  # the values are codes of the output before: nothing is lost
-    low, high = observers.observe(observers.min_max(), x)
-    axes = input_axes(task.operation)
-    width, kernel = jnp.ones(()), folded.kernel
-    if spec.granularity == "per_channel" and axes and float(low) >= 0:
-        by_input = _channel_widths(task, spec, axes, x)
+    if known is not None:
+        return known, jnp.ones(())  # the values are codes of the output before: nothing is lost
+    objective, width = task.recipe.objective, jnp.ones(())
+    if divides_channels:
+        axes = task.operation.input_axes
+        by_input = _channel_widths(task, spec, limits, axes, x)
         kernel = scale_input_channels(task.operation, kernel, by_input)
         width = along_axes(axes, by_input, x[0])
-        x = [batch / width for batch in x]
-        low, high = observers.observe(observers.min_max(), x)
-
-    def searched(extremes: search.Range) -> QParams:
-        patches = _sampled_patches(task.operation, x)
-        return search.search_input(patches, kernel, extremes, spec, method, task.grid)
-
-    inputs, clip = fit_range(method, spec, x, (low, high), searched, task.grid)
-    return QParams(width * inputs.scale, inputs.zero_point, inputs.qmin, inputs.qmax), clip
+        x = x / width[None]
+    patches = x if objective.loss is None else sampled_patches(task.operation, x)
+    sample = InputSample(x, *extremes_of(x), patches, kernel)
+    chosen = least(objective, sample, spec, task.candidates, limits)
+    clip = chosen.scale / widest(objective, sample, spec, limits).scale
+    return chosen.scaled(width), clip
 
 
-def _channel_widths(task: Task, spec: QuantSpec, axes: tuple[int, ...], x: Arrays) -> jax.Array:
+def _channel_widths(
+    task: Task, spec: QuantSpec, limits: Any, axes: tuple[int, ...], x: jax.Array
+) -> jax.Array:
     """√ of the scale that suits each channel of an input, their geometric mean 1: float[channels].
 
     A channel of zeros counts as the widest.
     """
-    sample = _sampled_channels(axes, x)
-    if task.recipe.range_method == "absmax":
+    sample, objective = sampled_channels(axes, x), task.recipe.objective
+    if objective.loss is None:
         scale = sample.max(1)
     else:
         zeros = jnp.zeros_like(sample)
-        scale = search.search_channels(sample, sample, zeros, spec, identity, task.grid).scale
+        static = (spec, NONE, task.candidates, limits)
+        scale = least_by_channel(objective, sample, sample, zeros, *static).scale
     is_used = sample.max(1) > 0
     widest = jnp.max(jnp.where(is_used, scale, 0.0), initial=jnp.finfo(jnp.float32).tiny)
     scale = jnp.where(is_used, jnp.maximum(scale, NARROWEST * widest), widest)
@@ -126,95 +154,156 @@ def _channel_widths(task: Task, spec: QuantSpec, axes: tuple[int, ...], x: Array
     return root / jnp.exp(jnp.mean(jnp.log(root)))
 
 
-def fit_output(
-    task: Task, target: Arrays, actual: Arrays, shortcut: Arrays | None
-) -> tuple[QParams | None, float | None]:
-    """Chooses the range of a layer's output before the activation.
+# ---- Outputs
+
+
+class OutputValues(NamedTuple):
+    """What the search of an output's range reads.
+
+    Attributes:
+      extremes: the least and the greatest output.
+      target: z, a sample of the outputs to be had; None if nothing is searched.
+      actual: ẑ, the outputs there of the layer to be quantized.
+      shortcut: s, what is added to them, None for nothing or if it is not known yet.
+      stacked: all outputs, for objectives that make histograms; else None.
+    """
+
+    extremes: Range
+    target: jax.Array | None
+    actual: jax.Array | None
+    shortcut: jax.Array | None
+    stacked: jax.Array | None
+
+
+def output_values(
+    objective: Objective,
+    activation: Activation,
+    movement: Movement | None,
+    target: jax.Array,
+    actual: jax.Array,
+    shortcut: jax.Array | None,
+) -> OutputValues:
+    """Samples outputs for the search of their range.
+
+    Args:
+      objective: what will make one range better than another.
+      activation: what follows the outputs, or their sum with the shortcut.
+      movement: what brings them to the shape that the network returns; None for nothing.
+      target: the outputs to be had, [batches, ...].
+      actual: the outputs there of the layer to be quantized.
+      shortcut: what is added to them, None for nothing or if it is not known yet.
+    """
+    extremes = extremes_of(actual)
+    if objective.loss is None and objective.per_channel:
+        return OutputValues(extremes, None, None, None, None)
+    stacked = None if objective.per_channel else actual
+    if objective.is_rugged:  # of all outputs, a whole example at a time
+        z, z_hat = (
+            values if movement is None else jax.vmap(movement)(values)
+            for values in (target, actual)
+        )
+        z, z_hat = (values.reshape(-1, *values.shape[2:]) for values in (z, z_hat))
+        return OutputValues(extremes, z, z_hat, None, stacked)
+    if objective.sees_output and not activation.is_pointwise:
+        # An activation of unknown form is only known at the shape of a whole batch.
+        return OutputValues(extremes, target[0], actual[0], None, stacked)
+    added = None if shortcut is None else sampled(shortcut)
+    return OutputValues(extremes, sampled(target), sampled(actual), added, stacked)
+
+
+@program(static_argnames=("objective", "spec", "activation", "candidates"))
+def choose_output(
+    values: OutputValues,
+    limits: Any,
+    *,
+    objective: Objective,
+    spec: QuantSpec,
+    activation: Activation,
+    candidates: Candidates,
+) -> tuple[QParams, jax.Array]:
+    """Chooses the range of an output; compiled once for all layers whose samples are alike.
+
+    Args:
+      values: samples of the output.
+      limits: of its width.
+      objective: what makes one range better than another.
+      spec: the number format.
+      activation: what follows the output, or its sum with the shortcut.
+      candidates: of the search.
+
+    Returns:
+      Scalar qparams, and their scale's share of the scale that the extremes need.
+    """
+    nothing = jnp.zeros(0)
+    target, actual = (
+        nothing if array is None else array for array in (values.target, values.actual)
+    )
+    stacked = actual if values.stacked is None else values.stacked
+    sample = OutputSample(stacked, *values.extremes, target, actual, values.shortcut, activation)
+    chosen = least(objective, sample, spec, candidates, limits)
+    clip = chosen.scale / widest(objective, sample, spec, limits).scale
+    return with_exact_products(chosen), clip
+
+
+def seen_by(task: Task, knows_shortcut: bool) -> Activation:
+    """What follows a layer's output, as far as the range of the output is to see it."""
+    activation = task.summed if knows_shortcut else task.activation
+    assert activation is not None
+    if activation.is_pointwise:
+        return activation
+    movement, function = task.movement, activation.function
+    return activation._replace(function=_Moved(movement, function))
+
+
+class _Moved(NamedTuple):
+    """An activation of unknown form, of the output as the layer's operation leaves it."""
+
+    movement: Movement
+    function: Any
+
+    def __call__(self, y: jax.Array) -> jax.Array:
+        return self.function(self.movement(y))
+
+
+@program(static_argnames="task")
+def fit_output_channels(
+    task: Task, limits: Any, target: jax.Array, actual: jax.Array, shortcut: jax.Array | None
+) -> tuple[QParams, jax.Array]:
+    """Chooses a range for every channel of an output that is only added to something.
 
     Args:
       task: the layer.
-      target: the outputs to be had, on every batch.
+      limits: of the output's width.
+      target: the outputs to be had.
       actual: the outputs there of the layer to be quantized.
-      shortcut: what is added to them, None for nothing or if it is not known yet.
+      shortcut: what is added to them, None if it is not known yet.
 
     Returns:
-      Qparams, and their scale's share of the scale that the extremes need; None in float.
+      Qparams of the output's rank, and their scales' share of those that the extremes need.
     """
-    spec, method, site = task.recipe.outputs, task.recipe.range_method, task.site
-    if spec is None or task.recipe.output_position == "post_activation":
-        return None, None
-    activation = identity
-    if method == "output_mse":
-        activation = activation_of(site) if shortcut is None else summed_activation(site)
-    if spec.granularity == "per_channel" and site.shortcut is not None and not site.movement:
-        return _fit_output_channels(task, spec, target, actual, shortcut)
-    low, high = observers.observe(observers.min_max(), actual)
-    if shortcut is None and activation in (jax.nn.relu, jax.nn.relu6):
-        low = jnp.zeros_like(low)
-    if shortcut is None and activation is jax.nn.relu6:
-        high = jnp.minimum(high, 6)
-
-    def searched(extremes: search.Range) -> QParams:
-        if task.is_judged_by_softmax:
-            z, z_hat = (
-                jnp.concatenate([moved(site, batch) for batch in values])
-                for values in (target, actual)
-            )
-            return search.search_logits(z, z_hat, extremes, spec, task.grid)
-        # An activation of unknown form is only known at the shape of a whole batch.
-        is_pointwise = activation in (identity, jax.nn.relu, jax.nn.relu6)
-        z, z_hat = (_sampled(v) if is_pointwise else v[0] for v in (target, actual))
-        added = None if shortcut is None else _sampled(shortcut)
-        return search.search_output(z, z_hat, extremes, spec, activation, task.grid, added)
-
-    outputs, clip = fit_range(method, spec, actual, (low, high), searched, task.grid)
-    return with_exact_products(outputs), clip
+    spec, objective, axes = task.recipe.outputs, task.recipe.objective, task.operation.channel_axes
+    assert spec is not None and task.summed is not None
+    low, high = jax.vmap(partial(_channel_extremes, axes))(actual)
+    covering = spec.cover(low.min(0), high.max(0), limits)
+    chosen = covering
+    if objective.loss is not None:
+        z, z_hat = (sampled_channels(axes, values) for values in (target, actual))
+        added, activation = jnp.zeros_like(z), NONE
+        if shortcut is not None and objective.sees_output:
+            added, activation = sampled_channels(axes, shortcut), task.summed
+        static = (spec, activation, task.candidates, limits)
+        chosen = least_by_channel(objective, z, z_hat, added, *static)
+    scale, zero_point = (
+        along_channels(task.operation, leaf, actual.ndim - 1)
+        for leaf in (chosen.scale, chosen.zero_point)
+    )
+    shaped = QParams(scale, zero_point, chosen.qmin, chosen.qmax, chosen.dtype)
+    return with_exact_products(shaped), jnp.mean(chosen.scale / covering.scale)
 
 
-def _fit_output_channels(
-    task: Task, spec: QuantSpec, target: Arrays, actual: Arrays, shortcut: Arrays | None
-) -> tuple[QParams, float]:
-    """A range for every channel of an output that is only added to something."""
-    axes = task.operation.channel_axes
-    observed = [_channel_extremes(axes, batch) for batch in actual]
-    low, high = (jnp.stack(ends) for ends in zip(*observed, strict=True))
-    widest = affine_qparams(low.min(0), high.max(0), spec)
-    chosen = widest
-    if task.recipe.range_method != "absmax":
-        z, z_hat = (_sampled_channels(axes, values) for values in (target, actual))
-        added, activation = jnp.zeros_like(z), identity
-        if shortcut is not None and task.recipe.range_method == "output_mse":
-            added, activation = _sampled_channels(axes, shortcut), summed_activation(task.site)
-        chosen = search.search_channels(z, z_hat, added, spec, activation, task.grid)
-    shaped = jax.tree.map(lambda q: along_channels(task.operation, q, actual[0].ndim), chosen)
-    return with_exact_products(shaped), float(jnp.mean(chosen.scale / widest.scale))
-
-
-def fit_activated(task: Task, target: Arrays, actual: Arrays) -> tuple[QParams, float]:
-    """Chooses the range of a layer's output after its activation.
-
-    Args:
-      task: the layer, its outputs not in float.
-      target: the values to be had, on every batch.
-      actual: the values there to be quantized.
-
-    Returns:
-      Qparams, and their scale's share of the scale that the extremes need.
-    """
-    spec = task.recipe.outputs
-    assert spec is not None
-
-    def searched(extremes: search.Range) -> QParams:
-        if task.is_judged_by_softmax:
-            z, z_hat = jnp.concatenate(target), jnp.concatenate(actual)
-            return search.search_logits(z, z_hat, extremes, spec, task.grid)
-        samples = _sampled(target), _sampled(actual)
-        return search.search_output(*samples, extremes, spec, identity, task.grid)
-
-    extremes = observers.observe(observers.min_max(), actual)
-    method = task.recipe.range_method
-    activated, clip = fit_range(method, spec, actual, extremes, searched, task.grid)
-    return with_exact_products(activated), clip
+def _channel_extremes(axes: tuple[int, ...], values: jax.Array) -> Range:
+    channels = by_channel(axes, values)
+    return channels.min(1), channels.max(1)
 
 
 def with_exact_products(qparams: QParams) -> QParams:
@@ -224,124 +313,11 @@ def with_exact_products(qparams: QParams) -> QParams:
     evaluation of a residual sum is the same.
     """
     scale = lax.reduce_precision(qparams.scale, 8, 15)
-    return QParams(scale, qparams.zero_point, qparams.qmin, qparams.qmax)
+    return QParams(scale, qparams.zero_point, qparams.qmin, qparams.qmax, qparams.dtype)
 
 
-def activation_of(site: Site) -> Activation:
-    """What follows a layer's output."""
-    return KNOWN.get(site.layer.activation) or partial(_activate, site)
-
-
-def summed_activation(site: Site) -> Activation:
-    """What follows the sum of a layer's output and its shortcut; the identity if unknown."""
-    assert site.shortcut is not None
-    return KNOWN.get(site.shortcut.activation, identity)
-
-
-def identity(x: jax.Array) -> jax.Array:
-    """No activation."""
-    return x
-
-
-KNOWN = {"none": identity, "relu": jax.nn.relu, "relu6": jax.nn.relu6}
-
-
-def _activate(site: Site, z: jax.Array) -> jax.Array:
-    env = {site.output: moved(site, z)}
-    for equation in site.activation:
-        jaxpr.evaluate_equation(equation, env)
-    return env[site.activated]
-
-
-def fit_range(
-    method: str,
-    spec: QuantSpec,
-    values: Arrays,
-    extremes: search.Range,
-    searched: Callable[[search.Range], QParams],
-    grid: search.Grid = search.GRID,
-) -> tuple[QParams, float]:
-    """Chooses a clipping range of activations.
-
-    Args:
-      method: `absmax`, `percentile`, `kl`, or one that `searched` knows.
-      spec: the number format.
-      values: the values on every calibration batch.
-      extremes: the least and the greatest value to represent.
-      searched: finds the range with the least squared error inside the extremes.
-      grid: the candidates for each end of the range.
-
-    Returns:
-      Scalar qparams, and their scale's share of the scale that the extremes need.
-    """
-    widest = affine_qparams(*extremes, spec)
-    match method:
-        case "absmax":
-            chosen = widest
-        case "percentile":
-            low, high = observers.observe(observers.percentile(PERCENT, *extremes), values)
-            chosen = affine_qparams(low, high, spec)
-        case "kl":
-            counter = observers.histogram(*extremes, bins=search.HISTOGRAM_BINS)
-            chosen = search.search_entropy(observers.observe(counter, values), extremes, spec, grid)
-        case _:
-            chosen = searched(extremes)
-    return chosen, float(chosen.scale / widest.scale)
-
-
-def coprime_stride(size: int, limit: int) -> int:
-    """The least stride that leaves at most `limit` of `size` elements and meets every channel."""
-    stride = max(1, math.ceil(size / limit))
-    while math.gcd(stride, size) != 1:
-        stride += 1
-    return stride
-
-
-def _sampled(values: Arrays) -> jax.Array:
-    """Elements at pseudo-random places, the same for all arrays of one size; all, if there are few.
-
-    Their number, and with it what has to be compiled, does not depend on the size of the arrays.
-    """
-    size, limit = values[0].size, SAMPLED_VALUES // len(values)
-    if size <= limit:
-        return jnp.concatenate([batch.reshape(-1) for batch in values])
-    places = np.random.default_rng(size).integers(size, size=limit)
-    return jnp.concatenate([batch.reshape(-1)[places] for batch in values])
-
-
-@partial(jax.jit, static_argnums=0)
-def _channel_extremes(axes: tuple[int, ...], values: jax.Array) -> search.Range:
-    channels = by_channel(axes, values)
-    return channels.min(1), channels.max(1)
-
-
-def _sampled_channels(axes: tuple[int, ...], values: Arrays) -> jax.Array:
-    """Values at pseudo-random positions, the same for all arrays of one size: [channels, n]."""
-    channels = math.prod(values[0].shape[axis] for axis in axes)
-    size = values[0].size // channels
-    limit = max(1, SAMPLED_VALUES // channels // len(values))
-    places = np.arange(size)
-    if size > limit:
-        places = np.random.default_rng(size).integers(size, size=limit)
-    return jnp.concatenate([_at_positions(axes, batch, places) for batch in values], axis=1)
-
-
-@partial(jax.jit, static_argnums=0)
-def _at_positions(axes: tuple[int, ...], values: jax.Array, places: jax.Array) -> jax.Array:
-    return by_channel(axes, values)[:, places]
-
-
-def patch_stride(operation: Linear, x: Arrays, limit: int) -> int:
-    """The stride between positions that leaves about `limit` patches of all the batches `x`."""
-    positions = jax.eval_shape(operation.patches, x[0]).shape[0]
-    return coprime_stride(positions, max(1, limit // len(x)))
-
-
-def _sampled_patches(operation: Linear, x: Arrays) -> jax.Array:
-    stride = patch_stride(operation, x, SAMPLED_PATCHES)
-    return jnp.concatenate([_strided_patches(operation, stride, batch) for batch in x])
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _strided_patches(operation: Linear, stride: int, x: jax.Array) -> jax.Array:
-    return operation.patches(x.astype(jnp.float32), stride)
+def activated(activation: Activation, movement: Movement, y: jax.Array) -> jax.Array:
+    """Outputs after their activation, [batches, ...]."""
+    if activation.is_pointwise:
+        return activation.function(y)
+    return map_batches(lambda batch: activation.function(movement(batch)), y)

@@ -12,63 +12,56 @@ for r, again and again, find a kernel that is better where it shows:
     H D = Cov[x̂, r] with H = Cov[x̂],  W += D,  b += E[r] − Dᵀ E[x̂].
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from qjax.fit import observers
-from qjax.fit.rounding import least_squares_shift
+from qjax.fit import moments as m
+from qjax.fit.observers import observe_stacked
+from qjax.graph.activation import Activation
 from qjax.graph.fold import Folded, apply_folded
 from qjax.graph.operation import Linear
-
-Activation = Callable[[jax.Array], jax.Array]
+from qjax.rounding.metric import least_squares_shift
 
 
 class Goal(NamedTuple):
-    """What the output of a layer is for, on every calibration batch.
+    """What the output of a layer is for, on all calibration batches.
 
     Attributes:
-      target: z, the outputs to be had.
-      shortcut: s, what is added before the activation; None for 0.
+      target: z, the outputs to be had, [batches, ...].
+      shortcut: s, what is added before the activation, of that shape; None for 0.
       activation: act, elementwise and not decreasing.
     """
 
-    target: Sequence[jax.Array]
-    shortcut: Sequence[jax.Array | None]
+    target: jax.Array
+    shortcut: jax.Array | None
     activation: Activation
 
 
-def lacking(goal: Goal, outputs: Sequence[jax.Array]) -> list[jax.Array]:
-    """What outputs lack for the activation to show the target: r, for each batch.
+def lacking(goal: Goal, output: jax.Array) -> jax.Array:
+    """What outputs lack for the activation to show the target: r.
 
     Args:
       goal: what they are for.
-      outputs: ẑ, for each batch.
+      output: ẑ, of the shape of the target.
     """
-    batches = zip(goal.target, outputs, goal.shortcut, strict=True)
-    return [_lacking(goal.activation, *batch) for batch in batches]
-
-
-@partial(jax.jit, static_argnums=0)
-def _lacking(
-    activation: Activation, target: jax.Array, output: jax.Array, shortcut: jax.Array | None
-) -> jax.Array:
-    added = jnp.zeros_like(output) if shortcut is None else shortcut
-    wanted, actual = activation(target + added), output + added
-    return jnp.where(wanted == activation(actual), 0.0, wanted - actual)
+    added = jnp.zeros_like(output) if goal.shortcut is None else goal.shortcut
+    act = goal.activation.function
+    wanted, actual = act(goal.target + added), output + added
+    return jnp.where(wanted == act(actual), 0.0, wanted - actual)
 
 
 def refit(
     operation: Linear,
     folded: Folded,
-    moments: observers.Moments,
-    inputs: Sequence[jax.Array],
+    moments: m.Moments,
+    inputs: jax.Array,
     goal: Goal,
     stride: int,
     has_free_bias: bool,
+    times: int,
 ) -> Folded:
     """Changes a kernel, and its bias where that is free, by what the layer lacks.
 
@@ -76,26 +69,33 @@ def refit(
       operation: the linear operation.
       folded: kernel and bias so far.
       moments: of the patches of `inputs`, centered where the bias is free.
-      inputs: x̂, for each batch.
+      inputs: x̂, [batches, ...].
       goal: what the output is for.
       stride: between the patches of a batch that count.
       has_free_bias: whether the bias may change.
+      times: how often.
 
     Returns:
       The new kernel and bias.
     """
-    residuals = lacking(goal, [_apply_folded(operation, folded, batch) for batch in inputs])
-    observer = observers.cross_moments(operation, stride)
-    found = observers.observe(observer, zip(inputs, residuals, strict=True))
-    return _shifted(folded, moments, found, has_free_bias)
+    observer = m.cross_moments(operation, stride)
+
+    def update(_: int, folded: Folded) -> Folded:
+        def missing(state: object, batch: tuple[jax.Array, ...]) -> object:
+            x, target, shortcut = batch
+            own = goal._replace(target=target, shortcut=shortcut)
+            residual = lacking(own, apply_folded(operation, folded, x))
+            return observer.update(state, (x, residual))
+
+        batches = (inputs, goal.target, goal.shortcut)
+        found = observe_stacked(observer._replace(update=missing), batches)
+        return _shifted(folded, moments, found, has_free_bias)
+
+    return update(0, folded) if times == 1 else lax.fori_loop(0, times, update, folded)
 
 
-_apply_folded = jax.jit(apply_folded, static_argnums=0)
-
-
-@partial(jax.jit, static_argnums=3)
 def _shifted(
-    folded: Folded, moments: observers.Moments, found: observers.CrossMoments, has_free_bias: bool
+    folded: Folded, moments: m.Moments, found: m.CrossMoments, has_free_bias: bool
 ) -> Folded:
     mean = moments.mean[:, :, None]
     means = mean * found.residual_mean[:, None, :] if has_free_bias else 0.0

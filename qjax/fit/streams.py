@@ -1,24 +1,28 @@
 """Two streams of values through a network, side by side, one layer at a time.
 
 One is what the float network computes on the calibration batches, the other what the network
-computes whose layers so far are quantized. Every equation is evaluated once per batch and stream,
-and a value is dropped as soon as nothing reads it again.
+computes whose layers so far are quantized. The values of all batches are stacked, [batches,
+examples, ...], and a value is dropped as soon as nothing reads it again.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+from jax import lax
 from jax.extend import core
 
 from qjax.graph import jaxpr
+from qjax.graph.jaxpr import Equations
 from qjax.graph.layers import Network, Site
-from qjax.run.function import Activated, reads, schedule, segments
+from qjax.graph.schedule import Activated, reads, schedule, segments
+from qjax.programs import program
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A run of plain equations and the layer step behind it.
+    """A run of plain equations and the layer step after it.
 
     Attributes:
       equations: the run.
@@ -43,13 +47,13 @@ def cut(network: Network) -> tuple[Segment, ...]:
 
 
 class Streams:
-    """The live values of the float and of the quantized network on every calibration batch."""
+    """The live values of the float and of the quantized network on all calibration batches."""
 
     def __init__(
         self,
         network: Network,
         leaves: Sequence[jax.Array],
-        batches: Iterable[Sequence[jax.Array]],
+        batches: Sequence[jax.Array],
         is_sequential: bool,
     ) -> None:
         """Starts both streams at the network's input.
@@ -57,54 +61,95 @@ class Streams:
         Args:
           network: the network, traced at the size of the batches.
           leaves: the leaves of its params.
-          batches: for each batch, the leaves of an input.
+          batches: the leaves of an input, those of all batches stacked.
           is_sequential: whether there is a quantized stream; otherwise it is the float one.
         """
         flat = network.flat
         self._fixed = flat.constants | dict(zip(flat.params, leaves, strict=True))
-        self._floats = [dict(zip(flat.inputs, batch, strict=True)) for batch in batches]
-        self._quantized = [dict(env) for env in self._floats] if is_sequential else self._floats
+        self._floats = dict(zip(flat.inputs, batches, strict=True))
+        self._quantized = dict(self._floats) if is_sequential else self._floats
         self._streams = [self._floats, self._quantized] if is_sequential else [self._floats]
 
     def advance(self, segment: Segment) -> None:
         """Evaluates the equations of a segment on every batch."""
-        read = {var for equation in segment.equations for var in reads(equation)}
-        written = {var for equation in segment.equations for var in equation.outvars}
-        fixed = {var: self._fixed[var] for var in read if var in self._fixed}
-        operands = [var for var in read - written if var not in fixed]
-        results = [var for var in written if var in segment.needed]
-
-        @jax.jit
-        def evaluate(values: list[jax.Array], constants: list[jax.Array]) -> list[jax.Array]:
-            env = dict(zip(operands, values, strict=True))
-            env.update(zip(fixed, constants, strict=True))
-            for equation in segment.equations:
-                jaxpr.evaluate_equation(equation, env)
-            return [env[var] for var in results]
-
+        if segment.equations:
+            self._evaluate(segment)
         for stream in self._streams:
-            for env in stream:
-                values = evaluate([env[var] for var in operands], list(fixed.values()))
-                for var in env.keys() - segment.needed:
-                    del env[var]
-                env.update(zip(results, values, strict=True))
+            for var in stream.keys() - segment.needed:
+                del stream[var]
 
-    def read(self, var: core.Var) -> tuple[list[jax.Array], list[jax.Array]]:
-        """A variable's values on every batch in the float and in the quantized stream."""
-        values = [
-            [self._fixed[var] if var in self._fixed else env[var] for env in stream]
-            for stream in (self._floats, self._quantized)
-        ]
-        return values[0], values[1]
+    def _evaluate(self, segment: Segment) -> None:
+        written = {var for equation in segment.equations for var in equation.outvars}
+        read = dict.fromkeys(var for equation in segment.equations for var in reads(equation))
+        operands = [var for var in read if var not in written]
+        results = [var for var in written if var in segment.needed]
+        results.sort(key=[v for e in segment.equations for v in e.outvars].index)
+        function = Equations(segment.equations, operands, results)
+        is_stacked = tuple(var not in self._fixed for var in operands)
+        # Whatever is elementwise takes all batches at once; products take memory.
+        at_once = not any(map(jaxpr.contains_contraction, segment.equations))
+        before: list[Any] = []
+        for stream in self._streams:
+            values = [self._fixed[v] if v in self._fixed else stream[v] for v in operands]
+            if before and all(a is b for a, b in zip(values, before[0], strict=True)):
+                found = before[1]  # nothing that it reads is quantized yet
+            elif not any(is_stacked):
+                found = _evaluate_once(function, *values)
+            else:
+                found = _evaluate_stacked(function, is_stacked, at_once, *values)
+            before = [values, found]
+            values_of = zip(results, found, strict=True)
+            (stream if any(is_stacked) else self._fixed).update(values_of)
+
+    def read(self, var: core.Var) -> tuple[jax.Array, jax.Array]:
+        """A variable's values on all batches in the float and in the quantized stream."""
+        return self._floats[var], self._quantized[var]
 
     def holds(self, var: core.Var) -> bool:
         """Whether the variable has a value on every batch by now."""
-        return var in self._fixed or var in self._floats[0]
+        return var in self._floats
 
-    def write(
-        self, var: core.Var, floats: Sequence[jax.Array], quantized: Sequence[jax.Array]
-    ) -> None:
-        """Sets a variable on every batch; without a quantized stream only to its float values."""
+    def write(self, var: core.Var, floats: jax.Array, quantized: jax.Array) -> None:
+        """Sets a variable on all batches; without a quantized stream only to its float values."""
         for stream, values in zip(self._streams, (floats, quantized), strict=False):
-            for env, value in zip(stream, values, strict=True):
-                env[var] = value
+            stream[var] = values
+
+
+@program(static_argnums=0)
+def _evaluate_once(function: Equations, *values: jax.Array) -> list[jax.Array]:
+    return function(*values)
+
+
+@program(static_argnums=(0, 1, 2))
+def _evaluate_stacked(
+    function: Equations, is_stacked: tuple[bool, ...], at_once: bool, *values: jax.Array
+) -> list[jax.Array]:
+    if at_once:
+        return jax.vmap(function, [0 if stacked else None for stacked in is_stacked])(*values)
+    stacked = [value for value, is_own in zip(values, is_stacked, strict=True) if is_own]
+
+    def evaluate(own: list[jax.Array]) -> list[jax.Array]:
+        rest = iter(own)
+        batch = [
+            next(rest) if is_own else value
+            for value, is_own in zip(values, is_stacked, strict=True)
+        ]
+        return function(*batch)
+
+    return map_batches(evaluate, stacked)
+
+
+def map_batches(function: Callable[[Any], Any], batches: Any) -> Any:
+    """Evaluates a function on one batch after the other, of values that are stacked.
+
+    Args:
+      function: of the values of one batch, a pytree.
+      batches: the same pytree, leaves [batches, ...].
+
+    Returns:
+      What the function returns, stacked.
+    """
+    if len(jax.tree.leaves(batches)[0]) > 1:
+        return lax.map(function, batches)
+    found = function(jax.tree.map(lambda leaf: leaf[0], batches))
+    return jax.tree.map(lambda leaf: leaf[None], found)

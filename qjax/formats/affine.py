@@ -1,45 +1,77 @@
 """Affine quantization of plain arrays: real = scale * (code - zero_point)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qjax.formats.spec import QuantSpec
+from qjax.formats.base import NumberFormat, Spec
 
-
-def _static() -> Any:
-    return dataclasses.field(metadata={"static": True})
+Limits = tuple[Any, Any]  # the smallest and the largest code, int32 scalars
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QParams:
-    """The affine map between codes and real values.
+    """The affine map between codes and real values: a `Format`.
+
+    The limits of the codes are arrays, so that formats of all widths that are stored alike share
+    compiled programs.
 
     Attributes:
       scale: float32, real units per code, positive; of the rank of the data, 1 on shared axes.
       zero_point: int32, the code of real 0; same shape as `scale`.
-      qmin: smallest code, inclusive (static).
-      qmax: largest code, inclusive (static).
+      qmin: smallest code, inclusive, an int32 scalar.
+      qmax: largest code, inclusive, an int32 scalar.
+      dtype: the type that codes are stored in (static); by default the narrowest of int8, uint8,
+        int16, uint16 that holds them all.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> qparams = QParams(jnp.float32(0.5), jnp.int32(3), 0, 15)
+      >>> qparams.bits, str(qparams.dtype)
+      (4, 'uint8')
+      >>> print(qparams.encode(jnp.array([-1.0, 0.2, 9.0])))
+      [ 1  3 15]
     """
 
     scale: jax.Array
     zero_point: jax.Array
-    qmin: int = _static()
-    qmax: int = _static()
+    qmin: Any
+    qmax: Any
+    dtype: Any = dataclasses.field(default=None, metadata={"static": True})
+
+    name: ClassVar[str] = "affine"
+    is_uniform: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.dtype is None:
+            limits = {"qmin": np.int32(self.qmin), "qmax": np.int32(self.qmax)}
+            for field, limit in limits.items():
+                object.__setattr__(self, field, limit)
+            object.__setattr__(self, "dtype", storage_type(self.bits, self.qmin < 0))
 
     @property
     def bits(self) -> int:
-        """The width of a code."""
-        return (self.qmax - self.qmin).bit_length()
+        """The width of a code; not under `jax.jit`, where the limits are traced."""
+        return (int(self.qmax) - int(self.qmin)).bit_length()
 
     @property
-    def dtype(self) -> Any:
-        """The narrowest of int8, uint8, int16, uint16 that holds every code."""
-        width = 8 if self.bits <= 8 else 16
-        return jnp.dtype(f"int{width}" if self.qmin < 0 else f"uint{width}")
+    def is_signed(self) -> bool:
+        """Whether codes are stored with a sign."""
+        return bool(jnp.issubdtype(self.dtype, jnp.signedinteger))
+
+    @property
+    def lowest(self) -> Any:
+        """The smallest code."""
+        return self.qmin
+
+    @property
+    def step(self) -> jax.Array:
+        """The scale."""
+        return self.scale
 
     @property
     def inverse_scale(self) -> jax.Array:
@@ -53,12 +85,43 @@ class QParams:
     @property
     def range(self) -> tuple[jax.Array, jax.Array]:
         """The smallest and the largest representable real value, each of `scale`'s shape."""
-        codes = jnp.array([self.qmin, self.qmax])
+        codes = jnp.asarray(self.qmin), jnp.asarray(self.qmax)
         low, high = (self.scale * (code - self.zero_point).astype(jnp.float32) for code in codes)
         return low, high
 
+    def encode(self, x: jax.Array) -> jax.Array:
+        """Maps real values to codes; see `quantize_array`."""
+        return quantize_array(x, self)
 
-def affine_qparams(low: jax.Array, high: jax.Array, spec: QuantSpec) -> QParams:
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """Maps codes to real values; see `dequantize`."""
+        return dequantize(codes, self)
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """Rounds real values to representable ones; see `fake_quant`."""
+        return fake_quant(x, self)
+
+    def scaled(self, factor: jax.Array) -> "QParams":
+        """The format whose every value is `factor` times as large."""
+        return dataclasses.replace(self, scale=self.scale * factor)
+
+
+def storage_type(bits: int, is_signed: Any) -> Any:
+    """The narrowest of int8, uint8, int16, uint16 that holds codes of that width."""
+    return np.dtype(f"{'' if is_signed else 'u'}int{8 if bits <= 8 else 16}")
+
+
+def limits_of(spec: Spec) -> Limits:
+    """The smallest and the largest code of a width."""
+    if spec.symmetric:
+        largest = 2 ** (spec.bits - 1) - 1
+        return np.int32(-largest), np.int32(largest)
+    return np.int32(0), np.int32(2**spec.bits - 1)
+
+
+def affine_qparams(
+    low: jax.Array, high: jax.Array, spec: Spec, limits: Limits | None = None
+) -> QParams:
     """Finds the map that covers [low, high], with real 0 exactly representable.
 
     Symmetric: scale = max(|low|, |high|) / qmax, zero_point = 0. Asymmetric, with low ≤ 0 ≤ high:
@@ -69,6 +132,7 @@ def affine_qparams(low: jax.Array, high: jax.Array, spec: QuantSpec) -> QParams:
       low: float[...], the smallest value to represent; values above 0 count as 0.
       high: float[...], the largest value to represent; values below 0 count as 0.
       spec: the number format.
+      limits: the smallest and the largest code; by default those of the spec's width.
 
     Returns:
       Qparams of the shape of `low` and `high`.
@@ -76,14 +140,19 @@ def affine_qparams(low: jax.Array, high: jax.Array, spec: QuantSpec) -> QParams:
     References:
       Jacob et al., 2018, arXiv:1712.05877, section 2.1 and eq. 12.
     """
+    qmin, qmax = (jnp.asarray(limit) for limit in limits or limits_of(spec))
     low = jnp.minimum(low, 0).astype(jnp.float32)
     high = jnp.maximum(high, 0).astype(jnp.float32)
     width = jnp.maximum(-low, high) if spec.symmetric else high - low
-    scale = width / (spec.qmax if spec.symmetric else spec.qmax - spec.qmin)
+    steps = qmax if spec.symmetric else qmax - qmin
+    scale = width / steps.astype(jnp.float32)
     scale = jnp.where(scale > jnp.finfo(jnp.float32).tiny, scale, jnp.ones_like(scale))
     zero_point = jnp.zeros_like(scale) if spec.symmetric else jnp.round(-low / scale)
-    zero_point = jnp.clip(zero_point, spec.qmin, spec.qmax)
-    return QParams(scale, zero_point.astype(jnp.int32), spec.qmin, spec.qmax)
+    zero_point = jnp.clip(zero_point, *(limit.astype(jnp.float32) for limit in (qmin, qmax)))
+    return QParams(scale, zero_point.astype(jnp.int32), qmin, qmax, spec.dtype)
+
+
+AFFINE = NumberFormat("affine", QParams, limits_of, affine_qparams, is_uniform=True)
 
 
 def _check_rank(x: jax.Array, qparams: QParams) -> None:
@@ -127,9 +196,15 @@ def round_codes(codes: jax.Array, qparams: QParams) -> jax.Array:
     Returns:
       float32[...], integers from qmin − zero_point to qmax − zero_point.
     """
+    low, high = relative_limits(qparams)
+    return _round_straight_through(jnp.clip(codes, low, high))
+
+
+def relative_limits(qparams: QParams) -> tuple[jax.Array, jax.Array]:
+    """The smallest and the largest code less the zero point, float32 of its shape."""
     zero_point = qparams.zero_point.astype(jnp.float32)
-    codes = jnp.clip(codes, qparams.qmin - zero_point, qparams.qmax - zero_point)
-    return _round_straight_through(codes)
+    low, high = (jnp.asarray(limit, jnp.float32) for limit in (qparams.qmin, qparams.qmax))
+    return low - zero_point, high - zero_point
 
 
 def quantize_array(x: jax.Array, qparams: QParams) -> jax.Array:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.graph import jaxpr
-from qjax.graph.layers import Affine, Network, Site
+from qjax.graph.chain import ChannelOperation
+from qjax.graph.layers import Network, Site
 from qjax.graph.operation import Linear, along_channels
 
 
@@ -39,13 +40,13 @@ def fold(network: Network, leaves: Sequence[jax.Array]) -> tuple[Folded, ...]:
     Returns:
       One `Folded` per layer, in dataflow order.
     """
-    return jax.jit(lambda leaves: _fold(network, leaves))(list(leaves))
+    return network.program("fold", partial(_fold, network))(list(leaves))
 
 
 def _fold(network: Network, leaves: Sequence[jax.Array]) -> tuple[Folded, ...]:
     flat = network.flat
     operands = [site.kernel for site in network.sites]
-    operands += [affine.operand for site in network.sites for affine in site.affine]
+    operands += [operation.operand for site in network.sites for operation in site.operations]
     positions = jaxpr.needed(flat._replace(outputs=tuple(operands)))
     env = flat.constants | dict(zip(flat.params, leaves, strict=True))
     for position in sorted(positions):
@@ -76,9 +77,9 @@ def _fold_site(site: Site, env: jaxpr.Env) -> Folded:
     groups, _, channels = operation.matrix_shape
     slope = jnp.ones(groups * channels, jnp.float32)
     bias = jnp.zeros(groups * channels, jnp.float32)
-    for affine in site.affine:
-        operand = _per_channel(affine, jaxpr.read(env, affine.operand), operation)
-        match affine.primitive, affine.is_reversed:
+    for step in site.operations:
+        operand = _per_channel(step, jaxpr.read(env, step.operand), operation)
+        match step.primitive, step.is_reversed:
             case "add", _:
                 bias = bias + operand
             case "sub", False:
@@ -92,13 +93,13 @@ def _fold_site(site: Site, env: jaxpr.Env) -> Folded:
     return Folded(kernel * slope.reshape(groups, 1, channels), bias)
 
 
-def _per_channel(affine: Affine, operand: jax.Array, operation: Linear) -> jax.Array:
+def _per_channel(step: ChannelOperation, operand: jax.Array, operation: Linear) -> jax.Array:
     """Brings the operand of an affine operation to float32[output channels]."""
-    shape = [1] * affine.ndim
-    for axis, size in zip(affine.axes, jnp.shape(operand), strict=True):
+    shape = [1] * step.ndim
+    for axis, size in zip(step.axes, jnp.shape(operand), strict=True):
         shape[axis] = size
-    own = [shape[axis] for axis in affine.channel_axes]
-    order = sorted(range(len(own)), key=affine.channel_axes.__getitem__)
+    own = [shape[axis] for axis in step.channel_axes]
+    order = sorted(range(len(own)), key=step.channel_axes.__getitem__)
     inverse = sorted(range(len(own)), key=order.__getitem__)
     vector = jnp.reshape(operand, [own[i] for i in order]).transpose(inverse)
     sizes = operation.channel_sizes

@@ -4,9 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend import core
 
 CONTRACTIONS = ("conv_general_dilated", "dot_general")
+
+# What only moves elements, or changes their type.
+MOVEMENT = ("reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "copy")
 
 # Calls whose body may stand in place of the call, by the name of the parameter that holds it.
 _INLINED = {
@@ -19,6 +23,8 @@ _INLINED = {
     "remat2": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
 }
+
+CALLS = tuple(_INLINED)
 
 Atom = Any  # a core.Var or a core.Literal
 Env = dict[core.Var, Any]
@@ -212,3 +218,98 @@ def needed(flat: FlatJaxpr) -> set[int]:
             positions.add(position)
             live.update(variables(equation.invars))
     return positions
+
+
+_RULES_OF_DIFFERENTIATION = ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "bwd")
+
+
+class Equations:
+    """A run of equations as a function, equal to every other one that computes the same.
+
+    So functions that are compiled for one network, or for one block of it, serve all others whose
+    equations differ in nothing but the names of variables.
+
+    Attributes:
+      equations: in order of evaluation.
+      operands: the variables that it reads, in the order of its arguments.
+      results: the variables that it returns.
+    """
+
+    def __init__(
+        self,
+        equations: Sequence[core.JaxprEqn],
+        operands: Sequence[core.Var],
+        results: Sequence[core.Var],
+    ) -> None:
+        """Takes the attributes."""
+        self.equations, self.operands, self.results = equations, operands, results
+        numbers: dict[core.Var, int] = {}
+        self._key = (
+            _described_atoms(operands, numbers),
+            _described(equations, numbers),
+            _described_atoms(results, numbers),
+        )
+
+    def __call__(self, *values: Any) -> list[Any]:
+        """Evaluates the equations as they stand."""
+        env: Env = dict(zip(self.operands, values, strict=True))
+        for equation in self.equations:
+            evaluate_equation(equation, env)
+        return [env[var] for var in self.results]
+
+    def single(self, value: Any) -> Any:
+        """Evaluates equations of one operand and one result."""
+        [result] = self(value)
+        return result
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Equations) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def _described(equations: Sequence[core.JaxprEqn], numbers: dict[core.Var, int]) -> tuple[Any, ...]:
+    """Equations as a hashable value, their variables numbered as they come."""
+    return tuple(
+        (
+            equation.primitive.name,
+            _described_atoms(equation.invars, numbers),
+            tuple(
+                (name, _described_value(value))
+                for name, value in sorted(equation.params.items())
+                if name not in _RULES_OF_DIFFERENTIATION
+            ),
+            _described_atoms(equation.outvars, numbers),
+        )
+        for equation in equations
+    )
+
+
+def _described_atoms(atoms: Sequence[Atom], numbers: dict[core.Var, int]) -> tuple[Any, ...]:
+    return tuple(
+        ("literal", str(atom.aval), _described_value(atom.val))
+        if is_literal(atom)
+        else (numbers.setdefault(atom, len(numbers)), str(atom.aval))
+        for atom in atoms
+    )
+
+
+def _described_value(value: Any) -> Any:
+    """A parameter of an equation as a hashable value; one of unknown kind equals itself alone."""
+    if isinstance(value, core.ClosedJaxpr):
+        return _described_value(value.jaxpr), tuple(map(id, value.consts))
+    if isinstance(value, core.Jaxpr):
+        numbers: dict[core.Var, int] = {}
+        variables = _described_atoms([*value.constvars, *value.invars], numbers)
+        body = _described(value.eqns, numbers)
+        return variables, body, _described_atoms(value.outvars, numbers)
+    if isinstance(value, tuple | list):
+        return type(value).__name__, tuple(map(_described_value, value))
+    if isinstance(value, np.ndarray | np.generic):
+        return str(value.dtype), value.shape, value.tobytes()
+    try:
+        hash(value)
+    except TypeError:
+        return "unlike any other", id(value)
+    return value

@@ -8,39 +8,25 @@ it (bias, batch norm), up to its pre-activation output.
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend import core
 
 from qjax.graph import jaxpr
-from qjax.graph.jaxpr import Atom, FlatJaxpr, dtype, shape
+from qjax.graph.activation import Activation, find_activation
+from qjax.graph.chain import ChannelOperation, Graph, affine_chain
+from qjax.graph.jaxpr import Atom, Equations, FlatJaxpr, dtype, shape
+from qjax.graph.naming import layer_names, path_names
 from qjax.graph.operation import Linear, linear_operation
 
-Activation = Literal["none", "relu", "relu6", "other"]
+REMEMBERED = 16  # networks, with the programs that were compiled for them
+REMEMBERED_PROGRAMS = 16  # of a network
 
-_AFFINE = ("add", "sub", "mul", "div")
-_MOVEMENT = ("reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "copy")
-_CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call")
-_ELEMENTWISE = (
-    *_CALLS,
-    *(
-        "max",
-        "min",
-        "clamp",
-        "tanh",
-        "logistic",
-        "erf",
-        "exp",
-        "log1p",
-        "abs",
-        "sign",
-        "sin",
-        "cos",
-    ),
-    *("sqrt", "rsqrt", "square", "integer_pow", "neg"),
-)
 _REMEDY = {
     "scan": "write the loop as a Python loop over layers with their own parameters",
     "while": "write the loop as a Python loop (its length must not depend on the data)",
@@ -66,32 +52,12 @@ class Layer:
 
     name: str
     kind: str
-    activation: Activation
+    activation: str
     kernel_shape: tuple[int, ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     macs: int
     operation: Linear
-
-
-class Affine(NamedTuple):
-    """One operation of the chain behind a layer: `primitive(y, operand)`, or reversed.
-
-    Attributes:
-      primitive: add, sub, mul or div.
-      operand: the atom, depending on params only, that y is combined with.
-      axes: where the axes of `operand` lie among those of y (its other axes are shared).
-      channel_axes: where the layer's channel axes lie in y at this point.
-      ndim: the rank of y at this point.
-      is_reversed: whether y is the second operand.
-    """
-
-    primitive: str
-    operand: Atom
-    axes: tuple[int, ...]
-    channel_axes: tuple[int, ...]
-    ndim: int
-    is_reversed: bool
 
 
 class Shortcut(NamedTuple):
@@ -114,11 +80,12 @@ class Site(NamedTuple):
       input: the variable it reads.
       kernel: the atom of its kernel.
       chain: the positions of its equations, contraction first.
-      affine: the affine operations among them.
-      movement: the equations among them that only move elements.
+      operations: the affine operations among them.
+      movement: the equations among them that only move elements, as a function of one array.
       output: the pre-activation output.
+      activation: what follows the output.
       activated: the value after the activation (`output` where there is none).
-      activation: the equations between the two.
+      activating: the equations between the two.
       shortcut: what its output is added to, None if it goes anywhere else.
     """
 
@@ -126,12 +93,43 @@ class Site(NamedTuple):
     input: core.Var
     kernel: Atom
     chain: tuple[int, ...]
-    affine: tuple[Affine, ...]
-    movement: tuple[core.JaxprEqn, ...]
+    operations: tuple[ChannelOperation, ...]
+    movement: "Movement"
     output: core.Var
+    activation: Activation
     activated: core.Var
-    activation: tuple[core.JaxprEqn, ...]
+    activating: tuple[core.JaxprEqn, ...]
     shortcut: Shortcut | None
+
+
+class Movement(NamedTuple):
+    """What brings the output of a layer's operation to the shape and type that is read.
+
+    Attributes:
+      equations: that only move elements, one after the other.
+      dtype: of the result.
+    """
+
+    equations: tuple[Equations, ...]
+    dtype: Any
+
+    def __call__(self, y: jax.Array) -> jax.Array:
+        """Moves an output, in float."""
+        for equation in self.equations:
+            y = equation.single(y)
+        return y.astype(self.dtype)
+
+    def of_codes(self, codes: jax.Array) -> jax.Array:
+        """Moves codes: their type stays."""
+        for moves in self.equations:
+            [equation] = moves.equations
+            if equation.primitive.name != "convert_element_type":
+                [codes] = jaxpr.bind(equation, [codes])
+        return codes
+
+    def __bool__(self) -> bool:
+        """Whether there is anything but a change of type."""
+        return bool(self.equations)
 
 
 class Skipped(NamedTuple):
@@ -142,18 +140,40 @@ class Skipped(NamedTuple):
     reason: str
 
 
-class Network(NamedTuple):
-    """A flat jaxpr and its layers in dataflow order."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """A flat jaxpr and its layers in dataflow order.
+
+    Attributes:
+      flat: the jaxpr.
+      sites: its layers.
+      skipped: contractions that stay in float.
+      paths: of the leaves of its params.
+      programs: what was compiled for this network, the last used ones, by what they do; freed
+        with it.
+    """
 
     flat: FlatJaxpr
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
+    paths: tuple[str, ...]
+    programs: collections.OrderedDict[Hashable, Callable[..., Any]] = dataclasses.field(
+        default_factory=collections.OrderedDict, repr=False
+    )
 
+    @property
+    def belongs_to_a_trace(self) -> bool:
+        """Whether it was made within a trace from outside, and is of no use after that."""
+        return any(isinstance(value, Tracer) for value in self.flat.constants.values())
 
-def path_names(tree: Any) -> tuple[str, ...]:
-    """The path of every leaf of a pytree, its keys joined by "/"."""
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path in paths)
+    def program(self, key: Hashable, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled form of a function of this network: jitted once, found by its key later."""
+        if key not in self.programs:
+            self.programs[key] = jax.jit(function)
+            while len(self.programs) > REMEMBERED_PROGRAMS:
+                self.programs.popitem(last=False)
+        self.programs.move_to_end(key)
+        return self.programs[key]
 
 
 def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> tuple[Layer, ...]:
@@ -174,13 +194,47 @@ def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> tuple[Lay
     return tuple(site.layer for site in find_layers(apply_fn, params, x).sites)
 
 
+def shapes_of(tree: Any) -> Any:
+    """The shapes and types of a pytree's arrays, as `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), tree)
+
+
+_remembered: collections.OrderedDict[Any, Network] = collections.OrderedDict()
+_remembering = threading.Lock()
+
+
 def find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Network:
-    """Traces a network and finds where its layers stand; see `trace`."""
+    """Traces a network and finds where its layers stand; see `trace`.
+
+    The last networks are remembered by function and shapes, as `jax.jit` remembers its programs.
+    """
+    shapes = shapes_of((params, x))
+    leaves, structure = jax.tree.flatten(shapes)
+    key = (apply_fn, structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+    try:
+        hash(key)
+    except TypeError:  # a function without a hash cannot be recognised
+        return _find_layers(apply_fn, *shapes)
+    with _remembering:
+        if key in _remembered:
+            _remembered.move_to_end(key)
+            return _remembered[key]
+    network = _find_layers(apply_fn, *shapes)
+    if network.belongs_to_a_trace:
+        return network
+    with _remembering:
+        _remembered[key] = network
+        while len(_remembered) > REMEMBERED:
+            _remembered.popitem(last=False)
+    return network
+
+
+def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Network:
     flat = jaxpr.flatten(apply_fn, params, x)
     paths = path_names(params)
     sizes = [math.prod(shape(var)) for var in flat.params]
     found = jaxpr.dependences(flat)
-    graph = _Graph(flat)
+    graph = Graph(flat)
     live = jaxpr.needed(flat)
     sites, kernels, skipped = [], [], []
     for position, equation in enumerate(flat.equations):
@@ -211,8 +265,8 @@ def find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Net
         else:
             skipped.append(_skip(equation, "its kernel is computed without params"))
     batch = max((shape(var)[0] for var in flat.inputs if shape(var)), default=1)
-    named = _with_names(sites, _layer_names(kernels, paths), max(batch, 1))
-    return Network(flat, named, tuple(skipped))
+    named = _with_names(sites, layer_names(kernels, paths), max(batch, 1))
+    return Network(flat, named, tuple(skipped), paths)
 
 
 def _refusal(equation: core.JaxprEqn, name: str) -> ValueError:
@@ -236,53 +290,8 @@ def _with_names(sites: Sequence[Site], names: Sequence[str], batch: int) -> tupl
     )
 
 
-def _layer_names(kernels: Sequence[str], paths: Iterable[str]) -> list[str]:
-    """Names layers by the folder of their kernel, or by the whole path where that is ambiguous."""
-    trimmed = {path: _trim(path) for path in paths}
-    folders = collections.Counter(
-        trimmed[path].rpartition("/")[0] for path in dict.fromkeys(kernels)
-    )
-    names, seen = [], collections.Counter()
-    for path in kernels:
-        folder = trimmed[path].rpartition("/")[0]
-        name = folder if folder and folders[folder] == 1 else trimmed[path]
-        names.append(f"{name}@{seen[name]}" if seen[name] else name)
-        seen[name] += 1
-    return names
-
-
-def _trim(path: str) -> str:
-    keys = path.split("/")
-    keys = keys[1:] if keys[0] == "params" and len(keys) > 1 else keys
-    keys = keys[:-1] if keys[-1] in ("value", "raw_value") and len(keys) > 1 else keys
-    return "/".join(keys)
-
-
-class _Graph:
-    """Who reads and who writes each variable of a flat jaxpr."""
-
-    def __init__(self, flat: FlatJaxpr) -> None:
-        self.equations = flat.equations
-        self.readers: dict[core.Var, list[int]] = collections.defaultdict(list)
-        self.writer: dict[core.Var, core.JaxprEqn] = {}
-        for position in sorted(jaxpr.needed(flat)):
-            equation = flat.equations[position]
-            for var in jaxpr.variables(equation.invars):
-                self.readers[var].append(position)
-            self.writer.update(dict.fromkeys(equation.outvars, equation))
-        for var in jaxpr.variables(flat.outputs):
-            self.readers[var].append(len(flat.equations))
-
-    def only_reader(self, var: core.Var) -> int | None:
-        """The position of the one equation that reads `var`, None for several or an output."""
-        readers = self.readers[var]
-        if len(readers) != 1 or readers[0] == len(self.equations):
-            return None
-        return readers[0]
-
-
 def _site(
-    graph: _Graph,
+    graph: Graph,
     found: Mapping[core.Var, jaxpr.Dependence],
     position: int,
     kernel_is_lhs: bool,
@@ -295,24 +304,36 @@ def _site(
         raise ValueError(f"layer {name!r} is {error}, which is not supported.") from error
     operands: list[Any] = equation.invars[:: 1 if kernel_is_lhs else -1]
     kernel, x = operands
-    chain, affine, movement, output = _affine_chain(graph, found, position, operation)
-    activation, steps, activated = _activation(graph, output)
+    chain = affine_chain(graph, found, position, operation)
+    activation, activating, activated = find_activation(graph, chain.output)
     layer = Layer(
         name=name,
         kind=operation.kind,
-        activation=activation,
+        activation=activation.name,
         kernel_shape=shape(kernel),
         input_shape=shape(x),
-        output_shape=shape(output),
+        output_shape=shape(chain.output),
         macs=math.prod(shape(equation.outvars[0])) * operation.matrix_shape[1],
         operation=operation,
     )
-    shortcut = _shortcut(graph, found, output)
-    return Site(layer, x, kernel, chain, affine, movement, output, activated, steps, shortcut)
+    moves = tuple(Equations([e], jaxpr.variables(e.invars), e.outvars) for e in chain.movement)
+    return Site(
+        layer=layer,
+        input=x,
+        kernel=kernel,
+        chain=chain.positions,
+        operations=chain.operations,
+        movement=Movement(moves, dtype(chain.output)),
+        output=chain.output,
+        activation=activation,
+        activated=activated,
+        activating=activating,
+        shortcut=_shortcut(graph, found, chain.output),
+    )
 
 
 def _shortcut(
-    graph: _Graph, found: Mapping[core.Var, jaxpr.Dependence], output: core.Var
+    graph: Graph, found: Mapping[core.Var, jaxpr.Dependence], output: core.Var
 ) -> Shortcut | None:
     reader = graph.only_reader(output)
     if reader is None or graph.equations[reader].primitive.name != "add":
@@ -321,207 +342,6 @@ def _shortcut(
     is_value = len(others) == 1 and jaxpr.depends_on(others, found).x
     if not is_value or shape(others[0]) != shape(output):
         return None
-    activation, _, _ = _activation(graph, graph.equations[reader].outvars[0])
-    return Shortcut(others[0], activation)
-
-
-def _affine_chain(
-    graph: _Graph,
-    found: Mapping[core.Var, jaxpr.Dependence],
-    position: int,
-    operation: Linear,
-) -> tuple[tuple[int, ...], tuple[Affine, ...], tuple[core.JaxprEqn, ...], core.Var]:
-    """Follows the per-channel affine operations behind a contraction.
-
-    Operations that only move elements are followed too, and kept if an affine one comes after.
-    """
-    var = graph.equations[position].outvars[0]
-    ndim = len(shape(var))
-    channel_axes = tuple(axis % ndim for axis in operation.channel_axes)
-    chain, affine, movement = [position], [], []
-    kept = ((position,), (), (), var)
-    while (reader := graph.only_reader(var)) is not None:
-        equation = graph.equations[reader]
-        moved = _moved_axes(equation, channel_axes)
-        if moved is not None:
-            movement.append(equation)
-            channel_axes = moved
-        else:
-            step = _affine_step(graph, found, equation, var, channel_axes)
-            if step is None:
-                break
-            affine.append(step)
-        chain.append(reader)
-        var = equation.outvars[0]
-        if moved is None:
-            kept = (tuple(chain), tuple(affine), tuple(movement), var)
-    return kept
-
-
-def _affine_step(
-    graph: _Graph,
-    found: Mapping[core.Var, jaxpr.Dependence],
-    equation: core.JaxprEqn,
-    var: core.Var,
-    channel_axes: tuple[int, ...],
-) -> Affine | None:
-    primitive = equation.primitive.name
-    if primitive not in _AFFINE:
-        return None
-    is_reversed = equation.invars[0] is not var
-    operand = equation.invars[0 if is_reversed else 1]
-    if operand is var or (primitive == "div" and is_reversed):
-        return None
-    if jaxpr.depends_on([operand], found).x:
-        return None
-    ndim = len(shape(var))
-    if shape(equation.outvars[0]) != shape(var):
-        return None
-    source: Any = operand
-    axes = tuple(range(len(shape(operand))))
-    writer = None if jaxpr.is_literal(source) else graph.writer.get(source)
-    if writer is not None and writer.primitive.name == "broadcast_in_dim":
-        axes = tuple(writer.params["broadcast_dimensions"])
-        source = writer.invars[0]
-    per_channel = all(
-        size == 1 or axis in channel_axes for axis, size in zip(axes, shape(source), strict=True)
+    return Shortcut(
+        others[0], find_activation(graph, graph.equations[reader].outvars[0]).activation
     )
-    return Affine(primitive, source, axes, channel_axes, ndim, is_reversed) if per_channel else None
-
-
-def _moved_axes(equation: core.JaxprEqn, channel_axes: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Where an operation that only moves elements puts the channel axes, None if it does more."""
-    name, params = equation.primitive.name, equation.params
-    if name not in _MOVEMENT:
-        return None
-    before = shape(equation.invars[0])
-    after = shape(equation.outvars[0])
-    if name in ("convert_element_type", "copy"):
-        is_float = jax.numpy.issubdtype(dtype(equation.outvars[0]), jax.numpy.floating)
-        return channel_axes if is_float else None
-    if name == "transpose":
-        return tuple(params["permutation"].index(axis) for axis in channel_axes)
-    if name == "broadcast_in_dim":
-        if math.prod(before) != math.prod(after):
-            return None
-        return tuple(params["broadcast_dimensions"][axis] for axis in channel_axes)
-    if params.get("dimensions") and name == "reshape":
-        return None
-    moved = [_reshaped_axis(before, after, axis) for axis in channel_axes]
-    found = tuple(axis for axis in moved if axis is not None)
-    return found if len(found) == len(moved) else None
-
-
-def _reshaped_axis(before: Sequence[int], after: Sequence[int], axis: int) -> int | None:
-    behind = math.prod(before[axis + 1 :])
-    for candidate, size in enumerate(after):
-        if size == before[axis] and math.prod(after[candidate + 1 :]) == behind:
-            return candidate
-    return None
-
-
-Bounds = tuple[float, float]
-
-
-def _activation(
-    graph: _Graph, output: core.Var
-) -> tuple[Activation, tuple[core.JaxprEqn, ...], core.Var]:
-    """Recognises what follows a layer's output by what it computes: clip(x, low, high) or more."""
-    bounds: Bounds = (-math.inf, math.inf)
-    steps: list[core.JaxprEqn] = []
-    clipping, activated, var = (), output, output
-    while (reader := graph.only_reader(var)) is not None:
-        equation = graph.equations[reader]
-        result = clip_bounds(equation, {var: bounds})
-        if result is None:
-            if not clipping and _is_elementwise(equation, var):
-                return "other", (*steps, equation), equation.outvars[0]
-            break
-        steps.append(equation)
-        var = equation.outvars[0]
-        if result != bounds:
-            clipping, activated = tuple(steps), var
-        bounds = result
-    names: dict[Bounds, Activation] = {(-math.inf, math.inf): "none", (0.0, math.inf): "relu"}
-    names[0.0, 6.0] = "relu6"
-    return names.get(bounds, "other"), clipping, activated
-
-
-def _is_elementwise(equation: core.JaxprEqn, var: core.Var) -> bool:
-    return (
-        equation.primitive.name in _ELEMENTWISE
-        and jaxpr.variables(equation.invars) == [var]
-        and [shape(out) for out in equation.outvars] == [shape(var)]
-    )
-
-
-def clip_bounds(equation: core.JaxprEqn, known: Mapping[core.Var, Any]) -> Bounds | None:
-    """The (low, high) with which an equation clips the network's value, None if it does more.
-
-    Args:
-      equation: the equation to look at.
-      known: what is known of its operands: a `Bounds`, or the number that a constant has.
-    """
-
-    def value(atom: Atom) -> Any:
-        if jaxpr.is_literal(atom):
-            return float(atom.val) if math.prod(jax.numpy.shape(atom.val)) == 1 else None
-        return known.get(atom)
-
-    name = equation.primitive.name
-    operands = [value(atom) for atom in equation.invars]
-    inner = jaxpr.body(equation)
-    if inner is not None:
-        if any(map(_rearranges, inner.jaxpr.eqns)):
-            return None
-        known = dict(zip(inner.jaxpr.invars, operands, strict=True))
-        for inner_equation in inner.jaxpr.eqns:
-            known[inner_equation.outvars[0]] = clip_bounds(inner_equation, known)
-        result = inner.jaxpr.outvars[0]
-        return None if jaxpr.is_literal(result) else known.get(result)
-    if name in _MOVEMENT:
-        return operands[0]
-    if name == "clamp" and isinstance(operands[1], tuple):
-        low, bounds, high = operands
-        return (
-            None if low is None or high is None else _narrow(_narrow(bounds, max, low), min, high)
-        )
-    if name in ("max", "min") and len({type(operand) for operand in operands}) == 2:
-        bounds, limit = sorted(operands, key=lambda operand: not isinstance(operand, tuple))
-        if isinstance(bounds, tuple) and isinstance(limit, float):
-            return _narrow(bounds, max if name == "max" else min, limit)
-    return None
-
-
-def _rearranges(equation: core.JaxprEqn) -> bool:
-    """Whether an equation moves the elements of an array, or makes them integers."""
-    name, result = equation.primitive.name, equation.outvars[0]
-    if name in ("copy", "convert_element_type"):
-        return not jax.numpy.issubdtype(dtype(result), jax.numpy.floating)
-    return name in _MOVEMENT and math.prod(shape(equation.invars[0])) > 1
-
-
-_SELECTIONS = ("reduce_window_max", "reduce_max", "slice", "rev")
-
-
-def keeps_codes(equation: core.JaxprEqn, var: core.Var, high: float) -> bool:
-    """Whether an equation only selects or moves values of `var`, or clips them to [0, `high`].
-
-    Args:
-      equation: an equation that reads `var`.
-      var: values that are multiples of one scale, up to `high`.
-      high: the greatest of them.
-    """
-    if jaxpr.variables(equation.invars) != [var]:
-        return False
-    if equation.primitive.name in _SELECTIONS:
-        return True
-    if dtype(equation.outvars[0]) != dtype(var):
-        return False
-    bounds = clip_bounds(equation, {var: (-math.inf, math.inf)})
-    return bounds is not None and bounds[0] in (-math.inf, 0.0) and bounds[1] >= high
-
-
-def _narrow(bounds: Bounds, primitive: Callable[..., float], limit: float) -> Bounds:
-    low, high = bounds
-    return primitive(low, limit), primitive(high, limit)

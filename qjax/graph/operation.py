@@ -7,17 +7,93 @@ Output channel c of the operation is g·M + m.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core
 
 from qjax.graph.jaxpr import shape
+
+
+class Linear(Protocol):
+    """A linear operation with its static parameters; hashable."""
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """Shape of the kernel operand."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """conv, depthwise_conv, grouped_conv, dense or grouped_dense."""
+        ...
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """(groups, elements of a patch, output channels of a group)."""
+        ...
+
+    @property
+    def channel_axes(self) -> tuple[int, ...]:
+        """The axes of the output that hold the output channels, the slowest first."""
+        ...
+
+    @property
+    def channel_sizes(self) -> tuple[int, ...]:
+        """The sizes of those axes."""
+        ...
+
+    @property
+    def input_axes(self) -> tuple[int, ...]:
+        """The axes of the input that hold its channels."""
+        ...
+
+    @property
+    def reduced_axes(self) -> tuple[int, int] | None:
+        """The one axis of the input channels in (input, kernel), None where there is not one."""
+        ...
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the operation is a product of matrices as it stands."""
+        ...
+
+    def apply(self, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+        """Computes the operation; `options` go to the primitive."""
+        ...
+
+    def to_matrix(self, kernel: jax.Array) -> jax.Array:
+        """Reorders a kernel to [groups, patch, channels]."""
+        ...
+
+    def from_matrix(self, matrix: jax.Array) -> jax.Array:
+        """Reorders [groups, patch, channels] to the kernel's own shape."""
+        ...
+
+    def patches(self, x: jax.Array, stride: int = 1) -> jax.Array:
+        """Cuts an input into the patches that the kernel meets, or every `stride`-th of them.
+
+        Args:
+          x: the input.
+          stride: between the positions that are kept, counted over examples and space.
+
+        Returns:
+          float[positions, groups, patch].
+        """
+        ...
+
+    def output_order(self, rank: int) -> list[int]:
+        """The axes of an output: positions as in `patches`, then channels."""
+        ...
+
+    def padded(self, x: jax.Array, zero: jax.Array) -> tuple["Linear", jax.Array]:
+        """Pads and dilates an input with `zero`: (what is left to do, the new input)."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +165,40 @@ class Convolution:
             kernel.transpose(*window, into, out).reshape(patch, groups, channels).transpose(1, 0, 2)
         )
 
+    @property
+    def input_axes(self) -> tuple[int, ...]:
+        """The axes of the input that hold its channels."""
+        return (self.dimension_numbers.lhs_spec[1],)
+
+    @property
+    def reduced_axes(self) -> tuple[int, int] | None:
+        """The axis of the input channels in (input, kernel), None where there are groups."""
+        numbers = self.dimension_numbers
+        return None if self.groups > 1 else (numbers.lhs_spec[1], numbers.rhs_spec[1])
+
+    @property
+    def is_product(self) -> bool:
+        """False: patches have to be cut first."""
+        return False
+
+    def output_order(self, rank: int) -> list[int]:
+        """The axes of an output: positions as in `patches`, then channels."""
+        batch, feature, *spatial = self.dimension_numbers.out_spec
+        return [batch, *spatial, feature]
+
+    def padded(self, x: jax.Array, zero: jax.Array) -> tuple["Convolution", jax.Array]:
+        """Pads and dilates an input with `zero`: (what is left to do, the new input)."""
+        edges = [
+            (low, high, dilation - 1)
+            for (low, high), dilation in zip(self.padding, self.lhs_dilation, strict=True)
+        ]
+        rank = len(edges)
+        unpadded = dataclasses.replace(self, padding=((0, 0),) * rank, lhs_dilation=(1,) * rank)
+        config = [(0, 0, 0)] * x.ndim
+        for axis, edge in zip(self.dimension_numbers.lhs_spec[2:], edges, strict=True):
+            config[axis] = edge
+        return unpadded, lax.pad(x, zero.astype(x.dtype), config) if any(map(any, config)) else x
+
     def from_matrix(self, matrix: jax.Array) -> jax.Array:
         """Reorders [groups, patch, channels] to the kernel's own shape."""
         out, into, *window = self.dimension_numbers.rhs_spec
@@ -115,21 +225,30 @@ class Convolution:
         ]
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
         window = [self.kernel_shape[axis] for axis in self.dimension_numbers.rhs_spec[2:]]
-        reach = [(size - 1) * step for size, step in zip(window, self.rhs_dilation, strict=True)]
+        sizes, channels = x.shape[1:-1], x.shape[-1]
+        starts = [
+            np.arange(0, size - (extent - 1) * step, stride_)
+            for size, extent, step, stride_ in zip(
+                sizes, window, self.rhs_dilation, self.window_strides, strict=True
+            )
+        ]
+        offsets = [np.arange(n) * step for n, step in zip(window, self.rhs_dilation, strict=True)]
+        # Rows of x as [examples * space, channels]: one per position, and the reach of the window.
+        area = math.prod(sizes)
+        examples = np.arange(x.shape[0])[:, None] * area
+        rows = (examples + _flat_places(starts, sizes)).reshape(-1)[::stride]
+        places = jnp.asarray(rows, jnp.int32)[:, None] + jnp.asarray(
+            _flat_places(offsets, sizes), jnp.int32
+        )
+        patches = x.reshape(-1, channels).at[places].get(mode="promise_in_bounds")
+        split = patches.reshape(len(rows), -1, self.groups, channels // self.groups)
+        return split.transpose(0, 2, 1, 3).reshape(len(rows), self.groups, -1)
 
-        def element(offsets: Sequence[int]) -> jax.Array:
-            start = [o * step for o, step in zip(offsets, self.rhs_dilation, strict=True)]
-            stop = [
-                size - extent + first
-                for size, extent, first in zip(x.shape[1:-1], reach, start, strict=True)
-            ]
-            ends = (x.shape[0], *stop, x.shape[-1])
-            return lax.slice(x, (0, *start, 0), ends, (1, *self.window_strides, 1))
 
-        shape = (-1, self.groups, x.shape[-1] // self.groups)
-        offsets = itertools.product(*map(range, window))
-        stacked = jnp.stack([element(o).reshape(shape)[::stride] for o in offsets], axis=2)
-        return stacked.reshape(stacked.shape[0], self.groups, -1)
+def _flat_places(places: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
+    """The places that are the product of those on each axis, counted over all axes, [1, n]."""
+    grids = np.meshgrid(*places, indexing="ij")
+    return np.ravel_multi_index([grid.ravel() for grid in grids], sizes)[None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +301,31 @@ class DotProduct:
         """The sizes of those axes."""
         return self._sizes((*self.batch[1], *self._free))
 
+    @property
+    def input_axes(self) -> tuple[int, ...]:
+        """The axes of the input that hold its channels; none where the kernel has batch axes."""
+        return () if self.batch[0] else self.contracting[0]
+
+    @property
+    def reduced_axes(self) -> tuple[int, int] | None:
+        """The contracted axis of (input, kernel), None where there is not just one."""
+        x_axes, kernel_axes = self.contracting
+        return (x_axes[0], kernel_axes[0]) if len(x_axes) == 1 and not self.batch[0] else None
+
+    @property
+    def is_product(self) -> bool:
+        """True: it is a product of matrices as it stands."""
+        return True
+
+    def output_order(self, rank: int) -> list[int]:
+        """The axes of an output: positions as in `patches`, then channels."""
+        channels = [axis % rank for axis in self.channel_axes]
+        return [*(axis for axis in range(rank) if axis not in channels), *channels]
+
+    def padded(self, x: jax.Array, zero: jax.Array) -> tuple["DotProduct", jax.Array]:
+        """Nothing is padded."""
+        return self, x
+
     def apply(self, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
         """Multiplies; `options` go to `lax.dot_general`."""
         if self.kernel_is_lhs:
@@ -209,23 +353,13 @@ class DotProduct:
         return x.transpose(*rest, *taken).reshape(-1, groups, patch)[::stride]
 
 
-Linear = Convolution | DotProduct
-
-
-def input_axes(operation: Linear) -> tuple[int, ...]:
-    """The axes of the input that hold its channels; none for a product with batch axes."""
-    if isinstance(operation, Convolution):
-        return (operation.dimension_numbers.lhs_spec[1],)
-    return () if operation.batch[0] else operation.contracting[0]
-
-
 def scale_input_channels(operation: Linear, kernel: jax.Array, scale: jax.Array) -> jax.Array:
     """Multiplies a kernel by a factor per channel of its input.
 
     Args:
       operation: the linear operation.
       kernel: float[groups, patch, channels].
-      scale: float[input channels], in the order of `input_axes`.
+      scale: float[input channels], in the order of its `input_axes`.
     """
     groups, patch, _ = operation.matrix_shape
     per_group = len(scale) // groups
@@ -252,24 +386,16 @@ def by_channel(axes: Sequence[int], x: jax.Array) -> jax.Array:
 def output_matrix(operation: Linear, y: jax.Array) -> jax.Array:
     """Reorders an output to [positions, groups, channels], positions as in `patches`."""
     groups, _, channels = operation.matrix_shape
-    return y.transpose(_output_order(operation, y.ndim)).reshape(-1, groups, channels)
+    return y.transpose(operation.output_order(y.ndim)).reshape(-1, groups, channels)
 
 
 def from_output_matrix(
     operation: Linear, matrix: jax.Array, output_shape: tuple[int, ...]
 ) -> jax.Array:
     """Undoes `output_matrix`: [positions, groups, channels] to an output of that shape."""
-    order = _output_order(operation, len(output_shape))
+    order = operation.output_order(len(output_shape))
     y = matrix.reshape([output_shape[axis] for axis in order])
     return y.transpose(sorted(range(len(order)), key=order.__getitem__))
-
-
-def _output_order(operation: Linear, rank: int) -> list[int]:
-    """The axes of an output: positions as in `patches`, then channels."""
-    channel_axes = [axis % rank for axis in operation.channel_axes]
-    is_convolution = isinstance(operation, Convolution)
-    order = operation.dimension_numbers.out_spec if is_convolution else range(rank)
-    return [*(axis for axis in order if axis not in channel_axes), *channel_axes]
 
 
 def linear_operation(equation: core.JaxprEqn, kernel_is_lhs: bool) -> Linear:

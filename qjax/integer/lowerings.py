@@ -12,8 +12,8 @@ over each, in any order, to stay below 2^24, where float32 holds every integer; 
 int32. So all of them give the same accumulator, bit for bit.
 """
 
-import dataclasses
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,47 @@ import numpy as np
 from jax import lax
 
 from qjax.formats.affine import QParams
-from qjax.graph.operation import Convolution, DotProduct, Linear, along_channels, from_output_matrix
+from qjax.graph.operation import Linear, along_channels, from_output_matrix
 from qjax.run.layer import QuantizedLayer
-
-Method = Literal["int8", "dot", "float32"]
 
 FLOAT_LIMIT = 2**24  # float32 holds every integer up to here
 INT_LIMIT = 2**31
 _MOST_SLICES = 16
+
+
+class Operands(NamedTuple):
+    """What a lowering takes of a layer's parameters.
+
+    Attributes:
+      kernel: integers q_w − z_w, int8 where they fit, in the operation's own layout; for `dot`
+        [groups, patch, channels].
+      bias: int32[groups * channels], the zero-point correction folded in where there is one.
+    """
+
+    kernel: jax.Array
+    bias: jax.Array
+
+
+class Method(NamedTuple):
+    """A way to compute accumulators.
+
+    Attributes:
+      name: in `LOWERINGS`.
+      only_integers: whether it computes with integers alone.
+      lower: of (operation, the layer's parameters, not traced): how it computes that layer; None
+        where it would not be exact.
+      operands: of (operation, the layer's parameters, bias from `folded_bias`).
+      accumulate: of (operation, operands, input codes, their code of 0, lowering).
+    """
+
+    name: str
+    only_integers: bool
+    lower: Callable[[Linear, QuantizedLayer], "Lowering | None"]
+    operands: Callable[[Linear, QuantizedLayer, jax.Array], Operands]
+    accumulate: Callable[[Linear, Operands, jax.Array, jax.Array, "Lowering"], jax.Array]
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 class Lowering(NamedTuple):
@@ -45,26 +78,14 @@ class Lowering(NamedTuple):
     stays_float: bool = False
 
 
-class Operands(NamedTuple):
-    """What a lowering takes of a layer's parameters.
-
-    Attributes:
-      kernel: integers q_w − z_w, int8 where they fit, in the operation's own layout; for `dot`
-        [groups, patch, channels].
-      bias: int32[groups * channels], the zero-point correction folded in where there is one.
-    """
-
-    kernel: jax.Array
-    bias: jax.Array
-
-
 def signed(qparams: QParams) -> QParams:
     """The same grid with codes stored around 0, unsigned ones less 2^(b−1): 8 bits fit int8."""
-    if qparams.qmin < 0:
+    if qparams.is_signed:
         return qparams
-    offset = 2 ** (qparams.bits - 1)
-    zero_point = qparams.zero_point - offset
-    return QParams(qparams.scale, zero_point, qparams.qmin - offset, qparams.qmax - offset)
+    low, high = (jnp.asarray(limit, jnp.int32) for limit in (qparams.qmin, qparams.qmax))
+    offset = (high - low + 1) // 2
+    dtype = np.dtype(f"int{8 * np.dtype(qparams.dtype).itemsize}")
+    return QParams(qparams.scale, qparams.zero_point - offset, low - offset, high - offset, dtype)
 
 
 def integer_kernel(layer: QuantizedLayer) -> np.ndarray:
@@ -89,7 +110,7 @@ def worst_case(layer: QuantizedLayer, kernel: np.ndarray | None = None) -> tuple
     assert layer.inputs is not None
     kernel = integer_kernel(layer) if kernel is None else kernel
     zero_point = int(layer.inputs.zero_point)
-    low, high = layer.inputs.qmin - zero_point, layer.inputs.qmax - zero_point
+    low, high = (int(q) - zero_point for q in (layer.inputs.qmin, layer.inputs.qmax))
     positive, negative = np.maximum(kernel, 0).sum(-2), np.minimum(kernel, 0).sum(-2)
     return positive * low + negative * high, positive * high + negative * low
 
@@ -121,41 +142,59 @@ def choose(
     Raises:
       ValueError: `float32` was asked for and would not be exact.
     """
-    slices = _slices(operation, layer)
     if method is None:
-        method = _fastest(operation, layer, platform)
-        if method == "float32" and (slices is None or only_integers):
-            method = "dot" if operation.matrix_shape[0] == 1 else "int8"
-    if method != "float32":
-        return Lowering(method)
-    if slices is None:
+        return _fastest(operation, layer, platform, only_integers)
+    lowering = method.lower(operation, layer)
+    if lowering is None:
         raise ValueError(
             "its sums can leave the integers that float32 holds, even in slices; use the lowering "
             "`int8` or `dot`"
         )
-    return Lowering("float32", slices, slices == 1 and largest(layer) < FLOAT_LIMIT)
+    return lowering
 
 
-def _fastest(operation: Linear, layer: QuantizedLayer, platform: str) -> Method:
+def _fastest(
+    operation: Linear, layer: QuantizedLayer, platform: str, only_integers: bool
+) -> Lowering:
+    """The fastest lowering that is exact, and of integers alone where it has to be."""
+    method = _measured(operation, layer, platform)
+    may = method.only_integers or not only_integers
+    lowering = method.lower(operation, layer) if may else None
+    if lowering is None:
+        return Lowering(DOT if operation.matrix_shape[0] == 1 else INT8)
+    return lowering
+
+
+def _measured(operation: Linear, layer: QuantizedLayer, platform: str) -> Method:
     """The table: measured on Zen 3 with `scripts/benchmark.py lowerings`."""
     assert layer.weights is not None and layer.inputs is not None
     if platform != "cpu":
-        return "int8"
+        return INT8
     groups, patch, channels = operation.matrix_shape
-    if groups > 1 or max(layer.weights.bits, layer.inputs.bits) > 8 or layer.weights.qmin >= 0:
-        return "float32"
-    if isinstance(operation, DotProduct):
-        return "int8"
+    widest = max(layer.weights.bits, layer.inputs.bits)
+    if groups > 1 or widest > 8 or not layer.weights.is_signed:
+        return FLOAT32
+    if operation.is_product:
+        return INT8
     if patch <= 32:
-        return "dot"
-    inputs = operation.kernel_shape[operation.dimension_numbers.rhs_spec[1]]
-    return "int8" if inputs % 32 == 0 and channels % 32 == 0 else "float32"
+        return DOT
+    axes = operation.reduced_axes
+    inputs = operation.kernel_shape[axes[1]] if axes is not None else 1
+    return INT8 if inputs % 32 == 0 and channels % 32 == 0 else FLOAT32
+
+
+def _lower_to_float(operation: Linear, layer: QuantizedLayer) -> Lowering | None:
+    """The lowering to float32, in as few slices as are exact."""
+    slices = _slices(operation, layer)
+    if slices is None:
+        return None
+    return Lowering(FLOAT32, slices, slices == 1 and largest(layer) < FLOAT_LIMIT)
 
 
 def _slices(operation: Linear, layer: QuantizedLayer) -> int | None:
     """The least power of two of slices whose sums stay below 2^24; None if there is none."""
     kernel = integer_kernel(layer)
-    size, axis = kernel.shape[1], _sliced_axes(operation)
+    size, axis = kernel.shape[1], operation.reduced_axes
     if axis is not None:
         size = operation.kernel_shape[axis[1]]
     for count in (2**i for i in range(_MOST_SLICES.bit_length())):
@@ -170,20 +209,11 @@ def _slices(operation: Linear, layer: QuantizedLayer) -> int | None:
     return None
 
 
-def _sliced_axes(operation: Linear) -> tuple[int, int] | None:
-    """The axis of the input channels in (input, kernel), None where there is not just one."""
-    if isinstance(operation, Convolution):
-        numbers = operation.dimension_numbers
-        return None if operation.groups > 1 else (numbers.lhs_spec[1], numbers.rhs_spec[1])
-    (x_axes, kernel_axes) = operation.contracting
-    return (x_axes[0], kernel_axes[0]) if len(x_axes) == 1 and not operation.batch[0] else None
-
-
 def _relative_kernel(layer: QuantizedLayer) -> jax.Array:
     assert layer.weights is not None
-    if layer.weights.qmin < 0:
+    if layer.weights.is_signed:
         return layer.kernel
-    wider = jnp.int16 if layer.weights.bits <= 8 else jnp.int32
+    wider = jnp.int16 if np.dtype(layer.weights.dtype).itemsize == 1 else jnp.int32
     return layer.kernel.astype(wider) - layer.weights.zero_point.astype(wider)
 
 
@@ -208,9 +238,7 @@ def operands(
       folded: from `folded_bias`.
       lowering: how the accumulator is computed.
     """
-    kernel = _relative_kernel(layer)
-    kernel = kernel if lowering.method == "dot" else operation.from_matrix(kernel)
-    return Operands(kernel, layer.bias if lowering.method == "float32" else folded)
+    return lowering.method.operands(operation, layer, folded)
 
 
 def accumulate(
@@ -229,17 +257,83 @@ def accumulate(
       int32[...] in the layout of the operation's output; float32[...] of the same integers where
       `lowering.stays_float`.
     """
-    if lowering.method == "float32":
-        return _accumulate_float(operation, given, x, zero_point, lowering)
-    kernel = given.kernel
-    common = jnp.promote_types(x.dtype, kernel.dtype)
-    x, kernel = x.astype(common), kernel.astype(common)
-    operation, x = _padded(operation, x, zero_point)
-    if lowering.method == "dot":
-        acc = _dot(operation, x, kernel)
-    else:
-        acc = operation.apply(x, kernel, preferred_element_type=jnp.int32)
-    return acc + along_channels(operation, given.bias, acc.ndim)
+    return lowering.method.accumulate(operation, given, x, zero_point, lowering)
+
+
+# ---- The operation itself, and products of matrices, on integers
+
+Product = Callable[[Linear, jax.Array, jax.Array], jax.Array]
+
+
+def _integer_method(
+    name: str, lay_out: Callable[[Linear, jax.Array], jax.Array], product: Product
+) -> Method:
+    """A method on integers: every layer, zero points folded into the bias.
+
+    Args:
+      name: of the method.
+      lay_out: of (operation, float[groups, patch, channels]): the kernel that `product` takes.
+      product: of (operation without padding, input, kernel): the sums, int32[...].
+    """
+
+    def lower(operation: Linear, layer: QuantizedLayer) -> Lowering:
+        return Lowering(method)
+
+    def operands(operation: Linear, layer: QuantizedLayer, folded: jax.Array) -> Operands:
+        return Operands(lay_out(operation, _relative_kernel(layer)), folded)
+
+    def accumulate(
+        operation: Linear, given: Operands, x: jax.Array, zero_point: jax.Array, lowering: Lowering
+    ) -> jax.Array:
+        common = np.promote_types(x.dtype, given.kernel.dtype)
+        unpadded, x = operation.padded(x.astype(common), zero_point)
+        acc = product(unpadded, x, given.kernel.astype(common))
+        return acc + along_channels(unpadded, given.bias, acc.ndim)
+
+    method = Method(name, True, lower, operands, accumulate)
+    return method
+
+
+def _from_matrix(operation: Linear, kernel: jax.Array) -> jax.Array:
+    return operation.from_matrix(kernel)
+
+
+def _apply(operation: Linear, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return operation.apply(x, kernel, preferred_element_type=jnp.int32)
+
+
+def _matrix(operation: Linear, kernel: jax.Array) -> jax.Array:
+    return kernel
+
+
+def _multiply(operation: Linear, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The operation as one product of matrices per group."""
+    if operation.is_product:
+        return _apply(operation, x, operation.from_matrix(kernel))
+    shape = output_shape(operation, x, kernel)
+    acc = lax.dot_general(
+        operation.patches(x),
+        kernel,
+        (((2,), (1,)), ((1,), (0,))),
+        preferred_element_type=jnp.int32,
+    )
+    return from_output_matrix(operation, acc.transpose(1, 0, 2), shape)
+
+
+def output_shape(operation: Linear, x: jax.Array, kernel: jax.Array) -> tuple[int, ...]:
+    """The shape of an operation's output, of an input and a kernel [groups, patch, channels]."""
+
+    def apply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return operation.apply(x, operation.from_matrix(kernel))
+
+    return jax.eval_shape(apply, x, kernel).shape
+
+
+# ---- The operation itself, in float32
+
+
+def _float_operands(operation: Linear, layer: QuantizedLayer, folded: jax.Array) -> Operands:
+    return Operands(operation.from_matrix(_relative_kernel(layer)), layer.bias)
 
 
 def _accumulate_float(
@@ -250,17 +344,13 @@ def _accumulate_float(
     bias = given.bias.astype(jnp.float32) if lowering.stays_float else given.bias
     pairs = [(values, kernel)]
     if lowering.slices > 1:
-        axes = _sliced_axes(operation)
+        axes = operation.reduced_axes
         assert axes is not None
-        pairs = list(
-            zip(
-                *(
-                    jnp.split(array, lowering.slices, axis)
-                    for array, axis in zip((values, kernel), axes, strict=True)
-                ),
-                strict=True,
-            )
+        sliced = (
+            jnp.split(array, lowering.slices, axis)
+            for array, axis in zip((values, kernel), axes, strict=True)
         )
+        pairs = list(zip(*sliced, strict=True))
     precision = lax.Precision.HIGHEST
     parts = [operation.apply(*pair, precision=precision) for pair in pairs]
     if not lowering.stays_float:
@@ -269,34 +359,8 @@ def _accumulate_float(
     return acc + along_channels(operation, bias, acc.ndim)
 
 
-def _padded(operation: Linear, x: jax.Array, zero_point: jax.Array) -> tuple[Linear, jax.Array]:
-    """Pads and dilates a convolution's input with the code of 0: (what is left to do, input)."""
-    if not isinstance(operation, Convolution):
-        return operation, x
-    edges = [
-        (low, high, dilation - 1)
-        for (low, high), dilation in zip(operation.padding, operation.lhs_dilation, strict=True)
-    ]
-    rank = len(edges)
-    unpadded = dataclasses.replace(operation, padding=((0, 0),) * rank, lhs_dilation=(1,) * rank)
-    config = [(0, 0, 0)] * x.ndim
-    for axis, edge in zip(operation.dimension_numbers.lhs_spec[2:], edges, strict=True):
-        config[axis] = edge
-    if not any(map(any, config)):
-        return unpadded, x
-    return unpadded, lax.pad(x, zero_point.astype(x.dtype), config)
+INT8 = _integer_method("int8", _from_matrix, _apply)
+DOT = _integer_method("dot", _matrix, _multiply)
+FLOAT32 = Method("float32", False, _lower_to_float, _float_operands, _accumulate_float)
 
-
-def _dot(operation: Linear, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The operation as one product of matrices per group."""
-    if isinstance(operation, DotProduct):
-        kernel = operation.from_matrix(kernel)
-        return operation.apply(x, kernel, preferred_element_type=jnp.int32)
-    shape = jax.eval_shape(
-        lambda x, kernel: operation.apply(x, operation.from_matrix(kernel)), x, kernel
-    ).shape
-    patches = operation.patches(x)
-    acc = lax.dot_general(
-        patches, kernel, (((2,), (1,)), ((1,), (0,))), preferred_element_type=jnp.int32
-    )
-    return from_output_matrix(operation, acc.transpose(1, 0, 2), shape)
+LOWERINGS: dict[str, Method] = {method.name: method for method in (INT8, DOT, FLOAT32)}

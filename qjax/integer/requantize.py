@@ -18,44 +18,79 @@ References:
   Jacob et al., 2018, arXiv:1712.05877, section 2.2 and appendix B (gemmlowp).
 """
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.formats.affine import QParams
-
-Arithmetic = Literal["float", "fixed_point", "shift", "floor", "divide"]
+from qjax.formats.affine import QParams, relative_limits
 
 _INT32_MAX = 2**31 - 1
 
 
-def requantize(acc: jax.Array, multiplier: jax.Array, arithmetic: Arithmetic) -> jax.Array:
-    """Multiplies integers by a positive real number and rounds.
+class Arithmetic(NamedTuple):
+    """A way to multiply integers by a positive real number M and to round.
+
+    Attributes:
+      name: in `ARITHMETICS`.
+      requantize: of (acc, M): acc·M, rounded. acc is int32[...], above −2^31, M float32 of a shape
+        that broadcasts against it, the result int32[...], saturated to ±(2^31 − 1), or in `float`
+        arithmetic to ±(2^31 − 2^7).
+      to_codes: of (acc, M, qparams): clip(acc·M + zero_point, qmin, qmax) in the type of the codes.
+      only_integers: whether sums are integers, and nothing but integers touches them. Otherwise
+        sums are float32, and `to_codes` takes accumulators in float32 too.
+    """
+
+    name: str
+    requantize: Callable[[jax.Array, jax.Array], jax.Array]
+    to_codes: Callable[[jax.Array, jax.Array, QParams], jax.Array]
+    only_integers: bool
+
+
+def of_integers(name: str, requantize: Callable[[jax.Array, jax.Array], jax.Array]) -> Arithmetic:
+    """An arithmetic of integers alone: its codes are requantized integers, clipped.
 
     Args:
-      acc: int32[...], above −2^31.
-      multiplier: float32, M, of a shape that broadcasts against `acc`.
-      arithmetic: how, see the module.
-
-    Returns:
-      int32[...], saturated to ±(2^31 − 1); in `float` arithmetic to ±(2^31 − 2^7).
+      name: of the arithmetic.
+      requantize: see `Arithmetic`.
     """
-    match arithmetic:
-        case "float":
-            limit = 2.0**31 - 2.0**7  # the greatest float32 below 2^31
-            product = jnp.round(acc.astype(jnp.float32) * multiplier)
-            return jnp.clip(product, -limit, limit).astype(jnp.int32)
-        case "fixed_point":
-            return multiply_shift(acc, *fixed_point(multiplier), rounds=True)
-        case "floor":
-            return multiply_shift(acc, *fixed_point(multiplier), rounds=False)
-        case "shift":
-            return _shift(acc, jnp.round(-jnp.log2(multiplier)).astype(jnp.int32))
-        case "divide":
-            return _divide(acc, multiplier)
+
+    def to_codes(acc: jax.Array, multiplier: jax.Array, qparams: QParams) -> jax.Array:
+        low, high = (limit - qparams.zero_point for limit in (qparams.qmin, qparams.qmax))
+        codes = jnp.clip(requantize(acc, multiplier), low, high) + qparams.zero_point
+        return codes.astype(qparams.dtype)
+
+    return Arithmetic(name, requantize, to_codes, only_integers=True)
+
+
+def _round(acc: jax.Array, multiplier: jax.Array) -> jax.Array:
+    """Rounds acc·M half to even, in float32."""
+    limit = 2.0**31 - 2.0**7  # the greatest float32 below 2^31
+    product = jnp.round(acc.astype(jnp.float32) * multiplier)
+    return jnp.clip(product, -limit, limit).astype(jnp.int32)
+
+
+def _round_to_codes(acc: jax.Array, multiplier: jax.Array, qparams: QParams) -> jax.Array:
+    """Clips acc·M to the grid and rounds half to even, in float32."""
+    product = jnp.clip(acc.astype(jnp.float32) * multiplier, *relative_limits(qparams))
+    # Adding 1.5·2^23 leaves no bit after the binary point: the addition rounds half to even, and
+    # the integer stands in the low bits. It takes less time than rounding and converting.
+    magic = 1.5 * 2**23
+    rounded = lax.bitcast_convert_type(product + magic, jnp.int32) - _bits_of(magic)
+    return (rounded + qparams.zero_point).astype(qparams.dtype)
+
+
+def _bits_of(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
+
+
+def _fixed_point(acc: jax.Array, multiplier: jax.Array, *, rounds: bool) -> jax.Array:
+    """Computes floor((acc·m + r) / 2^n), M = m·2^−n."""
+    return multiply_shift(acc, *fixed_point(multiplier), rounds=rounds)
 
 
 def fixed_point(multiplier: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -79,7 +114,7 @@ def multiply_shift(acc: jax.Array, m: jax.Array, n: jax.Array, *, rounds: bool) 
     Args:
       acc: int32[...], above −2^31.
       m: int32, not negative, of a shape that broadcasts against `acc`.
-      n: int32, 0 to 62, likewise.
+      n: int32, 0 to 62, of such a shape.
       rounds: whether to round half up; otherwise down.
 
     Returns:
@@ -106,8 +141,9 @@ def multiply_shift(acc: jax.Array, m: jax.Array, n: jax.Array, *, rounds: bool) 
     return jnp.where(n >= 32, high >> (n & 31), whole)
 
 
-def _shift(acc: jax.Array, k: jax.Array) -> jax.Array:
-    """Computes floor(acc·2^−k + 1/2), saturated."""
+def _shift(acc: jax.Array, multiplier: jax.Array) -> jax.Array:
+    """Computes floor(acc·2^−k + 1/2) with k = round(−log2 M), saturated."""
+    k = jnp.round(-jnp.log2(multiplier)).astype(jnp.int32)
     doubled = acc >> jnp.clip(k - 1, 0, 31)
     right = (doubled >> 1) + (doubled & 1)  # of k ≥ 1
     up = jnp.clip(-k, 0, 30)
@@ -130,33 +166,12 @@ def _divide(acc: jax.Array, multiplier: jax.Array) -> jax.Array:
     return jnp.where(multiplier >= 1, product, quotient)
 
 
-def to_codes(
-    acc: jax.Array, multiplier: jax.Array, qparams: QParams, arithmetic: Arithmetic
-) -> jax.Array:
-    """Requantizes integers to codes: clip(acc·M + zero_point, qmin, qmax).
+FLOAT = Arithmetic("float", _round, _round_to_codes, only_integers=False)
+FIXED_POINT = of_integers("fixed_point", partial(_fixed_point, rounds=True))
+SHIFT = of_integers("shift", _shift)
+FLOOR = of_integers("floor", partial(_fixed_point, rounds=False))
+DIVIDE = of_integers("divide", _divide)
 
-    Args:
-      acc: int32[...]; or the same integers as float32, which only `float` takes.
-      multiplier: float32, M, of a shape that broadcasts against `acc`.
-      qparams: the grid of the result, scalars.
-      arithmetic: how, see the module.
-
-    Returns:
-      Codes in the narrowest integer type that holds them.
-    """
-    if arithmetic != "float":
-        low, high = (bound - qparams.zero_point for bound in (qparams.qmin, qparams.qmax))
-        codes = jnp.clip(requantize(acc, multiplier, arithmetic), low, high) + qparams.zero_point
-        return codes.astype(qparams.dtype)
-    zero_point = qparams.zero_point.astype(jnp.float32)
-    product = acc.astype(jnp.float32) * multiplier
-    product = jnp.clip(product, qparams.qmin - zero_point, qparams.qmax - zero_point)
-    # Adding 1.5·2^23 leaves no bit behind the binary point: the addition rounds half to even, and
-    # the integer stands in the low bits. It takes less time than rounding and converting.
-    magic = 1.5 * 2**23
-    rounded = lax.bitcast_convert_type(product + magic, jnp.int32) - _bits_of(magic)
-    return (rounded + qparams.zero_point).astype(qparams.dtype)
-
-
-def _bits_of(value: float) -> int:
-    return int(np.float32(value).view(np.int32))
+ARITHMETICS: dict[str, Arithmetic] = {
+    arithmetic.name: arithmetic for arithmetic in (FLOAT, FIXED_POINT, SHIFT, FLOOR, DIVIDE)
+}

@@ -4,6 +4,7 @@
 """
 
 import base64
+import itertools
 import math
 import struct
 import zlib
@@ -14,22 +15,18 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.objectives.errors import ABSMAX
+from qjax.objectives.table import OBJECTIVES
 from qjax.page import svg
 from qjax.page.document import document
 from qjax.progress import Progress
 from qjax.quantize import Quantized
 from qjax.report import LayerReport
+from qjax.study.accuracy import Comparison, compare, predict
 from qjax.study.cost import cost
 from qjax.study.curves import Curves, layer_curves
-from qjax.study.quality import (
-    Comparison,
-    Histogram,
-    LayerQuality,
-    compare,
-    predict,
-    quality,
-    sensitivity,
-)
+from qjax.study.quality import Histogram, LayerQuality, quality
+from qjax.study.sensitivity import logits_sqnr_alone
 
 SAMPLE = 128  # calibration images that the layers are measured on
 CURVES = 3  # layers whose cost functions are drawn: the most sensitive ones
@@ -100,7 +97,7 @@ def gather(
     x = jnp.asarray(calibration[:SAMPLE])
     measured = quality(q, model.params, x)
     step("sensitivity", 1)
-    alone = sensitivity(q, model.params, x)
+    alone = logits_sqnr_alone(q, model.params, x)
     step("predictions", 2)
     before, after = (
         predict(apply_fn, params, test.images, model.preprocess)
@@ -337,6 +334,19 @@ def _curves(facts: Facts) -> str:
     )
 
 
+_DRAWN = [objective for objective in OBJECTIVES.values() if objective is not ABSMAX]
+
+
+def _colours() -> str:
+    """A colour for every cost function."""
+    rules = (
+        f".curve.{o.name} {{ stroke: var({hue}); }} .point.{o.name} {{ fill: var({hue}); }} "
+        f".key.{o.name} {{ background: var({hue}); }}"
+        for o, hue in zip(_DRAWN, itertools.cycle(("--d", "--a", "--b", "--c")), strict=False)
+    )
+    return f"<style>{' '.join(rules)}</style>"
+
+
 def _charts(layers: Mapping[str, Sequence[Curves]]) -> str:
     parts = []
     for name, tensors in layers.items():
@@ -344,19 +354,15 @@ def _charts(layers: Mapping[str, Sequence[Curves]]) -> str:
         parts.append(f'<h3>{escape(name)}</h3>\n<div class="three">{charts}</div>')
     key = "".join(
         f'<span class="key {css}"></span>{text}'
-        for css, text in (
-            ("mse", "error of the tensor"),
-            ("output_mse", "error of the layer's output"),
-            ("kl", "divergence (KL)"),
-            ("percentile", "percentile"),
-        )
+        for css, text in ((objective.name, objective.label) for objective in _DRAWN)
     )
-    return f"<figure><figcaption>{key}</figcaption></figure>\n" + "\n".join(parts)
+    legend = f"{_colours()}<figure><figcaption>{key}</figcaption></figure>\n"
+    return legend + "\n".join(parts)
 
 
 def _tensor_curves(curves: Curves) -> str:
     points = {choice.method: (min(choice.share, 1.0), choice.method) for choice in curves.choices}
-    points.pop("absmax", None)
+    points.pop(ABSMAX.name, None)
     chart = svg.curves(
         curves.shares, curves.losses, points, f"cost functions of the range of the {curves.tensor}"
     )

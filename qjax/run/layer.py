@@ -1,17 +1,18 @@
 """One quantized layer: its codes, and its evaluation in float arithmetic on codes."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.formats.affine import QParams, fake_quant, float_codes, round_codes
+from qjax.formats.affine import QParams, float_codes, round_codes
+from qjax.formats.base import elementwise, expand_groups
 from qjax.graph.operation import (
     Linear,
     along_channels,
     by_channel,
-    input_axes,
     scale_input_channels,
 )
 
@@ -25,7 +26,7 @@ class QuantizedLayer:
       kernel: [groups, patch, channels], see `qjax.linear`: codes; float32 if `weights` is None.
       bias: [groups * channels]: int32 at scale s_w·s_x where the accumulator is an integer, else
         float32 in real units.
-      weights: of the kernel: scale [groups or 1, patch groups, channels or 1].
+      weights: `Format` of the kernel, [groups or 1, patch groups, channels or 1]; None in float.
       inputs: of the layer's input: scalars, or a scale per channel of the rank of the input, with
         zero point 0. The kernel is then that of the codes, w·s_x.
       outputs: of its output before the activation: scalars, or per channel of the output's rank.
@@ -34,7 +35,7 @@ class QuantizedLayer:
 
     kernel: jax.Array
     bias: jax.Array
-    weights: QParams | None
+    weights: Any
     inputs: QParams | None
     outputs: QParams | None
     activated: QParams | None
@@ -42,25 +43,22 @@ class QuantizedLayer:
     @property
     def has_integer_accumulator(self) -> bool:
         """Whether the layer is a sum of products of codes, times one scale per output channel."""
-        return self.inputs is not None and self.weights is not None and not self.is_per_group
+        return self.inputs is not None and self.has_scale_per_sum
 
     @property
     def is_per_group(self) -> bool:
         """Whether the elements of a patch have more than one scale."""
-        return self.weights is not None and self.weights.scale.shape[1] > 1
+        return self.weights is not None and self.weights.step.shape[1] > 1
+
+    @property
+    def has_scale_per_sum(self) -> bool:
+        """Whether the kernel's values are integers times one scale per output channel."""
+        return self.weights is not None and self.weights.is_uniform and not self.is_per_group
 
     @property
     def folds_input_scales(self) -> bool:
         """Whether the scales of the input are factors of the kernel."""
         return self.inputs is not None and self.inputs.scale.ndim > 0
-
-
-def expand_groups(scale: jax.Array, patch: int) -> jax.Array:
-    """Repeats per-group values along the patch axis: [g, patch / size, m] to [g, patch, m]."""
-    if scale.shape[1] == 1:
-        return scale
-    size = -(-patch // scale.shape[1])
-    return jnp.repeat(scale, size, axis=1)[:, :patch]
 
 
 def accumulator_scale(operation: Linear, layer: QuantizedLayer) -> jax.Array:
@@ -70,7 +68,7 @@ def accumulator_scale(operation: Linear, layer: QuantizedLayer) -> jax.Array:
     """
     groups, _, channels = operation.matrix_shape
     scale = jnp.ones((groups, 1, channels), jnp.float32)
-    if layer.weights is not None and not layer.is_per_group:
+    if layer.has_scale_per_sum:
         scale = scale * layer.weights.scale
     if layer.inputs is not None and not layer.folds_input_scales:
         scale = scale * layer.inputs.scale
@@ -78,9 +76,14 @@ def accumulator_scale(operation: Linear, layer: QuantizedLayer) -> jax.Array:
 
 
 def relative_codes(layer: QuantizedLayer) -> jax.Array:
-    """The kernel's codes less their zero points, float32[groups, patch, channels]."""
+    """The kernel in units of its scale, codes less zero points: float32[groups, patch, channels].
+
+    A kernel in float, or whose values are no multiples of one scale, is in real units.
+    """
     if layer.weights is None:
         return layer.kernel
+    if not layer.weights.is_uniform:
+        return scaled_kernel(layer)
     zero_point = expand_groups(layer.weights.zero_point, layer.kernel.shape[1])
     return (layer.kernel.astype(jnp.int32) - zero_point).astype(jnp.float32)
 
@@ -89,7 +92,7 @@ def scaled_kernel(layer: QuantizedLayer) -> jax.Array:
     """The kernel, scales of its codes applied, float32[groups, patch, channels]."""
     if layer.weights is None:
         return layer.kernel
-    return relative_codes(layer) * expand_groups(layer.weights.scale, layer.kernel.shape[1])
+    return elementwise(layer.weights, layer.kernel.shape[1]).decode(layer.kernel)
 
 
 def dequantized_kernel(operation: Linear, layer: QuantizedLayer) -> jax.Array:
@@ -106,7 +109,7 @@ def fold_input_scales(operation: Linear, inputs: QParams, kernel: jax.Array) -> 
 
 
 def _by_input_channel(operation: Linear, inputs: QParams) -> jax.Array:
-    return by_channel(input_axes(operation), inputs.scale).reshape(-1)
+    return by_channel(operation.input_axes, inputs.scale).reshape(-1)
 
 
 def dequantized_bias(operation: Linear, layer: QuantizedLayer) -> jax.Array:
@@ -163,7 +166,7 @@ def _accumulate(
 ) -> tuple[jax.Array, jax.Array]:
     """Sums the products, and an integer bias: (sum, the real value of one unit of it)."""
     x = x.astype(jnp.float32) if layer.inputs is None else float_codes(x, layer.inputs)
-    kernel = scaled_kernel(layer) if layer.is_per_group else relative_codes(layer)
+    kernel = relative_codes(layer) if layer.has_scale_per_sum else scaled_kernel(layer)
     acc = operation.apply(x, operation.from_matrix(kernel), precision=lax.Precision.HIGHEST)
     if layer.has_integer_accumulator:
         acc = acc + along_channels(operation, layer.bias.astype(jnp.float32), acc.ndim)
@@ -174,7 +177,7 @@ def apply_layer(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.A
     """Evaluates a layer up to its quantized pre-activation output.
 
     An integer accumulator is multiplied by M = s_w·s_x / s_y and rounded, which is what the integer
-    evaluation does to it (see `qjax.requantize`).
+    evaluation does to it (see `qjax.integer.requantize`).
 
     Args:
       operation: the linear operation.
@@ -187,7 +190,7 @@ def apply_layer(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.A
     if layer.outputs is None:
         return apply_linear(operation, layer, x)
     if not layer.has_integer_accumulator:
-        return fake_quant(apply_linear(operation, layer, x), layer.outputs)
+        return layer.outputs.project(apply_linear(operation, layer, x))
     acc, scale = _accumulate(operation, layer, x)
     codes = round_codes(acc * (scale * layer.outputs.inverse_scale), layer.outputs)
     return layer.outputs.scale * codes

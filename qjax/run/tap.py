@@ -1,15 +1,17 @@
 """Reading what flows through every layer of a network, in float or quantized."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from qjax.graph import jaxpr
 from qjax.graph.fold import fold
-from qjax.graph.layers import Network, find_layers, path_names
-from qjax.run.function import evaluate, rest_of_params, schedule
+from qjax.graph.layers import Network, find_layers, shapes_of
+from qjax.graph.schedule import rest_of_params, schedule
+from qjax.run.fake import FAKE
+from qjax.run.function import bind, outputs_of
+from qjax.run.interpreter import evaluate
 from qjax.run.layer import QuantizedLayer
 
 
@@ -28,11 +30,6 @@ class Tap(NamedTuple):
 
 
 Tapped = Callable[[Mapping[str, Any], Any], tuple[Any, dict[str, Tap]]]
-
-
-def shapes_of(tree: Any) -> Any:
-    """The shapes and types of a pytree's arrays, as `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), tree)
 
 
 def float_layers(network: Network, params: Any) -> dict[str, Any]:
@@ -67,21 +64,18 @@ def tapped(apply_fn: Any, params: Any, x: Any, names: Sequence[str] | None = Non
       shape) that returns what `apply_fn` returns, and a `Tap` per layer by name.
     """
     network = find_layers(apply_fn, params, shapes_of(x))
-    steps = schedule(network)
-    flat = network.flat
-    by_path = dict(zip(path_names(params), flat.params, strict=True))
+    kept = None if names is None else tuple(names)
+    return network.program(f"tap of {kept}", partial(_run, network, kept))
 
-    @jax.jit
-    def run(params: Mapping[str, Any], x: Any) -> tuple[Any, dict[str, Tap]]:
-        env = flat.constants | {by_path[path]: leaf for path, leaf in params["rest"].items()}
-        env.update(zip(flat.inputs, jax.tree.leaves(x), strict=True))
-        evaluate(steps, env, params["layers"])
-        outputs = [jaxpr.read(env, atom) for atom in flat.outputs]
-        taps = {
-            site.layer.name: Tap(env[site.input], env[site.output], env[site.activated])
-            for site in network.sites
-            if names is None or site.layer.name in names
-        }
-        return jax.tree.unflatten(flat.out_tree, outputs), taps
 
-    return run
+def _run(
+    network: Network, names: Sequence[str] | None, params: Mapping[str, Any], x: Any
+) -> tuple[Any, dict[str, Tap]]:
+    env = bind(network, params["rest"], x)
+    evaluate(schedule(network), env, params["layers"], FAKE)
+    taps = {
+        site.layer.name: Tap(env[site.input], env[site.output], env[site.activated])
+        for site in network.sites
+        if names is None or site.layer.name in names
+    }
+    return outputs_of(network, env, FAKE), taps

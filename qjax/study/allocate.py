@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.formats.spec import Recipe
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
+from qjax.recipe import Recipe
 from qjax.study.sensitivity import PARTS, Part, Sensitivity, at_width
 from qjax.table import table
 
@@ -31,14 +31,14 @@ class BudgetError(ValueError):
         self.least = least
 
 
-class Choice(NamedTuple):
+class Option(NamedTuple):
     """One way to do one item: what it costs, and its error."""
 
     cost: int
     error: float
 
 
-def least_error(items: Sequence[Sequence[Choice]], budget: int) -> list[int]:
+def least_error(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
     """Chooses one of the ways to do each item, so that the sum of the errors is least.
 
     Dynamic programming over the Pareto front of (cost so far, error so far): exact, whatever the
@@ -149,7 +149,7 @@ def allocate(
         ]
         unit = 1 if max_kernel_bytes is None else 8
         items = [
-            [Choice(-(-bits * item.elements // unit), error) for bits, error in option]
+            [Option(-(-bits * item.elements // unit), error) for bits, error in option]
             for item, option in zip(found, options, strict=True)
         ]
         budget = max_kernel_bytes if average_bits is None else int(average_bits * total)

@@ -7,38 +7,41 @@ group) the same α scales every range of the curve; a cost function chooses for 
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qjax.fit import observers, search
-from qjax.fit.ranges import (
-    MOMENT_PATCHES,
-    SAMPLED_PATCHES,
-    coprime_stride,
-    fit_range,
-    identity,
-    patch_stride,
-)
-from qjax.fit.rounding import elementwise, round_nearest
-from qjax.fit.search import entropy_losses, kernel_loss, search_input, search_output, search_weights
-from qjax.formats.affine import QParams, affine_qparams, dequantize, fake_quant, sqnr_db
-from qjax.formats.spec import LayerRecipe, QuantSpec, RangeMethod
+from qjax.fit.moments import moments
+from qjax.fit.observers import observe
+from qjax.fit.ranges import extremes_of
+from qjax.fit.samples import InputSample, KernelSample, OutputSample, kernel_loss
+from qjax.fit.sampling import MOMENT_PATCHES, coprime_stride, patch_stride, sampled_patches
+from qjax.fit.search import Candidates, least, widest
+from qjax.formats.affine import sqnr_db
+from qjax.formats.base import elementwise
+from qjax.formats.spec import QuantSpec
+from qjax.graph.activation import ACTIVATIONS, NONE, Activation
 from qjax.graph.layers import Layer
+from qjax.graph.operation import Linear
+from qjax.objectives.base import Range
+from qjax.objectives.divergence import KL, divergence
+from qjax.objectives.errors import MSE, OUTPUT_MSE
+from qjax.objectives.table import OBJECTIVES
+from qjax.recipe import LayerRecipe
 from qjax.run.layer import QuantizedLayer, apply_layer
 
-METHODS: tuple[str, ...] = get_args(RangeMethod)
-GRID = 100
-SEARCH = search.Grid(GRID, refinements=0)
+SHARES = np.arange(1, 101, dtype=np.float32) / 100
+SEARCH = Candidates(len(SHARES), refinements=0)
 SAMPLED_OUTPUTS = 2**16
 
 
-class Choice(NamedTuple):
+class ChosenRange(NamedTuple):
     """What one cost function chooses.
 
     Attributes:
-      method: absmax, percentile, mse, output_mse or kl.
+      method: the name of its objective.
       share: its range's share of the extremes' range, mean over scales; for the output by
         `output_mse` of the part that the activation lets through.
       tensor_sqnr_db: of the tensor in that range.
@@ -59,18 +62,18 @@ class Curves:
       tensor: weights, input or output.
       bits: width of its codes.
       shares: the candidates α.
-      losses: by cost function: `mse` and `output_mse` as noise over signal, `kl` in nats.
-      choices: one per method of `spec.RangeMethod`.
+      losses: by objective: `mse` and `output_mse` as noise over signal, `kl` in nats.
+      choices: one per objective of the table.
     """
 
     tensor: str
     bits: int
     shares: tuple[float, ...]
     losses: Mapping[str, tuple[float, ...]]
-    choices: tuple[Choice, ...]
+    choices: tuple[ChosenRange, ...]
 
     @property
-    def best(self) -> Choice:
+    def best(self) -> ChosenRange:
         """The choice with the least error of the layer's output."""
         return max(self.choices, key=lambda choice: choice.output_sqnr_db)
 
@@ -94,170 +97,120 @@ def layer_curves(
     """
     found = []
     if recipe.weights is not None:
-        found.append(_weight_curves(layer, folded.kernel, x, recipe.weights))
+        stride = patch_stride(layer.operation, x[None], MOMENT_PATCHES)
+        measured = _weight_curves(layer.operation, stride, recipe.weights, folded.kernel, x)
+        found.append(_curves("weights", recipe.weights, measured))
     if recipe.inputs is not None:
-        found.append(_input_curves(layer, folded.kernel, x, recipe.inputs))
+        measured = _input_curves(layer.operation, recipe.inputs, folded.kernel, x)
+        found.append(_curves("input", recipe.inputs, measured))
     if recipe.outputs is not None:
-        found.append(_output_curves(layer, folded, x, recipe.outputs))
+        activation = ACTIVATIONS.get(layer.activation, NONE)
+        measured = _output_curves(layer.operation, activation, recipe.outputs, folded, x)
+        found.append(_curves("output", recipe.outputs, measured))
     return tuple(found)
 
 
-def _curves(
-    tensor: str, spec: QuantSpec, losses: Mapping[str, jax.Array], choices: list[Choice]
-) -> Curves:
-    alphas = tuple(map(float, _alphas()))
-    curves = {name: tuple(map(float, values)) for name, values in losses.items()}
-    return Curves(tensor, spec.bits, alphas, curves, tuple(choices))
+class _Measured(NamedTuple):
+    """The curves of one tensor as arrays.
+
+    Attributes:
+      losses: by objective, float[shares].
+      choices: by objective, its share of the extremes' range, and the SQNR of the tensor and of
+        the layer's output in that range, in dB.
+    """
+
+    losses: Mapping[str, jax.Array]
+    choices: Mapping[str, tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def _alphas() -> jax.Array:
-    return jnp.arange(1, GRID + 1, dtype=jnp.float32) / GRID
+def _curves(tensor: str, spec: QuantSpec, measured: _Measured) -> Curves:
+    losses, chosen = jax.device_get((measured.losses, measured.choices))
+    choices = [ChosenRange(method, *map(float, chosen[method])) for method in OBJECTIVES]
+    lines = {name: tuple(map(float, losses[name])) for name in losses}
+    return Curves(tensor, spec.bits, tuple(map(float, SHARES)), lines, tuple(choices))
 
 
-def _noise(sqnr: Any) -> jax.Array:
-    return 10.0 ** (-sqnr / 10)
+Quality = Callable[[Any], tuple[jax.Array, jax.Array]]
 
 
-# ---- Weights
+def _measured(
+    sample: Any, spec: QuantSpec, quality: Quality, ranges: tuple[Range, Range], units: Any
+) -> _Measured:
+    """Follows the objectives over the shares, and asks each for its choice.
+
+    Args:
+      sample: the tensor.
+      spec: its number format.
+      quality: of a format: SQNR of the tensor and of the layer's output, in dB.
+      ranges: the extremes that the curves of the tensor's and of the output's error shrink.
+      units: the sample whose distribution the divergence compares.
+    """
+
+    def at(share: jax.Array) -> tuple[jax.Array, ...]:
+        tensor, output = (quality(_shrunk(sample, spec, low, high, share)) for low, high in ranges)
+        low, high = units.extremes()
+        kl = divergence(units.distribution(), spec.cover(share * low, share * high))
+        return 10.0 ** (-tensor[0] / 10), 10.0 ** (-output[1] / 10), kl
+
+    values = jax.lax.map(at, jnp.asarray(SHARES))
+    losses = dict(zip((MSE.name, OUTPUT_MSE.name, KL.name), values, strict=True))
+    choices = {}
+    for name, objective in OBJECTIVES.items():
+        chosen = least(objective, sample, spec, SEARCH)
+        share = jnp.mean(chosen.step / widest(objective, sample, spec).step)
+        choices[name] = (share, *quality(chosen))
+    return _Measured(losses, choices)
 
 
-def _weight_curves(layer: Layer, kernel: jax.Array, x: jax.Array, spec: QuantSpec) -> Curves:
-    stride = patch_stride(layer.operation, [x], MOMENT_PATCHES)
-    hessian = observers.observe(observers.moments(layer.operation, stride), [x]).hessian
-    losses = _weight_losses(kernel, hessian, spec)
-    widest = search_weights(kernel, hessian, spec, "absmax")
-    choices = []
-    for method in METHODS:
-        qparams = search_weights(kernel, hessian, spec, method, SEARCH)
-        quality = map(float, _weight_quality(kernel, hessian, qparams))
-        share = float(jnp.mean(qparams.scale / widest.scale))
-        choices.append(Choice(method, share, *quality))
-    return _curves("weights", spec, losses, choices)
+def _shrunk(sample: Any, spec: QuantSpec, low: Any, high: Any, share: jax.Array) -> Any:
+    format = spec.cover(share * low, share * high)
+    return jax.tree.map(lambda leaf: leaf[:, :, 0] if leaf.ndim > 2 else leaf, format)
 
 
-@jax.jit
-def _weight_quality(
-    kernel: jax.Array, hessian: jax.Array, qparams: QParams
-) -> tuple[jax.Array, jax.Array]:
-    """SQNR of the kernel and of the layer's output before its bias, in dB."""
-    rounded = round_nearest(kernel, qparams)
-    kernel_hat = dequantize(rounded, elementwise(qparams, kernel.shape[1]))
-    signal, noise = (jnp.sum(kernel_loss(v, hessian)) for v in (kernel, kernel_hat - kernel))
-    output = jnp.where(noise > 0, 10 * jnp.log10(signal / noise), jnp.inf)
-    return sqnr_db(kernel, kernel_hat), output
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _weight_curves(
+    operation: Linear, stride: int, spec: QuantSpec, kernel: jax.Array, x: jax.Array
+) -> _Measured:
+    hessian = observe(moments(operation, stride), [x]).hessian
+    sample = KernelSample(kernel, spec, hessian)
+
+    def quality(format: Any) -> tuple[jax.Array, jax.Array]:
+        """SQNR of the kernel and of the layer's output before its bias."""
+        kernel_hat = elementwise(format, kernel.shape[1]).project(kernel)
+        signal, noise = (jnp.sum(kernel_loss(v, hessian)) for v in (kernel, kernel_hat - kernel))
+        output = jnp.where(noise > 0, 10 * jnp.log10(signal / noise), jnp.inf)
+        return sqnr_db(kernel, kernel_hat), output
+
+    ranges = sample.extremes(), sample.extremes()
+    return _measured(sample, spec, quality, ranges, sample.pooled())
 
 
-@partial(jax.jit, static_argnames="spec")
-def _weight_losses(kernel: jax.Array, hessian: jax.Array, spec: QuantSpec) -> dict[str, jax.Array]:
-    widest = search_weights(kernel, hessian, spec, "absmax")
-    full = elementwise(widest, kernel.shape[1])
-    low, high = full.range
-    relative = kernel / jnp.maximum(-low, high)
-    histogram = jnp.histogram(relative, search.HISTOGRAM_BINS)
-    extremes = relative.min(), relative.max()
+@partial(jax.jit, static_argnums=(0, 1))
+def _input_curves(operation: Linear, spec: QuantSpec, kernel: jax.Array, x: jax.Array) -> _Measured:
+    patches = sampled_patches(operation, x[None])
+    sample = InputSample(x[None], *extremes_of(x), patches, kernel)
 
-    def quality(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _weight_quality(
-            kernel, hessian, dataclasses.replace(widest, scale=alpha * widest.scale)
-        )
+    def outputs(patches: jax.Array) -> jax.Array:
+        return jnp.einsum("pgk,gkm->pgm", patches, kernel)
 
-    tensor, output = jax.lax.map(quality, _alphas())
-    return {
-        "mse": _noise(tensor),
-        "output_mse": _noise(output),
-        "kl": entropy_losses(histogram, extremes, spec, _alphas()),
-    }
+    def quality(format: Any) -> tuple[jax.Array, jax.Array]:
+        patches_hat = format.project(patches)
+        return sqnr_db(patches, patches_hat), sqnr_db(outputs(patches), outputs(patches_hat))
+
+    return _measured(sample, spec, quality, (sample.extremes(), sample.extremes()), sample)
 
 
-# ---- Activations
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _output_curves(
+    operation: Linear, activation: Activation, spec: QuantSpec, folded: QuantizedLayer, x: jax.Array
+) -> _Measured:
+    outputs = apply_layer(operation, folded, x).reshape(-1)
+    z = outputs[:: coprime_stride(outputs.size, SAMPLED_OUTPUTS)]
+    sample = OutputSample(z[None], *extremes_of(z), z, z, None, activation)
+    act = activation.function
 
+    def quality(format: Any) -> tuple[jax.Array, jax.Array]:
+        z_hat = format.project(z)
+        return sqnr_db(z, z_hat), sqnr_db(act(z), act(z_hat))
 
-def _input_curves(layer: Layer, kernel: jax.Array, x: jax.Array, spec: QuantSpec) -> Curves:
-    stride = patch_stride(layer.operation, [x], SAMPLED_PATCHES)
-    patches = layer.operation.patches(x.astype(jnp.float32), stride)
-    extremes = observers.observe(observers.min_max(), [x])
-    data = (patches, jnp.einsum("pgk,gkm->pgm", patches, kernel), kernel)
-
-    def searched(method: str) -> Callable[[search.Range], QParams]:
-        return lambda ends: search_input(patches, kernel, ends, spec, method, SEARCH)
-
-    found = {m: fit_range(m, spec, [x], extremes, searched(m), SEARCH) for m in METHODS}
-    losses = _losses(_input_quality, data, _histogram(x, extremes), (extremes, extremes), spec)
-    choices = [
-        Choice(method, share, *map(float, jax.jit(_input_quality)(data, qparams)))
-        for method, (qparams, share) in found.items()
-    ]
-    return _curves("input", spec, losses, choices)
-
-
-def _input_quality(data: Any, qparams: QParams) -> tuple[jax.Array, jax.Array]:
-    patches, output, kernel = data
-    patches_hat = fake_quant(patches, qparams)
-    output_hat = jnp.einsum("pgk,gkm->pgm", patches_hat, kernel)
-    return sqnr_db(patches, patches_hat), sqnr_db(output, output_hat)
-
-
-_ACTIVATIONS = {"relu": jax.nn.relu, "relu6": jax.nn.relu6}
-
-
-def _output_curves(layer: Layer, folded: QuantizedLayer, x: jax.Array, spec: QuantSpec) -> Curves:
-    z = jax.jit(apply_layer, static_argnums=0)(layer.operation, folded, x).reshape(-1)
-    sample = z[:: coprime_stride(z.size, SAMPLED_OUTPUTS)]
-    activation = _ACTIVATIONS.get(layer.activation, identity)
-    extremes = observers.observe(observers.min_max(), [sample])
-    low, high = extremes
-    if activation is not identity:
-        low = jnp.zeros_like(low)
-    if activation is jax.nn.relu6:
-        high = jnp.minimum(high, 6)
-    seen = (low, high)  # all that the activation lets through
-    quality = _QUALITY[activation]
-
-    def ends(method: str) -> search.Range:
-        return seen if method == "output_mse" else extremes
-
-    def searched(method: str) -> Callable[[search.Range], QParams]:
-        act = activation if method == "output_mse" else identity
-        return lambda ends: search_output(sample, sample, ends, spec, act, SEARCH)
-
-    found = {m: fit_range(m, spec, [sample], ends(m), searched(m), SEARCH) for m in METHODS}
-    losses = _losses(quality, sample, _histogram(sample, extremes), (extremes, seen), spec)
-    choices = [
-        Choice(method, share, *map(float, jax.jit(quality)(sample, qparams)))
-        for method, (qparams, share) in found.items()
-    ]
-    return _curves("output", spec, losses, choices)
-
-
-def _output_quality(activation: Callable[[jax.Array], jax.Array], z: Any, qparams: QParams) -> Any:
-    z_hat = fake_quant(z, qparams)
-    return sqnr_db(z, z_hat), sqnr_db(activation(z), activation(z_hat))
-
-
-_QUALITY = {a: partial(_output_quality, a) for a in (identity, *_ACTIVATIONS.values())}
-
-
-def _histogram(values: jax.Array, extremes: search.Range) -> Any:
-    return observers.observe(observers.histogram(*extremes, bins=search.HISTOGRAM_BINS), [values])
-
-
-@partial(jax.jit, static_argnames=("quality", "spec"))
-def _losses(
-    quality: Callable[..., Any], data: Any, histogram: Any, ends: Any, spec: QuantSpec
-) -> dict[str, jax.Array]:
-    """The curves of an activation; `ends` are the extremes of the tensor's and the output's."""
-    of_tensor, of_output = ends
-
-    def at(alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tensor, output = (
-            quality(data, affine_qparams(alpha * low, alpha * high, spec))
-            for low, high in (of_tensor, of_output)
-        )
-        return tensor[0], output[1]
-
-    tensor, output = jax.lax.map(at, _alphas())
-    return {
-        "mse": _noise(tensor),
-        "output_mse": _noise(output),
-        "kl": entropy_losses(histogram, of_tensor, spec, _alphas()),
-    }
+    return _measured(sample, spec, quality, (sample.extremes(), sample.shown_extremes()), sample)

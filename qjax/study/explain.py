@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qjax.formats.affine import QParams
+from qjax.formats.base import Format
 from qjax.integer.accumulator import signed_width
 from qjax.quantize import Quantized
 from qjax.study.layer_trace import LayerTrace, measure_layer
@@ -190,22 +191,29 @@ def _kernel_codes(trace: LayerTrace) -> ExplainedStep | None:
     if weights is None:
         return None
     groups, _, channels = trace.kernel_q.shape
-    scale, zero_point = (
-        np.broadcast_to(np.asarray(leaf), (groups, leaf.shape[1], channels))
-        for leaf in (weights.scale, weights.zero_point)
-    )
-    s, z = (trace.shown.of_channels(leaf[:, 0]) for leaf in (scale, zero_point))
+
+    def shown(leaf: Any) -> float:
+        """Of the channel that is shown, the first group's."""
+        spread = np.broadcast_to(np.asarray(leaf), (groups, leaf.shape[1], channels))
+        return trace.shown.of_channels(spread[:, 0])
+
+    scales, s = np.asarray(weights.step), shown(weights.step)
     w = "w·s_x" if layer.folds_input_scales else "w"
     first = " (the first group's scale)" if layer.is_per_group else ""
-    many = f"{weights.scale.size} scales from {scale.min():.4g} to {scale.max():.4g}"
+    if weights.is_uniform:
+        z, low, high = shown(weights.zero_point), int(weights.qmin), int(weights.qmax)
+        equation = f"q_w ≈ {w} / {s:.6g} + {z:.0f} in {low} … {high}{first}"
+    else:
+        equation = f"q_w: the code of {weights.name} nearest to {w} / {s:.6g}{first}"
+    many = f"{scales.size} scales from {scales.min():.4g} to {scales.max():.4g}"
     return ExplainedStep(
         "kernel codes",
-        f"q_w ≈ {w} / {s:.6g} + {z:.0f} in {int(weights.qmin)} … {int(weights.qmax)}{first}",
+        equation,
         _type(weights),
         weights.bits,
         trace.shown.of_kernel(np.asarray(layer.kernel, np.float64)),
         _sqnr_db(trace.float_kernel, trace.kernel_hat) if trace.is_float_network else None,
-        f"{many if weights.scale.size > 1 else 'one scale'}; a sequential fit makes up for "
+        f"{many if scales.size > 1 else 'one scale'}; a sequential fit makes up for "
         "errors of its input,\nwhich moves the kernel further than rounding alone",
     )
 
@@ -213,8 +221,11 @@ def _kernel_codes(trace: LayerTrace) -> ExplainedStep | None:
 def _float_sum(trace: LayerTrace) -> ExplainedStep | None:
     if trace.acc is not None:
         return None
-    is_per_group = trace.layer.is_per_group
-    why = "its weights have several scales per sum" if is_per_group else "not all codes"
+    layer, why = trace.layer, "not all codes"
+    if layer.weights is not None and not layer.has_scale_per_sum:
+        several = "several scales per sum"
+        found = several if layer.is_per_group else "values that are no multiples of a scale"
+        why = f"its weights have {found}"
     return ExplainedStep(
         "sum of products and bias",
         "y = Σ w·x + b",
@@ -453,8 +464,8 @@ def _limits(qparams: QParams) -> str:
     return f"{int(qparams.qmin)}, {int(qparams.qmax)}"
 
 
-def _type(qparams: QParams) -> str:
-    return f"{'int' if int(qparams.qmin) < 0 else 'uint'}{qparams.bits}"
+def _type(format: Format) -> str:
+    return f"{'int' if int(format.lowest) < 0 else 'uint'}{format.bits}"
 
 
 def _db(value: float) -> str:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.formats.affine import QParams, quantize_array
-from qjax.graph.layers import Site, find_layers
+from qjax.graph.layers import Site, find_layers, shapes_of
 from qjax.graph.operation import Linear, by_channel, output_matrix
 from qjax.integer.requantize import fixed_point, multiply_shift
 from qjax.quantize import Quantized
@@ -31,7 +31,7 @@ from qjax.run.layer import (
     relative_codes,
     scaled_kernel,
 )
-from qjax.run.tap import Tap, float_layers, shapes_of, tapped
+from qjax.run.tap import Tap, float_layers, tapped
 
 SHOWN = 8  # elements of a patch that are written out
 
@@ -306,9 +306,8 @@ def trace_layer(site: Site, layer: QuantizedLayer, actual: Tap, reference: Refer
 
 def _activation(site: Site) -> tuple[str, tuple[float, float] | None]:
     """The name of a layer's activation, and what it clips to where clipping is all it does."""
-    name = site.layer.activation
-    ranges = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
-    return name, ranges.get(name)
+    activation = site.activation
+    return activation.name, activation.bounds if activation.is_pointwise else None
 
 
 def _clip(z: np.ndarray, limits: tuple[float, float] | None) -> np.ndarray | None:

@@ -4,21 +4,15 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
-import jax
 import numpy as np
 
-from qjax.formats.spec import (
-    MAX_BITS,
-    MIN_BITS,
-    Granularity,
-    OutputPosition,
-    QuantSpec,
-    RangeMethod,
-    Recipe,
-)
+from qjax.formats.spec import MAX_BITS, MIN_BITS, Granularity, QuantSpec
+from qjax.objectives.errors import MSE, OUTPUT_MSE
+from qjax.objectives.table import OBJECTIVES
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
-from qjax.study.quality import predict
+from qjax.recipe import OutputPosition, Recipe
+from qjax.study.accuracy import predict
 from qjax.study.sensitivity import at_width
 from qjax.table import table
 
@@ -26,7 +20,6 @@ WIDTHS = (8, 4)
 ALL_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
 GROUP_SIZES = (64, 16)
 AGREEMENT = 99.0  # percent of the calibration images, at which a width is good enough
-KEPT_COMPILED = 6  # networks whose compiled functions are kept; twenty use up the memory maps
 
 Labels = tuple[str, ...]
 Cases = Iterator[tuple[Labels, Recipe]]
@@ -162,13 +155,9 @@ class Measure:
         self._network = apply_fn, params, batches
         self._top1 = top1
         self._logits = predict(apply_fn, params, batches)
-        self._quantized = 0
 
     def quantize(self, recipe: Recipe) -> Quantized:
         """Quantizes the network."""
-        self._quantized += 1
-        if self._quantized % KEPT_COMPILED == 0:
-            jax.clear_caches()
         return quantize(*self._network, recipe)
 
     def row(self, labels: Labels, q: Quantized) -> Row:
@@ -285,7 +274,7 @@ def _without_zero_points(recipe: Recipe, run: Run) -> dict[str, dict[str, QuantS
 
 def _output_position(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
     for bits in widths:
-        for method in ("output_mse", "mse"):
+        for method in (OUTPUT_MSE.name, MSE.name):
             for position in get_args(OutputPosition):
                 recipe = dataclasses.replace(
                     at_width(base, bits), output_position=position, range_method=method
@@ -295,7 +284,7 @@ def _output_position(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
 
 def _range_method(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
     for bits in widths:
-        for method in get_args(RangeMethod):
+        for method in OBJECTIVES:
             recipe = dataclasses.replace(at_width(base, bits), range_method=method)
             yield (str(bits), method), recipe
 

@@ -2,18 +2,22 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qjax.formats.affine import QParams, fake_quant
-from qjax.formats.spec import Recipe
-from qjax.graph.operation import Linear, along_channels
+from qjax.formats.affine import QParams, fake_quant, sqnr_db
+from qjax.graph.layers import Site, find_layers, shapes_of
+from qjax.graph.operation import along_channels
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
-from qjax.run.function import QuantizedFunction
+from qjax.recipe import Recipe
+from qjax.run.fake import real_value
+from qjax.run.interpreter import Rules
 from qjax.run.layer import QuantizedLayer, scaled_kernel
+from qjax.run.tap import float_layers, tapped
 
 Part = Literal["weights", "activations"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -41,27 +45,14 @@ class Sensitivity(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Grid:
-    """`QParams` whose extreme codes are arrays, so that another width compiles nothing anew."""
-
-    scale: jax.Array
-    zero_point: jax.Array
-    qmin: jax.Array
-    qmax: jax.Array
-
-    inverse_scale = QParams.inverse_scale
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Simulated:
     """A layer in real units: kernel [groups, patch, channels], bias [groups * channels]."""
 
     kernel: jax.Array
     bias: jax.Array
-    inputs: Grid | None
-    outputs: Grid | None
-    activated: Grid | None
+    inputs: QParams | None
+    outputs: QParams | None
+    activated: QParams | None
 
 
 def measure_sensitivities(
@@ -144,10 +135,7 @@ class _Simulation:
     """A network that is compiled once and evaluated with one layer changed at a time."""
 
     def __init__(self, network: Quantized, images: Any, exact: Mapping[str, Simulated]) -> None:
-        function, apply_layer = network.apply_fn, cast(Any, _apply_simulated)
-        self._apply = QuantizedFunction(
-            function.apply_fn, function.params, apply_layer, function.shapes
-        )
+        self._apply = dataclasses.replace(network.apply_fn, rules=SIMULATED)
         self._rest, self._exact = network.params["rest"], exact
         total = len(jax.tree.leaves(images)[0])
         self._batches = [
@@ -169,16 +157,23 @@ class _Simulation:
         return noise / signal if signal else 0.0
 
 
-def _apply_simulated(operation: Linear, layer: Simulated, x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.float32)
-    x = _on_grid(x, layer.inputs)
+def _simulated_layer(site: Site, layer: Simulated, x: jax.Array) -> jax.Array:
+    operation = site.layer.operation
+    x = _on_grid(x.astype(jnp.float32), layer.inputs)
     y = operation.apply(x, operation.from_matrix(layer.kernel))
     y = y + along_channels(operation, layer.bias, y.ndim)
-    return _on_grid(y, layer.outputs)
+    return site.movement(_on_grid(y, layer.outputs))
 
 
-def _on_grid(x: jax.Array, grid: Any) -> jax.Array:
-    return x if grid is None else fake_quant(x, grid)
+def _simulated_activated(site: Site, layer: Simulated, y: jax.Array) -> jax.Array:
+    return _on_grid(y, layer.activated)
+
+
+def _on_grid(x: jax.Array, qparams: QParams | None) -> jax.Array:
+    return x if qparams is None else fake_quant(x, qparams)
+
+
+SIMULATED = Rules(_simulated_layer, _simulated_activated, {}, real_value)
 
 
 def _exact(
@@ -197,22 +192,47 @@ def _simulated(exact: Simulated, layer: QuantizedLayer) -> Simulated:
     """The exact layer with what is quantized in `layer` taken from there."""
     if layer.weights is not None:
         return dataclasses.replace(exact, kernel=scaled_kernel(layer), bias=layer.bias)
-    grids = [_coarse(grid) for grid in (layer.inputs, layer.outputs, layer.activated)]
+    grids = [_stored_alike(grid) for grid in (layer.inputs, layer.outputs, layer.activated)]
     return Simulated(exact.kernel, layer.bias, *grids)
 
 
-def _fine(qparams: QParams | None) -> Grid | None:
+def _fine(qparams: QParams | None) -> QParams | None:
     if qparams is None:
         return None
-    scale = qparams.scale * (qparams.qmax - qparams.qmin) * (2 * FINE_RANGE / FINE_CODES)
-    return _grid(scale, jnp.zeros_like(scale), -FINE_CODES // 2, FINE_CODES // 2)
+    codes = float(qparams.qmax) - float(qparams.qmin)
+    scale = qparams.scale * (codes * (2 * FINE_RANGE / FINE_CODES))
+    limit = np.int32(FINE_CODES // 2)
+    return QParams(scale, jnp.zeros_like(qparams.zero_point), -limit, limit, _STORED)
 
 
-def _coarse(qparams: QParams | None) -> Grid | None:
-    if qparams is None:
-        return None
-    return _grid(qparams.scale, qparams.zero_point, qparams.qmin, qparams.qmax)
+def _stored_alike(qparams: QParams | None) -> QParams | None:
+    """The same grid, its codes stored as the fine ones would be, so that they share a program."""
+    return None if qparams is None else dataclasses.replace(qparams, dtype=_STORED)
 
 
-def _grid(scale: jax.Array, zero_point: jax.Array, qmin: int, qmax: int) -> Grid:
-    return Grid(scale, *(jnp.asarray(leaf, jnp.float32) for leaf in (zero_point, qmin, qmax)))
+_STORED = np.dtype(np.int32)
+
+
+def logits_sqnr_alone(q: Quantized, params: Any, x: Any) -> dict[str, float]:
+    """Measures each layer alone: the SQNR of the logits with all other layers in float, in dB.
+
+    The layers are taken as they were fitted in the quantized network.
+
+    Args:
+      q: the quantized network.
+      params: the float params.
+      x: images.
+
+    Returns:
+      Decibels by layer; the lowest is the most sensitive.
+    """
+    function = q.apply_fn
+    network = find_layers(function.apply_fn, function.params, shapes_of(x))
+    floats = float_layers(network, params)
+    run = tapped(function.apply_fn, function.params, x, [])
+    expected = run(floats, x)[0]
+    found = {}
+    for name, layer in q.params["layers"].items():
+        alone = {**floats, "layers": {**floats["layers"], name: layer}}
+        found[name] = float(sqnr_db(expected, run(alone, x)[0]))
+    return found

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 from cli.tiny import CHEAP, quantize
+from jax.experimental.compilation_cache import compilation_cache
 
 CHEAPER = ["--rounding", "nearest", "--reconstructions", "0", "--sweeps", "0"]
 TESTS = Path(__file__).parents[1]
@@ -58,6 +60,18 @@ def entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*-cache") if path.is_file())
 
 
+@pytest.fixture(autouse=True)
+def no_other_cache() -> Iterator[None]:
+    """The folder that the tests share is out of use, and so is what other tests compiled."""
+    jax.clear_caches()
+    shared = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", shared)
+    compilation_cache.reset_cache()
+
+
 def options() -> list[Any]:
     return [getattr(jax.config, name) for name in OPTIONS]
 
@@ -65,7 +79,7 @@ def options() -> list[Any]:
 def test_a_second_process_compiles_next_to_nothing(tmp_path: Path):
     folder = tmp_path / "new" / "cache"
     cold, first, stderr = run_in_own_process(folder)
-    assert stderr == "" and cold["cache_misses"] > 20
+    assert stderr == "" and cold["cache_misses"] > 10
     assert len(entries(folder)) == cold["cache_misses"]
     warm, second, stderr = run_in_own_process(folder)
     assert stderr == "" and second == first

@@ -1,7 +1,6 @@
 """Calibration statistics: however the values are split, and against NumPy."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -9,20 +8,17 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
-import operations
 import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from qjax.fit import observers
-from qjax.fit.observers import Observer, observe
+from qjax.fit.observers import Observer, observe, observe_stacked
 
 SHAPE = (8, 5)  # all the values of a property's example
 SPLITS = ((8,), (3, 5), (2, 2, 4))  # few, so that each observer compiles for few shapes
 LOW, HIGH, BINS = -2.0, 3.0, 32
 BIN = (HIGH - LOW) / BINS
-MATRIX = next(case.operation for case in operations.CASES if case.id == "dot_rhs")
-CHANNELS = MATRIX.matrix_shape[2]
 
 values = st_numpy.arrays(np.float32, SHAPE, elements=st.floats(LOW, HIGH, width=32))
 
@@ -38,28 +34,6 @@ def histogram_of(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return counts.astype(np.float32), np.linspace(LOW, HIGH, BINS + 1, dtype=np.float32)
 
 
-def moments_of(x: np.ndarray) -> observers.Moments:
-    return observers.Moments(jnp.asarray(x.mean(0)[None]), jnp.asarray((x.T @ x)[None] / len(x)))
-
-
-def cross_moments_of(x: np.ndarray) -> observers.CrossMoments:
-    """Of MATRIX's input and, as the residual of its output, the first channels of that input."""
-    r = x[:, :CHANNELS]
-    return observers.CrossMoments(
-        jnp.asarray(r.mean(0)[None]), jnp.asarray((x.T @ r)[None] / len(x))
-    )
-
-
-def cross_moments() -> Observer:
-    """`observers.cross_moments` as an observer of the input alone."""
-    observer = observers.cross_moments(MATRIX)
-
-    def update(state: Any, x: jax.Array) -> Any:
-        return observer.update(state, (x, x[:, :CHANNELS].astype(jnp.float32)))
-
-    return observer._replace(update=update)
-
-
 class Case(NamedTuple):
     """An observer and what its statistic is, in NumPy."""
 
@@ -72,8 +46,6 @@ CASES = (
     Case("min_max", observers.min_max(), lambda x: (x.min(), x.max())),
     Case("absmax", observers.absmax(), lambda x: np.abs(x).max()),
     Case("histogram", observers.histogram(LOW, HIGH, BINS), histogram_of),
-    Case("moments", observers.moments(MATRIX), moments_of),
-    Case("cross_moments", cross_moments(), cross_moments_of),
 )
 
 
@@ -83,6 +55,16 @@ def test_split_batches_equal_one_batch(case: Case, x: np.ndarray):
     for sizes in SPLITS:
         statistic = observe(case.observer, split(x, sizes))
         chex.assert_trees_all_close(statistic, case.reference(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@hypothesis.given(values)
+def test_stacked_batches_equal_a_list_of_them(case: Case, x: np.ndarray):
+    for count in (1, 2, 4):
+        stacked = jnp.asarray(x).reshape(count, -1, SHAPE[1])
+        chex.assert_trees_all_close(
+            observe_stacked(case.observer, stacked), case.reference(x), rtol=1e-5, atol=1e-5
+        )
 
 
 PERCENTILES = {percent: observers.percentile(percent, LOW, HIGH, BINS) for percent in (50, 90, 100)}
@@ -129,50 +111,6 @@ def test_moving_average_follows_its_recursion():
         low, high = 0.7 * low + 0.3 * batch.min(), 0.7 * high + 0.3 * batch.max()
     statistic = observe(observers.moving_average(0.7), map(jnp.asarray, batches))
     np.testing.assert_allclose(statistic, (low, high), rtol=1e-6)
-
-
-@pytest.mark.parametrize("case", operations.CASES, ids=lambda case: case.id)
-def test_moments_are_those_of_the_patches_and_of_the_residual(case: operations.Case):
-    operation = case.operation
-    residual = operations.apply(operation, case.x, case.kernel)
-    mean, hessian = observe(observers.moments(operation), [case.x])
-    residual_mean, cross = observe(observers.cross_moments(operation), [(case.x, residual)])
-    x = np.asarray(operations.patches(operation, case.x), np.float64)
-    r = operations.by_channel(operation, residual).astype(np.float64)
-    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
-    close(mean, x.mean(0))
-    close(hessian, np.einsum("pgk,pgl->gkl", x, x) / len(x))
-    close(residual_mean, r.mean(0))
-    close(cross, np.einsum("pgk,pgm->gkm", x, r) / len(x))
-    np.testing.assert_array_equal(hessian, np.swapaxes(hessian, 1, 2))
-
-
-@pytest.mark.parametrize(
-    "case",
-    [case for case in operations.CASES if case.id in ("grouped", "mixed_layout", "dot_two_axes")],
-    ids=lambda case: case.id,
-)
-def test_moments_of_every_third_patch(case: operations.Case):
-    operation = case.operation
-    residual = operations.apply(operation, case.x, case.kernel)
-    x = np.asarray(operations.patches(operation, case.x), np.float64)[::3]
-    r = operations.by_channel(operation, residual).astype(np.float64)[::3]
-    mean, hessian = observe(observers.moments(operation, 3), [case.x])
-    _, cross = observe(observers.cross_moments(operation, 3), [(case.x, residual)])
-    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
-    close(mean, x.mean(0))
-    close(hessian, np.einsum("pgk,pgl->gkl", x, x) / len(x))
-    close(cross, np.einsum("pgk,pgm->gkm", x, r) / len(x))
-
-
-@hypothesis.given(values, st.permutations(range(SHAPE[1])))
-def test_permuting_channels_commutes_with_moments(x: np.ndarray, order: list[int]):
-    moments, permuted = (
-        observe(observers.moments(MATRIX), [jnp.asarray(part)]) for part in (x, x[:, order])
-    )
-    np.testing.assert_allclose(permuted.mean, np.asarray(moments.mean)[:, order], rtol=1e-5)
-    expected = np.asarray(moments.hessian)[:, order][:, :, order]
-    np.testing.assert_allclose(permuted.hessian, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.fit.search import Grid, search_channels, search_output
+from qjax.fit.samples import OutputSample
+from qjax.fit.search import CANDIDATES, least, least_by_channel
+from qjax.graph.activation import RELU
 from qjax.graph.operation import along_axes, by_channel
+from qjax.objectives.errors import OUTPUT_MSE
 from qjax.run.layer import apply_linear, dequantized_kernel
 from qjax.study.quality import quality
 
@@ -106,11 +109,13 @@ def test_the_kernel_is_that_of_the_input_codes():
 def test_a_channel_is_searched_like_a_tensor():
     z = (RNG.normal(size=(3, 500)) * [[0.1], [1.0], [7.0]]).astype(np.float32)
     z_hat, added = z + np.float32(0.05), RNG.normal(size=z.shape).astype(np.float32)
-    spec, grid = qjax.QuantSpec(3, symmetric=False, granularity="per_channel"), Grid()
-    found = search_channels(z, z_hat, added, spec, jax.nn.relu, grid)
+    spec = qjax.QuantSpec(3, symmetric=False, granularity="per_channel")
+    found = least_by_channel(OUTPUT_MSE, z, z_hat, added, spec, RELU, CANDIDATES)
     for row in range(3):
         extremes = z_hat[row].min(), z_hat[row].max()
-        one = search_output(z[row], z_hat[row], extremes, spec, jax.nn.relu, grid, added[row])
+        rows = z[row], z_hat[row], added[row]
+        sample = OutputSample(z_hat[row][None], *extremes, *rows, RELU)
+        one = least(OUTPUT_MSE, sample, spec, CANDIDATES)
         np.testing.assert_allclose(found.scale[row], one.scale, rtol=1e-6)
         assert found.zero_point[row] == one.zero_point
 

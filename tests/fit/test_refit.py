@@ -8,14 +8,11 @@ import numpy as np
 import operations
 import pytest
 
-from qjax.fit import observers
+from qjax.fit.moments import centered, moments
+from qjax.fit.observers import observe
 from qjax.fit.refit import Goal, lacking, refit
+from qjax.graph.activation import NONE, RELU, RELU6, Activation
 from qjax.graph.fold import Folded, apply_folded
-
-
-def identity(x: jax.Array) -> jax.Array:
-    return x
-
 
 RNG = np.random.default_rng(0)
 CASE = next(case for case in operations.CASES if case.id == "grouped")
@@ -27,59 +24,57 @@ FOLDED = Folded(
 X: Any = RNG.normal(size=(16, *CASE.x.shape[1:])).astype(np.float32)
 X_HAT: Any = X + RNG.normal(size=X.shape).astype(np.float32)
 TARGET = apply_folded(OPERATION, FOLDED, X)
-PLAIN = observers.observe(observers.moments(OPERATION), [X_HAT])
-MOMENTS = observers.centered(jax.tree.map(jnp.copy, PLAIN))
+PLAIN = observe(moments(OPERATION), [X_HAT])
+MOMENTS = centered(jax.tree.map(jnp.copy, PLAIN))
 
 
 def error_shown(goal: Goal, folded: Folded) -> float:
     z_hat = apply_folded(OPERATION, folded, X_HAT)
-    added = 0.0 if goal.shortcut[0] is None else goal.shortcut[0]
-    shown = goal.activation(TARGET + added) - goal.activation(z_hat + added)
+    added = 0.0 if goal.shortcut is None else goal.shortcut[0]
+    act = goal.activation.function
+    shown = act(TARGET + added) - act(z_hat + added)
     return float(jnp.mean(jnp.square(shown)))
 
 
-def goal(activation: Any, shortcut: Any = None) -> Goal:
-    return Goal([TARGET], [shortcut], activation)
+def goal(activation: Activation, shortcut: Any = None) -> Goal:
+    return Goal(TARGET[None], None if shortcut is None else shortcut[None], activation)
 
 
 def refitted(wanted: Goal, steps: int, has_free_bias: bool = True) -> Folded:
-    folded = FOLDED
-    for _ in range(steps):
-        moments = MOMENTS if has_free_bias else PLAIN
-        folded = refit(OPERATION, folded, moments, [X_HAT], wanted, 1, has_free_bias)
-    return folded
+    seen = MOMENTS if has_free_bias else PLAIN
+    return refit(OPERATION, FOLDED, seen, X_HAT[None], wanted, 1, has_free_bias, steps)
 
 
 @pytest.mark.parametrize(
     ("activation", "expected"),
     [
-        (identity, [-1.0, 1.0, 4.0, -3.0]),
-        (jax.nn.relu, [0.0, 1.0, 4.0, -1.0]),
-        (jax.nn.relu6, [0.0, 1.0, 4.0, -1.0]),
+        (NONE, [-1.0, 1.0, 4.0, -3.0]),
+        (RELU, [0.0, 1.0, 4.0, -1.0]),
+        (RELU6, [0.0, 1.0, 4.0, -1.0]),
     ],
 )
-def test_what_a_relu_hides_is_not_lacking(activation: Any, expected: list[float]):
+def test_what_a_relu_hides_is_not_lacking(activation: Activation, expected: list[float]):
     target, output = jnp.array([-2.0, 2.0, 2.0, -2.0]), jnp.array([-1.0, 1.0, -2.0, 1.0])
-    [found] = lacking(Goal([target], [None], activation), [output])
+    found = lacking(Goal(target, None, activation), output)
     np.testing.assert_array_equal(found, expected)
 
 
 def test_beyond_six_a_relu6_hides():
     target, output = jnp.array([7.0, 7.0, 5.0]), jnp.array([9.0, 4.0, 8.0])
-    [found] = lacking(Goal([target], [None], jax.nn.relu6), [output])
+    found = lacking(Goal(target, None, RELU6), output)
     np.testing.assert_array_equal(found, [0.0, 2.0, -3.0])
 
 
 def test_the_shortcut_counts():
     target, output, shortcut = jnp.array([1.0, 1.0]), jnp.array([3.0, 3.0]), jnp.array([-4.0, 1.0])
-    [found] = lacking(Goal([target], [shortcut], jax.nn.relu), [output])
+    found = lacking(Goal(target, shortcut, RELU), output)
     np.testing.assert_array_equal(found, [0.0, -2.0])
 
 
 def test_without_an_activation_one_step_is_the_regression_on_the_patches():
     patches = np.asarray(operations.patches(OPERATION, X_HAT), np.float64)
     target = operations.by_channel(OPERATION, TARGET).astype(np.float64)
-    found = refitted(goal(identity), 1)
+    found = refitted(goal(NONE), 1)
     bias = np.asarray(found.bias).reshape(target.shape[1:])
     for group in range(patches.shape[1]):
         rows = np.concatenate([patches[:, group], np.ones((len(patches), 1))], axis=1)
@@ -90,14 +85,14 @@ def test_without_an_activation_one_step_is_the_regression_on_the_patches():
 
 @pytest.mark.parametrize("shortcut", [None, 0.5 * TARGET - 0.5])
 def test_every_step_lowers_the_error_that_a_relu_shows(shortcut: Any):
-    wanted = goal(jax.nn.relu, shortcut)
+    wanted = goal(RELU, shortcut)
     errors = [error_shown(wanted, refitted(wanted, steps)) for steps in range(4)]
     assert errors[3] < errors[2] < errors[1] < errors[0]
-    hidden_too = refitted(goal(identity, shortcut), 1)
+    hidden_too = refitted(goal(NONE, shortcut), 1)
     assert errors[3] < error_shown(wanted, hidden_too)
 
 
 def test_a_bias_that_is_not_free_stays():
-    found = refitted(goal(jax.nn.relu), 1, has_free_bias=False)
+    found = refitted(goal(RELU), 1, has_free_bias=False)
     np.testing.assert_array_equal(found.bias, FOLDED.bias)
-    assert error_shown(goal(jax.nn.relu), found) < error_shown(goal(jax.nn.relu), FOLDED)
+    assert error_shown(goal(RELU), found) < error_shown(goal(RELU), FOLDED)

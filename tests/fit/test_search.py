@@ -8,19 +8,22 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
-import operations
 import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from qjax import QParams, QuantSpec
-from qjax.fit import observers, search
-from qjax.fit.rounding import round_nearest
-from qjax.fit.search import Grid, kernel_loss, search_input, search_output, search_weights
+from qjax.fit import search
+from qjax.fit.samples import InputSample, KernelSample, OutputSample
+from qjax.fit.search import CANDIDATES, Candidates, least
 from qjax.formats.affine import affine_qparams, fake_quant
+from qjax.graph.activation import NONE, RELU, Activation
+from qjax.objectives.errors import OUTPUT_MSE, PROBABILITIES
+from qjax.objectives.table import OBJECTIVES
+from qjax.rounding.nearest import round_nearest
 
-GRID = Grid(20, refinements=0)
-GRID_ALPHAS = np.arange(1, GRID.size + 1, dtype=np.float32) / np.float32(GRID.size)
+GRID = Candidates(20, refinements=0)
+GRID_ALPHAS = np.arange(1, GRID.count + 1, dtype=np.float32) / np.float32(GRID.count)
 KERNEL_SHAPE = (2, 10, 6)
 RNG = np.random.default_rng(0)
 KERNEL: Any = RNG.standard_t(4, KERNEL_SHAPE).astype(np.float32)  # heavy tails: clipping pays
@@ -40,42 +43,19 @@ each_spec = pytest.mark.parametrize("spec", WEIGHT_SPECS.values(), ids=WEIGHT_SP
 Loop = tuple[Any, Any]  # scale, zero_point
 
 
-# ---- The objective
+def search_weights(
+    kernel: Any, spec: QuantSpec, method: str = "output_mse", candidates: Candidates = CANDIDATES
+) -> QParams:
+    """The format of a kernel that an objective chooses, HESSIAN being that of its input."""
+    return least(OBJECTIVES[method], KernelSample(kernel, spec, HESSIAN), spec, candidates)
 
 
-@pytest.mark.parametrize("case", operations.CASES, ids=lambda case: case.id)
-def test_the_weight_objective_is_the_mean_squared_error_of_the_output(case: operations.Case):
-    operation, x, kernel = case.operation, case.x, case.kernel
-    kernel_hat: Any = np.round(np.asarray(kernel) * 2) / 2
-    y, y_hat = (operations.apply(operation, x, k) for k in (kernel, jnp.asarray(kernel_hat)))
-    error = operations.by_channel(operation, np.asarray(y_hat, np.float64) - np.asarray(y))
-    moments = observers.observe(observers.moments(operation), [x])
-    loss = kernel_loss(operation.to_matrix(kernel_hat - np.asarray(kernel)), moments.hessian)
-    np.testing.assert_allclose(loss, np.mean(error**2, axis=0), rtol=1e-4)
+def input_sample(patches: Any, extremes: tuple[Any, Any]) -> InputSample:
+    return InputSample(patches[None], *extremes, patches, jnp.asarray(KERNEL))
 
 
-def test_without_a_hessian_the_objective_is_the_squared_error_of_the_kernel():
-    loss = kernel_loss(jnp.asarray(KERNEL), None)
-    np.testing.assert_allclose(loss, np.sum(KERNEL**2, axis=1), rtol=1e-6)
-
-
-@pytest.mark.parametrize(("patch", "groups"), [(10, 1), (10, 3), (10, 5), (9, 2)])
-def test_diagonal_blocks(patch: int, groups: int):
-    hessian = RNG.normal(size=(2, patch, patch)).astype(np.float32)
-    hessian += hessian.transpose(0, 2, 1)
-    size = -(-patch // groups)
-    expected = np.zeros((2, groups, size, size), np.float32)
-    for block in range(groups):
-        part = hessian[:, block * size : (block + 1) * size, block * size : (block + 1) * size]
-        expected[:, block, : part.shape[1], : part.shape[2]] = part
-    np.testing.assert_array_equal(search.diagonal_blocks(jnp.asarray(hessian), groups), expected)
-
-
-@pytest.mark.parametrize("groups", [1, 3, 5])
-def test_join_patch_inverts_split_patch(groups: int):
-    blocks = search.split_patch(jnp.asarray(KERNEL), groups)
-    assert blocks.shape == (2, groups, -(-10 // groups), 6)
-    np.testing.assert_array_equal(search.join_patch(blocks, 10), KERNEL)
+def output_sample(z: Any, z_hat: Any, extremes: Any, activation: Activation = NONE) -> OutputSample:
+    return OutputSample(z_hat[None], *extremes, z, z_hat, None, activation)
 
 
 # ---- A plain loop over the candidates, in NumPy
@@ -128,7 +108,7 @@ def loop_weights(spec: QuantSpec, method: str) -> Loop:
 @pytest.mark.parametrize("method", ["absmax", "percentile", "mse", "output_mse"])
 def test_weights_equal_a_loop_over_the_candidates(spec: QuantSpec, method: str):
     scale, zero_point = loop_weights(spec, method)
-    qparams = search_weights(KERNEL, HESSIAN, spec, method, GRID)
+    qparams = search_weights(KERNEL, spec, method, GRID)
     if spec.granularity == "per_tensor":
         chex.assert_shape(qparams.scale, (1, 1, 1))
     else:
@@ -177,25 +157,26 @@ def test_input_equals_a_loop_over_the_candidates(spec: QuantSpec, method: str):
 
     extremes = PATCHES.min(), PATCHES.max()
     low, high = loop_range(loss, *extremes, spec)
-    qparams = search_input(PATCHES, KERNEL, extremes, spec, method, GRID)
+    qparams = least(OBJECTIVES[method], input_sample(PATCHES, extremes), spec, GRID)
     chex.assert_trees_all_close(qparams, affine_qparams(low, high, spec), rtol=1e-6)
     assert low > extremes[0] or high < extremes[1], "an example in which clipping pays"
 
 
 OUTPUTS: Any = RNG.standard_t(4, 400).astype(np.float32)
 OUTPUTS_HAT: Any = OUTPUTS + RNG.normal(size=400).astype(np.float32) / 8
+EVERYTHING = NONE.bounds  # what the search is told of an activation, whose values it sees anyway
 ACTIVATIONS: dict[str, tuple[Any, Any]] = {  # in JAX and in NumPy
-    "identity": (lambda z: z, lambda z: z),
-    "relu": (jax.nn.relu, lambda z: np.maximum(z, 0)),
-    "tanh": (jnp.tanh, np.tanh),
+    "identity": (NONE, lambda z: z),
+    "relu": (RELU._replace(bounds=EVERYTHING), lambda z: np.maximum(z, 0)),
+    "tanh": (Activation("tanh", EVERYTHING, jnp.tanh), np.tanh),
 }
 
 
 @each_range_spec
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("least", [None, 0.0], ids=["two_sided", "from_zero"])
+@pytest.mark.parametrize("lowest", [None, 0.0], ids=["two_sided", "from_zero"])
 def test_output_equals_a_loop_over_the_candidates(
-    spec: QuantSpec, activation: str, least: float | None
+    spec: QuantSpec, activation: str, lowest: float | None
 ):
     jax_activation, act = ACTIVATIONS[activation]
 
@@ -204,10 +185,14 @@ def test_output_equals_a_loop_over_the_candidates(
         return float(np.mean(np.square(error, dtype=np.float64)))
 
     last = OUTPUTS_HAT.max()
-    first: Any = OUTPUTS_HAT.min() if least is None else np.float32(least)
+    first: Any = OUTPUTS_HAT.min() if lowest is None else np.float32(lowest)
     low, high = loop_range(loss, first, last, spec)
-    qparams = search_output(OUTPUTS, OUTPUTS_HAT, (first, last), spec, jax_activation, GRID)
+    sample = output_sample(OUTPUTS, OUTPUTS_HAT, (first, last), jax_activation)
+    qparams = least(OUTPUT_MSE, sample, spec, GRID)
     chex.assert_trees_all_close(qparams, affine_qparams(low, high, spec), rtol=1e-6)
+    if activation == "relu" and lowest == 0.0:
+        shown = output_sample(OUTPUTS, OUTPUTS_HAT, (OUTPUTS_HAT.min(), last), RELU)
+        chex.assert_trees_all_equal(least(OUTPUT_MSE, shown, spec, GRID), qparams)
 
 
 @each_range_spec
@@ -229,7 +214,7 @@ def test_logits_equal_a_loop_over_the_candidates(spec: QuantSpec):
         for high in GRID_ALPHAS
     ]
     expected = affine_qparams(*min(candidates, key=loss), spec)
-    qparams = search.search_logits(z, z_hat, extremes, spec, GRID)
+    qparams = least(PROBABILITIES, output_sample(z, z_hat, extremes), spec, GRID)
     chex.assert_trees_all_close(qparams, expected, rtol=1e-6)
 
 
@@ -243,7 +228,9 @@ LAW_SPECS = st.sampled_from([QuantSpec(3), WEIGHT_SPECS["asymmetric"]])
 
 
 def weight_loss(kernel: np.ndarray, qparams: QParams, method: str) -> np.ndarray:
-    per_patch = jax.tree.map(lambda leaf: leaf.reshape(-1, 1, leaf.shape[-1]), qparams)
+    per_patch = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, 1, leaf.shape[-1]) if leaf.ndim else leaf, qparams
+    )
     error = np.asarray(fake_quant(jnp.asarray(kernel), per_patch), np.float64) - kernel
     metric = HESSIAN if method == "output_mse" else np.eye(KERNEL_SHAPE[1])[None]
     return np.sum(error * (metric @ error), axis=1)
@@ -252,8 +239,8 @@ def weight_loss(kernel: np.ndarray, qparams: QParams, method: str) -> np.ndarray
 @pytest.mark.parametrize("method", ["mse", "output_mse"])
 @hypothesis.given(kernels, LAW_SPECS)
 def test_a_search_is_never_worse_than_absmax(method: str, kernel: np.ndarray, spec: QuantSpec):
-    widest = search_weights(kernel, HESSIAN, spec, "absmax", GRID)
-    searched = search_weights(kernel, HESSIAN, spec, method, GRID)
+    widest = search_weights(kernel, spec, "absmax", GRID)
+    searched = search_weights(kernel, spec, method, GRID)
     loss = weight_loss(kernel, searched, method)
     assert np.all(loss <= weight_loss(kernel, widest, method) * (1 + 1e-4) + 1e-6)
     used = np.any(kernel != 0, axis=1, keepdims=True)
@@ -263,7 +250,7 @@ def test_a_search_is_never_worse_than_absmax(method: str, kernel: np.ndarray, sp
 @hypothesis.given(kernels, LAW_SPECS)
 def test_a_refined_grid_is_never_worse(kernel: np.ndarray, spec: QuantSpec):
     losses = [
-        weight_loss(kernel, search_weights(kernel, HESSIAN, spec, grid=Grid(8, n)), "output_mse")
+        weight_loss(kernel, search_weights(kernel, spec, candidates=Candidates(8, n)), "output_mse")
         for n in range(3)
     ]
     for coarse, fine in zip(losses, losses[1:], strict=False):
@@ -275,19 +262,19 @@ def test_refinement_finds_what_a_fine_grid_finds():
     values: Any = RNG.normal(size=100_000).astype(np.float32)
     extremes = values.min(), values.max()
 
-    def found(grid: Grid) -> float:
+    def found(*candidates: int) -> float:
         spec = QuantSpec(4, granularity="per_tensor")
-        scale = search_output(values, values, extremes, spec, lambda z: z, grid).scale
-        return float(scale)
+        sample = output_sample(values, values, extremes)
+        return float(least(OUTPUT_MSE, sample, spec, Candidates(*candidates)).scale)
 
-    fine, refined, coarse = (found(grid) for grid in (Grid(500, 0), Grid(8, 1), Grid(8, 0)))
+    fine, refined, coarse = found(500, 0), found(8, 1), found(8, 0)
     assert abs(refined / fine - 1) < 0.02 < abs(coarse / fine - 1)
 
 
 @hypothesis.given(kernels, LAW_SPECS, st.permutations(range(KERNEL_SHAPE[2])))
 def test_permuting_channels_commutes(kernel: np.ndarray, spec: QuantSpec, order: list[int]):
-    qparams = search_weights(kernel, HESSIAN, spec, "output_mse", GRID)
-    permuted = search_weights(kernel[:, :, order], HESSIAN, spec, "output_mse", GRID)
+    qparams = search_weights(kernel, spec, "output_mse", GRID)
+    permuted = search_weights(kernel[:, :, order], spec, "output_mse", GRID)
     np.testing.assert_array_equal(permuted.scale, np.asarray(qparams.scale)[:, :, order])
     np.testing.assert_array_equal(permuted.zero_point, np.asarray(qparams.zero_point)[:, :, order])
 
@@ -295,7 +282,7 @@ def test_permuting_channels_commutes(kernel: np.ndarray, spec: QuantSpec, order:
 @each_spec
 @pytest.mark.parametrize("method", ["absmax", "percentile", "mse", "output_mse"])
 def test_ranges_lie_within_the_extremes(spec: QuantSpec, method: str):
-    qparams = search_weights(KERNEL, HESSIAN, spec, method, GRID)
+    qparams = search_weights(KERNEL, spec, method, GRID)
     low, high = (np.asarray(bound) for bound in qparams.range)
     slack = np.asarray(qparams.scale) / 2 * (1 + 1e-5)  # a zero point is rounded
     magnitude = np.abs(KERNEL).max()
@@ -309,7 +296,7 @@ def test_ranges_lie_within_the_extremes(spec: QuantSpec, method: str):
 def test_output_mse_has_the_smaller_output_error_and_mse_the_smaller_weight_error():
     spec = QuantSpec(3)
     by_output, by_weight = (
-        search_weights(KERNEL, HESSIAN, spec, method, GRID) for method in ("output_mse", "mse")
+        search_weights(KERNEL, spec, method, GRID) for method in ("output_mse", "mse")
     )
     for method, better, worse in (
         ("output_mse", by_output, by_weight),
@@ -330,62 +317,3 @@ def test_the_size_of_a_chunk_of_candidates_does_not_matter(
     for together in (1, 5, 10):
         monkeypatch.setattr(search, "CANDIDATE_BYTES", 32 * together)
         chex.assert_trees_all_equal(search.map_candidates(loss, candidates, 8), expected)
-
-
-# ---- Divergence
-
-
-def reference_divergence(counts: Any, centers: Any, qparams: QParams) -> float:
-    """KL(P ‖ Q) bin by bin, in Python."""
-    low, high = (float(end) for end in qparams.range)
-    inside = [i for i, c in enumerate(centers) if low <= c <= high]
-    p = {i: float(counts[i]) for i in inside}
-    p[inside[0]] += float(sum(n for n, c in zip(counts, centers, strict=True) if c < low))
-    p[inside[-1]] += float(sum(n for n, c in zip(counts, centers, strict=True) if c > high))
-    members: dict[int, list[int]] = {}
-    for i in inside:
-        if counts[i]:
-            members.setdefault(
-                int(np.rint(np.float32(centers[i]) / np.asarray(qparams.scale))), []
-            ).append(i)
-    q = {i: sum(counts[j] for j in bins) / len(bins) for bins in members.values() for i in bins}
-    total_p, total_q = sum(p.values()), sum(q.values())
-    return sum(
-        n / total_p * np.log(n / total_p / max(q.get(i, 0.0) / total_q, 1e-9))
-        for i, n in p.items()
-        if n
-    )
-
-
-@pytest.mark.parametrize("high", [0.3, 0.8, 2.5])
-def test_the_divergence_is_that_of_clipped_values_from_their_codes(high: float):
-    values: Any = RNG.standard_t(4, 5000).astype(np.float32)
-    counts, edges = np.histogram(values, 200)
-    centers = ((edges[:-1] + edges[1:]) / 2).astype(np.float32)
-    qparams = affine_qparams(jnp.float32(-0.7 * high), jnp.float32(high), QuantSpec(4, False))
-    loss = search.entropy_loss((jnp.float32(counts), jnp.asarray(centers)), qparams, None)
-    assert loss == pytest.approx(reference_divergence(counts, centers, qparams), rel=1e-3)
-
-
-def test_the_divergence_clips_outliers_and_does_not_mind_zeros():
-    values = np.abs(RNG.normal(size=20_000)).astype(np.float32)
-    values[:3] = 40.0
-    spec = QuantSpec(8, False, "per_tensor")
-    extremes = jnp.float32(0), jnp.float32(40)
-    counter = observers.histogram(*extremes, bins=search.HISTOGRAM_BINS)
-    ranges = []
-    for zeros in (0, 50_000):
-        batch = jnp.asarray(np.concatenate([values, np.zeros(zeros, np.float32)]))
-        histogram = observers.observe(counter, [batch])
-        ranges.append(float(search.search_entropy(histogram, extremes, spec).range[1]))
-    assert 2.5 < ranges[0] < 8, "the range of the values, not of three outliers"
-    assert ranges[0] == pytest.approx(ranges[1], rel=0.2)
-
-
-@each_spec
-def test_the_divergence_chooses_one_share_for_a_kernel(spec: QuantSpec):
-    widest = search_weights(KERNEL, HESSIAN, spec, "absmax")
-    chosen = search_weights(KERNEL, HESSIAN, spec, "kl", GRID)
-    shares = np.asarray(chosen.scale / widest.scale)
-    assert np.ptp(shares) < 1e-5
-    assert np.min(np.abs(GRID_ALPHAS - shares.mean())) < 1e-5

@@ -1,5 +1,6 @@
 """Affine quantization of plain arrays: its laws, and a NumPy reference."""
 
+import dataclasses
 from typing import Any
 
 import chex
@@ -186,14 +187,32 @@ def test_bfloat16_stays_bfloat16():
     chex.assert_trees_all_equal(x_hat, reference.astype(jnp.bfloat16), strict=True)
 
 
-def test_qparams_are_a_pytree_with_a_static_code_range():
+def test_qparams_are_a_pytree_with_limits_that_are_arrays():
     qparams = affine_qparams(jnp.full((3,), -1.0), jnp.arange(3.0), QuantSpec(symmetric=False))
     x = jnp.linspace(-1, 2, 12).reshape(3, 4)
-    per_row = jax.vmap(qjax.fake_quant)(x, qparams)
-    columns = jax.tree.map(lambda leaf: leaf[:, None], qparams)
+    per_tensor = QParams(None, None, None, None, qparams.dtype)  # pyright: ignore
+    axes = dataclasses.replace(per_tensor, scale=0, zero_point=0)
+    per_row = jax.vmap(qjax.fake_quant, (0, axes))(x, qparams)
+    columns = jax.tree.map(lambda leaf: leaf[:, None] if leaf.ndim else leaf, qparams)
     chex.assert_trees_all_equal(per_row, jax.jit(qjax.fake_quant)(x, columns), strict=True)
-    assert len(jax.tree.leaves(qparams)) == 2
+    leaves, structure = jax.tree.flatten(qparams)
+    assert [(leaf.shape, leaf.dtype) for leaf in leaves] == [
+        *[((3,), "float32"), ((3,), "int32")],
+        *[((), "int32")] * 2,
+    ]
     assert (columns.qmin, columns.qmax) == (0, 255)
+    assert structure == jax.tree.structure(dataclasses.replace(qparams, qmax=jnp.int32(15)))
+    assert structure != jax.tree.structure(dataclasses.replace(qparams, dtype=jnp.uint16))
+
+
+def test_widths_of_one_storage_type_share_a_program():
+    x: Any = np.linspace(-1, 2, 12, dtype=np.float32).reshape(3, 4)
+    specs = [QuantSpec(bits, symmetric) for symmetric in (True, False) for bits in (2, 5, 8, 9, 16)]
+    encode = jax.jit(chex.assert_max_traces(lambda x, qparams: qparams.encode(x), n=4))
+    found = [encode(x, fitted(x, spec)) for spec in specs]
+    types = ["int8"] * 3 + ["int16"] * 2 + ["uint8"] * 3 + ["uint16"] * 2
+    assert [codes.dtype for codes in found] == types
+    assert [int(codes.max()) for codes in found] == [spec.qmax for spec in specs]
 
 
 def test_sqnr():

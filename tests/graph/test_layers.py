@@ -45,8 +45,9 @@ def outline(network: Network) -> list[tuple[Any, ...]]:
         (
             *(site.layer.name, site.layer.kind, site.layer.activation, site.layer.macs),
             site.layer.operation,
-            [affine.primitive for affine in site.affine],
-            [equation.primitive.name for equation in (*site.movement, *site.activation)],
+            [operation.primitive for operation in site.operations],
+            [e.primitive.name for moves in site.movement.equations for e in moves.equations],
+            [equation.primitive.name for equation in site.activating],
         )
         for site in network.sites
     ]
@@ -144,4 +145,4 @@ def test_the_chain_is_the_affine_operations_per_channel(tail: Any, steps: list[s
     params = {"w": W, "scale": 2 * W[0], "shift": W[0], "position": jnp.ones((4, 1))}
     network = find_layers(lambda p, x: tail(x @ p["w"], p), params, jnp.ones((4, 4)))
     [site] = network.sites
-    assert [affine.primitive for affine in site.affine] == steps
+    assert [operation.primitive for operation in site.operations] == steps

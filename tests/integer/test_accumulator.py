@@ -1,6 +1,6 @@
 """Narrow accumulators do what registers of that width do."""
 
-from typing import Any
+from typing import Any, get_args
 
 import hypothesis
 import jax.numpy as jnp
@@ -10,7 +10,16 @@ import pytest
 from hypothesis import strategies as st
 
 import qjax
-from qjax.integer.accumulator import Accumulator, fit, signed_width, sum_term_by_term
+from qjax.integer.accumulator import (
+    CHECKS,
+    OVERFLOWS,
+    Accumulator,
+    Check,
+    Overflow,
+    fit,
+    signed_width,
+    sum_term_by_term,
+)
 from qjax.study.accumulators import accumulator_ranges, study_accumulators
 
 integers = st.integers(-(2**31), 2**31 - 1)
@@ -59,7 +68,7 @@ def loop(x: Any, kernel: Any, bias: Any, bits: int, overflow: str) -> np.ndarray
     return found
 
 
-@pytest.mark.parametrize("overflow", ["wrap", "saturate"])
+@pytest.mark.parametrize("overflow", OVERFLOWS)
 @pytest.mark.parametrize("bits", [6, 9, 20])
 def test_term_by_term_equals_a_loop(overflow: Any, bits: int):
     rng = np.random.default_rng(bits)
@@ -68,6 +77,11 @@ def test_term_by_term_equals_a_loop(overflow: Any, bits: int):
     arrays = [jnp.asarray(array, jnp.int32) for array in (x, kernel, bias)]
     found = sum_term_by_term(*arrays, Accumulator(bits, overflow, "term"))
     np.testing.assert_array_equal(found, loop(x, kernel, bias, bits, overflow))
+
+
+def test_the_names_are_those_of_the_tables():
+    assert get_args(Overflow) == tuple(OVERFLOWS) == tuple(r.name for r in OVERFLOWS.values())
+    assert get_args(Check) == tuple(CHECKS) == tuple(rule.name for rule in CHECKS.values())
 
 
 # ---- Networks
@@ -83,8 +97,8 @@ def logits(accumulator: Any) -> np.ndarray:
 def test_wide_enough_accumulators_change_nothing():
     expected = np.asarray(qjax.integer(Q)(Q.params, CASE.x))
     needed = {layer.name: layer.worst_bits for layer in accumulator_ranges(Q, [CASE.x])}
-    for overflow in ("wrap", "saturate"):
-        for check in ("sum", "term"):
+    for overflow in OVERFLOWS:
+        for check in CHECKS:
             chosen: Any = {n: Accumulator(b, overflow, check) for n, b in needed.items()}
             np.testing.assert_array_equal(logits(chosen), expected)
 
@@ -139,6 +153,7 @@ def test_a_study_finds_the_least_width_without_loss():
             Accumulator(9, "clip"),
             "`accumulator.overflow` must be one of wrap, saturate; got 'clip'",
         ),  # type: ignore[arg-type]
+        (Accumulator(9, "wrap", "end"), "`accumulator.check` must be one of sum, term; got 'end'"),
         ({"nowhere": Accumulator(9)}, "`accumulator` names 'nowhere', which is no layer"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 
 import qjax
 from qjax import QParams
+from qjax.graph.layers import find_layers, shapes_of
 from qjax.graph.operation import Linear
 from qjax.integer import lowerings
-from qjax.integer.lowerings import Lowering
+from qjax.integer.lowerings import DOT, FLOAT32, INT8, LOWERINGS, Lowering
+from qjax.integer.requantize import ARITHMETICS
 from qjax.run.layer import QuantizedLayer
 
 # ---- Accumulators of every kind of layer
@@ -67,8 +70,8 @@ def test_accumulators_equal_int64(case: operations.Case, seed: int, bits: tuple[
     zero_point = int(stored.zero_point)
     expected = in_int64(operation, layer, codes - zero_point)
     x = jnp.asarray(codes, stored.dtype)
-    slices = lowerings.choose(operation, layer, "float32", "cpu")
-    for lowering in (Lowering("int8"), Lowering("dot"), slices):
+    slices = lowerings.choose(operation, layer, FLOAT32, "cpu")
+    for lowering in (Lowering(INT8), Lowering(DOT), slices):
         folded = lowerings.folded_bias(layer)
         given = lowerings.operands(operation, layer, folded, lowering)
         acc = lowerings.accumulate(operation, given, x, stored.zero_point, lowering)
@@ -151,7 +154,7 @@ def test_fixed_point_is_as_good(id: str):
     assert share <= 5e-3 and most <= 2
 
 
-@pytest.mark.parametrize("lowering", ["int8", "dot", "float32"])
+@pytest.mark.parametrize("lowering", LOWERINGS)
 def test_the_lowering_does_not_change_the_result(lowering: Any):
     q, x = quantized("linen_resnet"), CASES["linen_resnet"].x
     y = qjax.integer(q)(q.params, x)
@@ -175,6 +178,17 @@ def test_accumulators_are_integers_below_the_worst_case():
         assert np.abs(np.asarray(acc, np.int64)).max() <= lowerings.largest(
             q.params["layers"][name]
         )
+
+
+def test_unsigned_codes_of_weights_meet_signed_ones_of_inputs():
+    case = CASES["plain_mlp"]
+    weights = qjax.QuantSpec(8, symmetric=False, granularity="per_channel")
+    q = qjax.quantize(case.apply_fn, case.params, case.x, qjax.recipe(8, weights=weights).naive())
+    fake = q.apply_fn.codes(q.params, case.x)
+    for lowering in LOWERINGS:
+        found = qjax.integer(q, lowering=lowering).codes(q.params, case.x)
+        for name, codes in fake.items():
+            np.testing.assert_array_equal(found[name], codes)
 
 
 def test_layers_in_float_stay_in_float():
@@ -201,6 +215,63 @@ def test_layers_in_float_stay_in_float():
 def test_bad_arguments_are_refused(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         qjax.integer(quantized("plain_mlp"), **options)
+
+
+def test_methods_are_given_by_name_or_as_they_are():
+    q, x = quantized("plain_mlp"), CASES["plain_mlp"].x
+    named = qjax.integer(q, arithmetic="floor", lowering="dot")
+    own = ARITHMETICS["floor"]._replace(name="own")
+    given = qjax.integer(q, arithmetic=own, lowering=dict.fromkeys(q.params["layers"], DOT))
+    assert given.lowerings(x) == named.lowerings(x) == dict.fromkeys(named.layers, Lowering(DOT))
+    np.testing.assert_array_equal(given(q.params, x), named(q.params, x))
+
+
+def compilations(function: Callable[[], Any]) -> int:
+    """How many programs are compiled by a call."""
+    count = 0
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        nonlocal count
+        count += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        function()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return count
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"arithmetic": "fixed_point", "lowering": "dot"},
+        {"accumulator": qjax.Accumulator(12, "saturate", "term")},
+    ],
+    ids=["default", "fixed_point", "narrow"],
+)
+def test_equal_quantizations_share_their_programs(options: dict[str, Any]):
+    case = CASES["plain_mlp"]
+
+    def run() -> None:
+        recipe = qjax.recipe(8, outputs=None).naive()
+        q = qjax.quantize(case.apply_fn, case.params, case.x, recipe)
+        function = qjax.integer(q, **options)
+        for evaluate in (function, function.codes, function.accumulators):
+            evaluate(q.params, case.x)
+
+    find_layers(case.apply_fn, case.params, shapes_of(case.x)).programs.clear()
+    assert compilations(run) > 0
+    assert compilations(run) == 0
+
+
+def test_other_methods_have_other_programs():
+    q, x = quantized("plain_mlp"), CASES["plain_mlp"].x
+    runs = [qjax.integer(q, arithmetic=name) for name in ARITHMETICS]
+    runs.append(qjax.integer(q, accumulator=qjax.Accumulator(6)))
+    results = {np.asarray(run(q.params, x)).tobytes() for run in runs}
+    assert len(results) > 4
 
 
 def test_nothing_of_a_trace_is_left_behind():

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import strategies as st
 
 import qjax
-from qjax.study.allocate import Choice, allocate, estimated_drop, least_error
+from qjax.study.allocate import Option, allocate, estimated_drop, least_error
 from qjax.study.sensitivity import Sensitivity
 
 choices = st.lists(
-    st.builds(Choice, st.integers(0, 20), st.integers(0, 1000).map(float)), min_size=1, max_size=4
+    st.builds(Option, st.integers(0, 20), st.integers(0, 1000).map(float)), min_size=1, max_size=4
 )
 
 
 @hypothesis.given(st.lists(choices, min_size=1, max_size=5), st.integers(0, 80))
-def test_the_least_error_is_that_of_trying_everything(items: list[list[Choice]], budget: int):
+def test_the_least_error_is_that_of_trying_everything(items: list[list[Option]], budget: int):
     options = [
         sum(choice.error for choice in combination)
         for combination in itertools.product(*items)

@@ -8,10 +8,11 @@ import pytest
 import small
 
 from qjax import QuantSpec
-from qjax.formats.spec import LayerRecipe
-from qjax.graph.layers import find_layers
-from qjax.run.tap import float_layers, shapes_of
-from qjax.study.curves import GRID, METHODS, Curves, layer_curves
+from qjax.graph.layers import find_layers, shapes_of
+from qjax.objectives.table import OBJECTIVES
+from qjax.recipe import LayerRecipe
+from qjax.run.tap import float_layers
+from qjax.study.curves import SHARES, Curves, layer_curves
 
 
 @functools.cache
@@ -29,12 +30,12 @@ def curves(bits: int = 4) -> dict[str, Curves]:
 def test_curves_and_choices_agree(tensor: str):
     found = curves()[tensor]
     choices = {choice.method: choice for choice in found.choices}
-    assert tuple(choices) == METHODS and len(found.shares) == GRID
+    assert tuple(choices) == tuple(OBJECTIVES) and len(found.shares) == len(SHARES)
     assert choices["absmax"].share == 1.0
     full = 10 ** (-choices["absmax"].tensor_sqnr_db / 10)
     assert found.losses["mse"][-1] == pytest.approx(full, rel=1e-3)
     for values in found.losses.values():
-        assert len(values) == GRID and min(values) >= -1e-6
+        assert len(values) == len(SHARES) and min(values) >= -1e-6
     best = max(choices.values(), key=lambda choice: choice.output_sqnr_db)
     assert found.best == best
     for method in ("mse", "output_mse"):

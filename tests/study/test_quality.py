@@ -2,43 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
 import small
 
-from qjax.study.quality import compare, predict, quality, sensitivity, wilson_interval
-
-
-def test_predictions_of_all_images_in_order():
-    x = small.images(10)
-    params = small.make_params()
-    expected = small.apply_fn(params, x)
-    for size in (3, 10, 64):
-        logits = predict(small.apply_fn, params, x, batch_size=size)
-        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_two_networks_compared_by_hand():
-    labels = [0, 1, 2, 0, 1, 2, 0, 1]
-    before = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1, 0, 1, 1]]  # 6 of 8 right
-    after = np.eye(3, dtype=np.float32)[[0, 1, 2, 1, 2, 2, 1, 1]]  # 5 of 8: two lost, one gained
-    found = compare(before, after * 2, labels)
-    assert (found.images, found.float_top1, found.quantized_top1) == (8, 75.0, 62.5)
-    assert (found.difference, found.agreement) == (-12.5, 62.5)
-    deviation = 100 * math.sqrt(3 - 1 / 8) / 8
-    low, high = found.difference_interval
-    assert (high - low) / 2 == pytest.approx(1.959964 * deviation)
-    assert (high + low) / 2 == pytest.approx(-12.5)
-    assert found.confusion.tolist() == [[1, 1, 1], [0, 3, 1], [0, 0, 1]]
-    assert set(found.worst[:3]) == {3, 4, 5}, "changed predictions first"
-    np.testing.assert_array_equal(found.quantized_predictions, after.argmax(-1))
-
-
-def test_intervals_are_wilsons():
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 27.753), abs=1e-3)
-    assert wilson_interval(81, 263) == pytest.approx((25.53, 36.62), abs=1e-2)
-    low, high = wilson_interval(500, 500)
-    assert high == 100.0 and 99 < low < 100
+from qjax.study.quality import quality
+from qjax.study.sensitivity import logits_sqnr_alone
 
 
 def test_quality_is_that_of_the_report_where_they_measure_the_same():
@@ -64,6 +32,6 @@ def test_a_layer_in_float_is_exact_and_not_sensitive():
     head = found.layers[1]
     assert (head.weights, head.inputs, head.outputs) == (math.inf,) * 3
     assert head.histograms["weights"].clip is None
-    alone = sensitivity(q, small.make_params(), x)
+    alone = logits_sqnr_alone(q, small.make_params(), x)
     assert alone["head"] > 100, "float rounding only"
     assert alone["conv"] == pytest.approx(found.logits, abs=1e-2), "the only layer there is"

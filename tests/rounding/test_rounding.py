@@ -10,17 +10,16 @@ import pytest
 from hypothesis import strategies as st
 
 from qjax import QParams, QuantSpec
-from qjax.fit.rounding import (
-    BLOCK,
-    DAMPING,
-    coordinate_sweeps,
-    elementwise,
-    least_squares_shift,
-    round_gptq,
-    round_nearest,
-)
-from qjax.fit.search import kernel_loss, search_weights
-from qjax.formats.affine import dequantize
+from qjax.fit.samples import KernelSample, kernel_loss
+from qjax.fit.search import least
+from qjax.formats.base import elementwise
+from qjax.objectives.errors import OUTPUT_MSE
+from qjax.rounding.base import MOMENTS, Problem
+from qjax.rounding.gptq import BLOCK, round_gptq
+from qjax.rounding.metric import DAMPING, least_squares_shift
+from qjax.rounding.nearest import round_nearest
+from qjax.rounding.sweeps import coordinate_sweeps
+from qjax.rounding.table import ROUNDINGS
 
 SPECS = {
     "per_channel": QuantSpec(3),
@@ -41,16 +40,22 @@ def problem(groups: int, patch: int, channels: int, seed: int = 0) -> tuple[Any,
     return jnp.asarray(kernel, jnp.float32), jnp.asarray(hessian, jnp.float32)
 
 
+def covering(kernel: Any, hessian: Any, spec: QuantSpec) -> Any:
+    """The format of least output error."""
+    return least(OUTPUT_MSE, KernelSample(kernel, spec, hessian), spec)
+
+
 def loss(codes: jax.Array, kernel: jax.Array, hessian: jax.Array, qparams: QParams) -> float:
-    kernel_hat = dequantize(codes, elementwise(qparams, kernel.shape[1]))
+    kernel_hat = elementwise(qparams, kernel.shape[1]).decode(codes)
     return float(jnp.sum(kernel_loss(kernel_hat - kernel, hessian)))
 
 
 def gptq_of_the_paper(kernel: Any, hessian: Any, qparams: QParams) -> np.ndarray:
     """Algorithm 1 with the upper Cholesky factor of the inverse, one column at a time."""
     patch = kernel.shape[1]
-    full = jax.tree.map(
-        lambda leaf: np.broadcast_to(leaf, kernel.shape), elementwise(qparams, patch)
+    full = elementwise(qparams, patch)
+    scales, zero_points = (
+        np.broadcast_to(leaf, kernel.shape) for leaf in (full.scale, full.zero_point)
     )
     codes = np.zeros(kernel.shape, np.int64)
     for g in range(kernel.shape[0]):
@@ -60,7 +65,7 @@ def gptq_of_the_paper(kernel: Any, hessian: Any, qparams: QParams) -> np.ndarray
         upper = np.linalg.cholesky(np.linalg.inv(h[order][:, order])).T
         w = np.asarray(kernel[g], np.float64)[order]
         for k, position in enumerate(order):
-            scale, zero_point = full.scale[g, position], full.zero_point[g, position]
+            scale, zero_point = scales[g, position], zero_points[g, position]
             code = np.clip(np.rint(w[k] / scale) + zero_point, full.qmin, full.qmax)
             error = (w[k] - scale * (code - zero_point)) / upper[k, k]
             w[k + 1 :] -= upper[k, k + 1 :, None] * error
@@ -72,7 +77,7 @@ def gptq_of_the_paper(kernel: Any, hessian: Any, qparams: QParams) -> np.ndarray
 @pytest.mark.parametrize("patch", [7, 24, BLOCK + 32], ids="patch_{}".format)
 def test_gptq_is_the_algorithm_of_its_paper(spec: QuantSpec, patch: int):
     kernel, hessian = problem(2, patch, 5)
-    qparams = search_weights(kernel, hessian, spec)
+    qparams = covering(kernel, hessian, spec)
     codes = np.asarray(round_gptq(kernel, hessian, qparams), np.int64)
     expected = gptq_of_the_paper(kernel, hessian, qparams)
     # In float32 a value may fall on the other side of a half, and the rest of its column follows.
@@ -83,7 +88,7 @@ def test_gptq_is_the_algorithm_of_its_paper(spec: QuantSpec, patch: int):
 @each_spec
 def test_gptq_trades_kernel_error_for_output_error(spec: QuantSpec):
     kernel, hessian = problem(2, 48, 16)
-    qparams = search_weights(kernel, hessian, spec)
+    qparams = covering(kernel, hessian, spec)
     nearest, gptq = round_nearest(kernel, qparams), round_gptq(kernel, hessian, qparams)
     identity = jnp.broadcast_to(jnp.eye(48), hessian.shape)
     assert loss(gptq, kernel, hessian, qparams) < 0.9 * loss(nearest, kernel, hessian, qparams)
@@ -93,7 +98,7 @@ def test_gptq_trades_kernel_error_for_output_error(spec: QuantSpec):
 def test_with_uncorrelated_inputs_gptq_rounds_to_nearest():
     kernel, _ = problem(2, 20, 6)
     hessian = jnp.broadcast_to(jnp.diag(jnp.arange(1.0, 21.0)), (2, 20, 20))
-    qparams = search_weights(kernel, hessian, QuantSpec(3))
+    qparams = covering(kernel, hessian, QuantSpec(3))
     np.testing.assert_array_equal(
         round_gptq(kernel, hessian, qparams), round_nearest(kernel, qparams)
     )
@@ -102,15 +107,17 @@ def test_with_uncorrelated_inputs_gptq_rounds_to_nearest():
 def test_gptq_takes_an_input_that_never_fires():
     kernel, hessian = problem(1, 12, 3)
     hessian = hessian.at[:, 4].set(0).at[:, :, 4].set(0)
-    codes = round_gptq(kernel, hessian, search_weights(kernel, hessian, QuantSpec(4)))
+    codes = round_gptq(kernel, hessian, covering(kernel, hessian, QuantSpec(4)))
     assert np.abs(codes).max() <= 7 and np.abs(codes).max() > 0
 
 
 @hypothesis.given(st.integers(0, 2**16), st.permutations(range(6)))
 def test_permuting_output_channels_commutes(seed: int, order: list[int]):
     kernel, hessian = problem(1, 16, 6, seed)
-    qparams = search_weights(kernel, hessian, QuantSpec(3))
-    permuted = jax.tree.map(lambda leaf: leaf[:, :, jnp.array(order)], qparams)
+    qparams = covering(kernel, hessian, QuantSpec(3))
+    permuted = jax.tree.map(
+        lambda leaf: leaf[:, :, jnp.array(order)] if leaf.ndim else leaf, qparams
+    )
     codes = round_gptq(kernel[:, :, jnp.array(order)], hessian, permuted)
     agree = np.asarray(codes) == np.asarray(round_gptq(kernel, hessian, qparams))[:, :, order]
     assert np.mean(agree) > 0.95, "up to ties in float32"
@@ -119,7 +126,7 @@ def test_permuting_output_channels_commutes(seed: int, order: list[int]):
 @each_spec
 def test_every_sweep_lowers_the_output_error(spec: QuantSpec):
     kernel, hessian = problem(2, 24, 8)
-    qparams = search_weights(kernel, hessian, spec)
+    qparams = covering(kernel, hessian, spec)
     codes = round_gptq(kernel, hessian, qparams)
     losses = [loss(codes, kernel, hessian, qparams)]
     for sweeps in (1, 2, 4):
@@ -148,3 +155,15 @@ def test_gptq_holds_three_matrices_of_the_size_of_the_hessian():
     analysis: Any = jax.jit(round_gptq).lower(kernel, hessian, qparams).compile().memory_analysis()
     used = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     assert used < 4 * (3 * patch**2 + 8 * patch * channels)
+
+
+@each_spec
+def test_the_table_rounds_as_its_functions_do(spec: QuantSpec):
+    kernel, hessian = problem(2, 24, 8)
+    qparams = covering(kernel, hessian, spec)
+    found = {name: r.round(Problem(kernel, qparams, hessian)) for name, r in ROUNDINGS.items()}
+    np.testing.assert_array_equal(found["nearest"][0], round_nearest(kernel, qparams))
+    np.testing.assert_array_equal(found["gptq"][0], round_gptq(kernel, hessian, qparams))
+    assert all(format is qparams for _, format in found.values())
+    assert [r.name for r in ROUNDINGS.values()] == list(ROUNDINGS)
+    assert (MOMENTS in ROUNDINGS["gptq"].needs) and not ROUNDINGS["nearest"].needs

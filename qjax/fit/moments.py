@@ -1,0 +1,120 @@
+"""Moments of the patches that a layer's kernel meets."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qjax.fit.observers import Observer
+from qjax.graph.operation import Linear, output_matrix
+
+
+class Moments(NamedTuple):
+    """First and second moments of a layer's input patches x.
+
+    Attributes:
+      mean: E[x], float32[groups, patch].
+      hessian: E[x xᵀ], float32[groups, patch, patch]; half the Hessian of the layer's mean squared
+        output error with respect to one output channel's kernel.
+    """
+
+    mean: jax.Array
+    hessian: jax.Array
+
+
+def moments(operation: Linear, stride: int = 1) -> Observer:
+    """The moments of the patches that a layer's kernel meets.
+
+    E‖(ŵ − w)ᵀ x‖² = (ŵ − w)ᵀ H (ŵ − w) with H = E[x xᵀ], over all examples and positions.
+
+    Args:
+      operation: the layer's linear operation.
+      stride: between the positions of a batch that are counted.
+
+    Returns:
+      An observer of layer inputs whose statistic is a `Moments`.
+
+    References:
+      Frantar et al., 2023, arXiv:2210.17323 (GPTQ), section 3.
+    """
+    groups, patch, _ = operation.matrix_shape
+
+    def update(state: tuple[jax.Array, Moments], x: jax.Array) -> tuple[jax.Array, Moments]:
+        return _add_patches(state, x, operation, stride)
+
+    zeros = Moments(jnp.zeros((groups, patch)), jnp.zeros((groups, patch, patch)))
+    return Observer(lambda: (jnp.zeros(()), zeros), update, _mean)
+
+
+def centered(moments: Moments) -> Moments:
+    """Takes the means out of the second moments: Cov[x] = E[x xᵀ] − E[x] E[x]ᵀ."""
+    mean = moments.mean
+    return Moments(mean, moments.hessian - mean[:, :, None] * mean[:, None, :])
+
+
+class CrossMoments(NamedTuple):
+    """Moments of a residual r of a layer's output with its input patches x.
+
+    Attributes:
+      residual_mean: E[r], float32[groups, channels].
+      cross: E[x rᵀ], float32[groups, patch, channels].
+    """
+
+    residual_mean: jax.Array
+    cross: jax.Array
+
+
+def cross_moments(operation: Linear, stride: int = 1) -> Observer:
+    """The moments that tell which change of a layer's kernel makes up for a residual best.
+
+    Args:
+      operation: the layer's linear operation.
+      stride: between the positions of a batch that are counted.
+
+    Returns:
+      An observer whose batches are pairs (layer input, residual of the operation's output) and
+      whose statistic is a `CrossMoments`.
+    """
+    groups, patch, channels = operation.matrix_shape
+
+    def update(
+        state: tuple[jax.Array, CrossMoments], pair: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, CrossMoments]:
+        return _add_residual(state, *pair, operation, stride)
+
+    zeros = CrossMoments(jnp.zeros((groups, channels)), jnp.zeros((groups, patch, channels)))
+    return Observer(lambda: (jnp.zeros(()), zeros), update, _mean)
+
+
+def _mean(state: tuple[jax.Array, Any]) -> Any:
+    count, sums = state
+    return jax.tree.map(lambda total: total / count, sums)
+
+
+_product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+@partial(jax.jit, static_argnames=("operation", "stride"))
+def _add_patches(
+    state: tuple[jax.Array, Moments], x: jax.Array, operation: Linear, stride: int
+) -> tuple[jax.Array, Moments]:
+    count, sums = state
+    patches = operation.patches(x.astype(jnp.float32), stride)
+    hessian = sums.hessian + _product("pgk,pgl->gkl", patches, patches)
+    return count + patches.shape[0], Moments(sums.mean + patches.sum(0), hessian)
+
+
+@partial(jax.jit, static_argnames=("operation", "stride"))
+def _add_residual(
+    state: tuple[jax.Array, CrossMoments],
+    x: jax.Array,
+    residual: jax.Array,
+    operation: Linear,
+    stride: int,
+) -> tuple[jax.Array, CrossMoments]:
+    count, sums = state
+    patches = operation.patches(x.astype(jnp.float32), stride)
+    missing = output_matrix(operation, residual)[::stride]
+    cross = sums.cross + _product("pgk,pgm->gkm", patches, missing)
+    return count + patches.shape[0], CrossMoments(sums.residual_mean + missing.sum(0), cross)

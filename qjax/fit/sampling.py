@@ -1,0 +1,74 @@
+"""Samples of what flows through a layer, spread evenly over all calibration images and positions.
+
+Values are stacked by batch, [batches, examples, ...].
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.graph.operation import Linear
+
+# Samples per layer.
+MOMENT_PATCHES = 2**16  # for the second moments of its input
+SAMPLED_PATCHES = 2**12  # for the search of its input range
+SAMPLED_VALUES = 2**18  # for the search of its output range, or of ranges per channel
+
+
+def coprime_stride(size: int, limit: int) -> int:
+    """The least stride that leaves at most `limit` of `size` elements and meets every channel."""
+    stride = max(1, math.ceil(size / limit))
+    while math.gcd(stride, size) != 1:
+        stride += 1
+    return stride
+
+
+def patch_stride(operation: Linear, values: jax.Array, limit: int) -> int:
+    """The stride between positions that leaves about `limit` patches of all the batches."""
+    batch = jax.ShapeDtypeStruct(values.shape[1:], values.dtype)
+    positions = jax.eval_shape(operation.patches, batch).shape[0]
+    return coprime_stride(positions, max(1, limit // len(values)))
+
+
+def sampled(values: jax.Array) -> jax.Array:
+    """Elements at pseudo-random places, the same for all arrays of one size; all, if there are few.
+
+    Their number, and with it what has to be compiled, does not depend on the size of the arrays.
+
+    Returns:
+      The elements, [n].
+    """
+    flat = values.reshape(len(values), -1)
+    size, limit = flat.shape[1], SAMPLED_VALUES // len(values)
+    if size > limit:
+        flat = flat[:, np.random.default_rng(size).integers(size, size=limit)]
+    return flat.reshape(-1)
+
+
+def sampled_channels(axes: Sequence[int], values: jax.Array) -> jax.Array:
+    """Values at pseudo-random positions, the same for all arrays of one size: [channels, n].
+
+    Args:
+      axes: the axes of a batch that hold the channels.
+      values: [batches, examples, ...].
+    """
+    own = [1 + axis % (values.ndim - 1) for axis in axes]
+    rest = [axis for axis in range(1, values.ndim) if axis not in own]
+    channels = math.prod(values.shape[axis] for axis in own)
+    by_batch = values.transpose(*own, 0, *rest).reshape(channels, len(values), -1)
+    size = by_batch.shape[2]
+    limit = max(1, SAMPLED_VALUES // channels // len(values))
+    if size > limit:
+        by_batch = by_batch[:, :, np.random.default_rng(size).integers(size, size=limit)]
+    return by_batch.reshape(channels, -1)
+
+
+def sampled_patches(operation: Linear, values: jax.Array) -> jax.Array:
+    """Patches of a layer's input at positions at an even stride, float32[n, groups, patch]."""
+    stride = patch_stride(operation, values, SAMPLED_PATCHES)
+    floats = values.astype(jnp.float32)
+    patches = jax.vmap(lambda batch: operation.patches(batch, stride))(floats)
+    return patches.reshape(-1, *patches.shape[2:])

@@ -1,0 +1,172 @@
+"""Values between layers as integers: codes on a layer's grid, or the wide integers of a sum.
+
+Sums of values need a finer grid than codes. In integer arithmetics they are int32 with |v| ≤ 2^30
+and zero_point 0: the operands of a sum, with scales s_i and |q_i − z_i| ≤ L_i, go to the grid
+s = Σ s_i·L_i / 2^30, v = Σ (q_i − z_i)·s_i / s, each term requantized in the same arithmetic.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.formats.affine import QParams, quantize_array
+from qjax.graph import jaxpr
+from qjax.integer.lowerings import signed
+from qjax.integer.requantize import Arithmetic
+
+WIDE = 2**30  # the greatest magnitude of a sum
+
+
+class GridKey(NamedTuple):
+    """What tells one grid of codes from another, as numbers: hashable.
+
+    Attributes:
+      scales: of its channels, or one.
+      zero_points: of its channels, or one.
+      qmin: the smallest code.
+      qmax: the largest code.
+    """
+
+    scales: tuple[float, ...]
+    zero_points: tuple[int, ...]
+    qmin: int
+    qmax: int
+
+    @property
+    def greatest(self) -> float:
+        """The greatest real value on the grid, of all channels."""
+        above = self.qmax - np.asarray(self.zero_points)
+        return float(np.max(np.asarray(self.scales, np.float32) * above.astype(np.float32)))
+
+
+def grid_key(qparams: QParams | None) -> GridKey | None:
+    """The key of the grid of a tensor, from qparams that are not traced; None in float."""
+    if qparams is None:
+        return None
+    scale, zero_point = (np.ravel(leaf) for leaf in (qparams.scale, qparams.zero_point))
+    limits = int(qparams.qmin), int(qparams.qmax)
+    return GridKey(tuple(map(float, scale)), tuple(map(int, zero_point)), *limits)
+
+
+class Codes(NamedTuple):
+    """Integers that stand for real values: real = scale · (codes − zero_point).
+
+    Attributes:
+      codes: int8, int16 or int32, stored around 0.
+      scale: float32, real units per code: a scalar; per channel where only a sum or one layer
+        reads the codes.
+      zero_point: int32, the code of real 0.
+      limit: what no |codes − zero_point| exceeds.
+      key: of the grid of a layer's input or output, None for a sum.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array
+    limit: int
+    key: GridKey | None
+
+    @property
+    def real(self) -> jax.Array:
+        """The values in float32."""
+        return self.scale * self.centered.astype(jnp.float32)
+
+    @property
+    def centered(self) -> jax.Array:
+        """Codes less the zero point, int32."""
+        return self.codes.astype(jnp.int32) - self.zero_point
+
+    @property
+    def exact(self) -> "Codes":
+        """The same values as integers with zero_point 0, as a sum has them."""
+        zero = jnp.zeros_like(self.zero_point)
+        return Codes(self.centered, self.scale, zero, self.limit, None)
+
+    def replace(self, codes: jax.Array) -> "Codes":
+        """Other codes on the same grid."""
+        return self._replace(codes=codes)
+
+
+def real_value(value: Any, atom: jaxpr.Atom) -> Any:
+    """A value in real units, of the type that its readers expect."""
+    return value.real.astype(jaxpr.dtype(atom)) if isinstance(value, Codes) else value
+
+
+def on_grid(codes: jax.Array, qparams: QParams, key: GridKey) -> Codes:
+    """Codes of a layer's input or output.
+
+    Args:
+      codes: as they are stored, see `signed`.
+      qparams: their grid, with limits as they are stored.
+      key: of that grid.
+    """
+    return Codes(codes, qparams.scale, qparams.zero_point, key.qmax - key.qmin, key)
+
+
+def to_grid(value: Any, qparams: QParams, key: GridKey, arithmetic: Arithmetic) -> Codes:
+    """Brings a value to the codes of a layer's input or output.
+
+    Args:
+      value: `Codes` or real values.
+      qparams: the grid.
+      key: of the grid.
+      arithmetic: of requantization.
+    """
+    qparams = signed(qparams)
+    if isinstance(value, Codes) and value.key == key:
+        return value
+    if isinstance(value, Codes) and arithmetic.only_integers:
+        codes = arithmetic.to_codes(value.centered, value.scale / qparams.scale, qparams)
+    else:
+        codes = quantize_array(value.real if isinstance(value, Codes) else value, qparams)
+    return on_grid(codes, qparams, key)
+
+
+def wide_scale(greatest: jax.Array) -> jax.Array:
+    """The scale of a sum whose magnitude is at most `greatest`, in real units."""
+    return greatest / WIDE
+
+
+def of_sum(codes: jax.Array, scale: jax.Array, limit: int = WIDE) -> Codes:
+    """Integers with zero_point 0 that are no codes of a layer.
+
+    Args:
+      codes: int32[...].
+      scale: float32, real units per code.
+      limit: their greatest magnitude.
+    """
+    return Codes(codes, scale, jnp.zeros((), jnp.int32), limit, None)
+
+
+def rescaled(value: Codes, scale: jax.Array, arithmetic: Arithmetic, limit: int = WIDE) -> Codes:
+    """Requantizes a value to integers of another scale.
+
+    Args:
+      value: `Codes`.
+      scale: float32 scalar, real units per integer of the result.
+      arithmetic: of requantization.
+      limit: what no integer of the result exceeds in magnitude.
+    """
+    codes = arithmetic.requantize(value.centered, value.scale / scale)
+    return of_sum(codes, scale, limit)
+
+
+def for_sum(values: Sequence[Codes], arithmetic: Arithmetic) -> list[Codes]:
+    """Brings values to one grid that holds their sum."""
+    ranges = _ranges(values)
+    scale = wide_scale(sum(ranges[1:], ranges[0]))
+    return [rescaled(value, scale, arithmetic) for value in values]
+
+
+def for_union(values: Sequence[Codes], arithmetic: Arithmetic) -> list[Codes]:
+    """Brings values to one grid that holds each of them."""
+    scale = wide_scale(jnp.max(jnp.stack(_ranges(values))))
+    return [rescaled(value, scale, arithmetic) for value in values]
+
+
+def _ranges(values: Sequence[Codes]) -> list[jax.Array]:
+    """The greatest magnitude that each value can have, in real units."""
+    return [jnp.max(value.scale) * float(value.limit) for value in values]

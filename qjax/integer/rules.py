@@ -1,0 +1,308 @@
+"""Rules of integer evaluation: layers on codes, and what acts on codes and sums between them.
+
+* Reshapes, transpositions, slices, zero padding, concatenation on one grid and max-pooling act on
+  codes as they are.
+* ReLU and ReLU6 are clamps of codes, max(q, z); what clips off the grid is done as a sum is.
+* Sums, in integer arithmetics: operands go to one grid, see `qjax.integer.codes`. A sum over n
+  elements is taken as it is if n·L < 2^31, else on the grid s·L·n / 2^30; a division by a constant
+  changes the scale alone.
+
+What has no rule, or whose rule returns None, is bound on real values.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from qjax.graph import jaxpr
+from qjax.graph.activation import clip_bounds
+from qjax.graph.layers import Site
+from qjax.graph.operation import along_channels, from_output_matrix
+from qjax.integer import lowerings
+from qjax.integer.accumulator import Accumulator, fit, is_sum_enough, sum_term_by_term
+from qjax.integer.codes import (
+    WIDE,
+    Codes,
+    GridKey,
+    for_sum,
+    for_union,
+    of_sum,
+    on_grid,
+    real_value,
+    rescaled,
+    to_grid,
+    wide_scale,
+)
+from qjax.integer.lowerings import Lowering, signed
+from qjax.integer.requantize import Arithmetic
+from qjax.run.interpreter import PrimitiveRule, Rules
+from qjax.run.layer import QuantizedLayer, accumulator_scale, apply_linear
+
+Record = Callable[[str, jax.Array], None]
+
+
+class LayerPlan(NamedTuple):
+    """What the program of a layer depends on, apart from shapes and types: hashable.
+
+    Attributes:
+      lowering: of its accumulator, None where that is no integer.
+      inputs: the grid of its input, None in float.
+      outputs: the grid of its output before the activation, None in float.
+      activated: the grid of its output after the activation, None in float.
+      limit: the greatest magnitude of its accumulator, where its output is a sum; else 0.
+      accumulator: a narrower one to simulate.
+    """
+
+    lowering: Lowering | None
+    inputs: GridKey | None
+    outputs: GridKey | None
+    activated: GridKey | None
+    limit: int
+    accumulator: Accumulator | None
+
+
+class Plan(NamedTuple):
+    """What the program of a network depends on, apart from shapes and types: hashable.
+
+    Attributes:
+      arithmetic: of requantization.
+      layers: by name, in dataflow order.
+    """
+
+    arithmetic: Arithmetic
+    layers: tuple[tuple[str, LayerPlan], ...]
+
+
+def integer_rules(
+    plan: Plan, biases: Mapping[str, jax.Array], record: Record = lambda name, acc: None
+) -> Rules:
+    """The rules that evaluate a network on integers.
+
+    Args:
+      plan: of the network.
+      biases: with the zero-point corrections, from `lowerings.folded_bias`, by layer.
+      record: called with (name, accumulator) of every layer that has an integer one: int32[...], or
+        the same integers as float32, in the layout of the layer's operation.
+    """
+    arithmetic, plans = plan.arithmetic, dict(plan.layers)
+
+    def layer_rule(site: Site, layer: QuantizedLayer, value: Any) -> Codes | jax.Array:
+        name = site.layer.name
+        planned = plans[name]
+        if planned.lowering is None:
+            return _layer_in_float(site, layer, planned, value, arithmetic)
+        assert layer.inputs is not None and planned.inputs is not None
+        x = to_grid(value, layer.inputs, planned.inputs, arithmetic)
+        acc = _accumulate(site, layer, planned, biases[name], x)
+        acc = acc.astype(jnp.int32) if arithmetic.only_integers else acc
+        record(name, acc)
+        return _output(site, layer, planned, acc, arithmetic)
+
+    def activated_rule(site: Site, layer: QuantizedLayer, value: Any) -> Any:
+        key = plans[site.layer.name].activated
+        if layer.activated is None or key is None:
+            return value
+        return to_grid(value, layer.activated, key, arithmetic)
+
+    return Rules(layer_rule, activated_rule, primitive_rules(arithmetic), real_value)
+
+
+# ---- Layers
+
+
+def _layer_in_float(
+    site: Site, layer: QuantizedLayer, plan: LayerPlan, value: Any, arithmetic: Arithmetic
+) -> Codes | jax.Array:
+    """Evaluates a layer without an integer accumulator, up to its pre-activation output."""
+    x = real_value(value, site.input)
+    y = site.movement(apply_linear(site.layer.operation, layer, x))
+    if layer.outputs is None or plan.outputs is None:
+        return y
+    return to_grid(y, layer.outputs, plan.outputs, arithmetic)
+
+
+def _accumulate(
+    site: Site, layer: QuantizedLayer, plan: LayerPlan, bias: jax.Array, x: Codes
+) -> jax.Array:
+    """Computes a layer's accumulator, as wide as planned, in the layout of its operation."""
+    lowering, narrow = plan.lowering, plan.accumulator
+    assert lowering is not None
+    if narrow is not None and not is_sum_enough(narrow):
+        return _accumulate_term_by_term(site, layer, bias, x, narrow)
+    operation = site.layer.operation
+    lowering = lowering if narrow is None else Lowering(lowerings.INT8)
+    operands = lowerings.operands(operation, layer, bias, lowering)
+    acc = lowerings.accumulate(operation, operands, x.codes, x.zero_point, lowering)
+    return acc if narrow is None else fit(acc, narrow)
+
+
+def _accumulate_term_by_term(
+    site: Site, layer: QuantizedLayer, bias: jax.Array, x: Codes, narrow: Accumulator
+) -> jax.Array:
+    operation = site.layer.operation
+    lowering = Lowering(lowerings.DOT)
+    kernel = lowerings.operands(operation, layer, bias, lowering).kernel.astype(jnp.int32)
+    groups, _, channels = kernel.shape
+    own_bias = layer.bias.reshape(groups, channels)
+    acc = sum_term_by_term(operation.patches(x.centered), kernel, own_bias, narrow)
+    shape = lowerings.output_shape(operation, x.centered, kernel)
+    return from_output_matrix(operation, acc, shape)
+
+
+def _output(
+    site: Site, layer: QuantizedLayer, plan: LayerPlan, acc: jax.Array, arithmetic: Arithmetic
+) -> Codes | jax.Array:
+    """Requantizes an accumulator to the layer's output: codes, or a sum."""
+    operation = site.layer.operation
+    scale = accumulator_scale(operation, layer)
+    unit = along_channels(operation, scale, acc.ndim)
+    if layer.outputs is not None and plan.outputs is not None:
+        qparams = signed(layer.outputs)
+        codes = arithmetic.to_codes(acc, unit * qparams.inverse_scale, qparams)
+        return on_grid(site.movement.of_codes(codes), qparams, plan.outputs)
+    if not arithmetic.only_integers:
+        return site.movement(acc.astype(jnp.float32) * unit)
+    wide = wide_scale(jnp.max(scale) * float(plan.limit))
+    codes = arithmetic.requantize(acc, unit * (1 / wide))
+    return of_sum(site.movement.of_codes(codes), wide)
+
+
+# ---- Equations between layers
+
+
+def primitive_rules(arithmetic: Arithmetic) -> dict[str, PrimitiveRule]:
+    """The rules of what acts on codes, and in arithmetics of integers on sums, by primitive.
+
+    Args:
+      arithmetic: of requantization.
+    """
+    rules: dict[str, PrimitiveRule] = dict.fromkeys((*_MOVES, *_MAXIMA), move)
+    rules |= {"convert_element_type": convert, "pad": pad}
+    rules |= dict.fromkeys(_CLIPS, partial(clip, arithmetic))
+    rules["concatenate"] = partial(concatenate, arithmetic)
+    if arithmetic.only_integers:
+        rules |= dict.fromkeys(("mul", "div"), multiply)
+        rules |= dict.fromkeys(("add", "add_any", "sub"), partial(add, arithmetic))
+        rules |= dict.fromkeys(("reduce_sum", "reduce_window_sum"), partial(add_up, arithmetic))
+    return rules
+
+
+_MOVES = ("reshape", "transpose", "squeeze", "broadcast_in_dim", "copy", "rev", "slice")
+_MAXIMA = ("reduce_window_max", "reduce_max")
+_CLIPS = ("max", "min", "clamp", *jaxpr.CALLS)
+
+
+def move(equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
+    """Acts on codes as on the values that they stand for."""
+    value = values[0]
+    if not isinstance(value, Codes):
+        return None
+    return [value.replace(array) for array in jaxpr.bind(equation, [value.codes])]
+
+
+def convert(equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
+    """Leaves codes as they are where another type of real numbers is asked for."""
+    is_float = jnp.issubdtype(jaxpr.dtype(equation.outvars[0]), jnp.floating)
+    return [values[0]] if isinstance(values[0], Codes) and is_float else None
+
+
+def pad(equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
+    """Pads with the code of 0, where 0 is the padding."""
+    value = values[0]
+    if not isinstance(value, Codes) or _number(equation.invars[1]) != 0:
+        return None
+    zero = value.zero_point.astype(value.codes.dtype)
+    return [value.replace(array) for array in jaxpr.bind(equation, [value.codes, zero])]
+
+
+def concatenate(
+    arithmetic: Arithmetic, equation: core.JaxprEqn, values: Sequence[Any]
+) -> list[Any] | None:
+    """Joins codes of one grid, or any on a grid that holds them all."""
+    if not _are_codes(values):
+        return None
+    if values[0].key is None or len({value.key for value in values}) > 1:
+        if not arithmetic.only_integers:
+            return None
+        values = for_union(values, arithmetic)
+    return _bound(equation, values)
+
+
+def clip(
+    arithmetic: Arithmetic, equation: core.JaxprEqn, values: Sequence[Any]
+) -> list[Any] | None:
+    """Clips codes to bounds that are on their grid, and a sum to any."""
+    codes = [value for value in values if isinstance(value, Codes)]
+    variables = jaxpr.variables(equation.invars)
+    if not codes or len(variables) != 1 or len(equation.outvars) != 1:
+        return None
+    bounds = clip_bounds(equation, {variables[0]: (-math.inf, math.inf)})
+    if bounds is None:
+        return None
+    (low, high), [value] = bounds, codes
+    if value.key is not None and low in (-math.inf, 0.0) and high >= value.key.greatest:
+        zero = value.zero_point.astype(value.codes.dtype)
+        return [value.replace(jnp.maximum(value.codes, zero)) if low == 0.0 else value]
+    if not arithmetic.only_integers:
+        return None
+    [value] = for_sum(codes, arithmetic)
+    limits = [jnp.round(jnp.clip(b / value.scale, -WIDE, WIDE)) for b in bounds]
+    return [value.replace(jnp.clip(value.codes, *(limit.astype(jnp.int32) for limit in limits)))]
+
+
+def multiply(equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
+    """Multiplies or divides by a positive constant: the scale changes, and no integer."""
+    value, factor = values[0], _number(equation.invars[1])
+    if not isinstance(value, Codes) or factor is None or factor <= 0:
+        return None
+    is_product = equation.primitive.name == "mul"
+    scale = value.scale * factor if is_product else value.scale / factor
+    return [value.exact._replace(scale=scale)]
+
+
+def add(arithmetic: Arithmetic, equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
+    """Adds or subtracts on a grid that holds the sum."""
+    return _bound(equation, for_sum(values, arithmetic)) if _are_codes(values) else None
+
+
+def add_up(
+    arithmetic: Arithmetic, equation: core.JaxprEqn, values: Sequence[Any]
+) -> list[Any] | None:
+    """Adds up elements, on a grid on which no sum leaves int32."""
+    if not _are_codes(values):
+        return None
+    value, count = values[0].exact, _summands(equation)
+    if count * value.limit >= 2**31:
+        grid = wide_scale(value.scale * float(count * value.limit))
+        value = rescaled(value, grid, arithmetic, WIDE // count)
+    return [found._replace(limit=count * value.limit) for found in _bound(equation, [value])]
+
+
+def _bound(equation: core.JaxprEqn, values: Sequence[Codes]) -> list[Codes]:
+    """Binds an equation on integers that are all on one grid."""
+    integers = jaxpr.bind(equation, [value.codes for value in values])
+    return [values[0].replace(array) for array in integers]
+
+
+def _summands(equation: core.JaxprEqn) -> int:
+    """How many elements make up one of a sum."""
+    window = equation.params.get("window_dimensions")
+    if window:
+        return math.prod(window)
+    before, after = (jaxpr.shape(atom) for atom in (equation.invars[0], equation.outvars[0]))
+    return math.prod(before) // math.prod(after)
+
+
+def _are_codes(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, Codes) for value in values)
+
+
+def _number(atom: jaxpr.Atom) -> float | None:
+    is_scalar = jaxpr.is_literal(atom) and np.ndim(atom.val) == 0
+    return float(atom.val) if is_scalar else None

@@ -1,0 +1,1 @@
+"""Range objectives: what makes one clipping range better than another."""

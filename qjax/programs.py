@@ -1,0 +1,54 @@
+"""Jitted functions that are compiled to run a few times: the time to compile them counts most."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+from jax.core import Tracer
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# XLA's older emitters of loops on a CPU take half the time to compile, for code as fast.
+_FAST_TO_COMPILE = {"xla_cpu_use_fusion_emitters": False}
+
+
+@functools.cache
+def _options() -> dict[str, Any]:
+    """The options that this device's compiler knows."""
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda x: x, compiler_options=_FAST_TO_COMPILE).lower(0.0).compile()
+    except Exception:  # an option of another XLA: each version has its own error
+        return {}
+    return _FAST_TO_COMPILE
+
+
+def program(
+    *,
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+) -> Callable[[F], F]:
+    """`jax.jit` for a function of a module; within another program it becomes a part of that.
+
+    Args:
+      static_argnums: as of `jax.jit`.
+      static_argnames: as of `jax.jit`.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.cache
+        def jitted() -> Callable[..., Any]:
+            static = {"static_argnums": static_argnums, "static_argnames": static_argnames}
+            return jax.jit(function, compiler_options=_options(), **static)  # pyright: ignore
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+                return function(*args, **kwargs)
+            return jitted()(*args, **kwargs)
+
+        return call  # pyright: ignore
+
+    return decorate

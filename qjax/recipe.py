@@ -1,0 +1,308 @@
+"""What to quantize and how: static, hashable descriptions with no arrays in them."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from qjax.formats.spec import ActivationGranularity, QuantSpec, check_bits, check_choice
+from qjax.objectives.base import Objective
+from qjax.objectives.table import OBJECTIVES
+from qjax.rounding.base import MOMENTS, Rounding
+from qjax.rounding.table import ROUNDINGS
+
+OutputPosition = Literal["pre_activation", "post_activation", "both"]
+
+WEIGHTS = QuantSpec()
+ACTIVATIONS = QuantSpec(symmetric=False, granularity="per_tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRecipe:
+    """How one layer is quantized.
+
+    Attributes:
+      weights: format of the kernel, None to leave it in float.
+      inputs: format of the layer's input, None to leave it in float. Scales per channel are folded
+        into the kernel; an input keeps one scale where it can be negative, or where it is the codes
+        of the output before.
+      outputs: format of the layer's output, None to leave it in float. Scales and zero points per
+        channel are for outputs that nothing reads but a (residual) sum; the others keep one.
+      output_position: where the output is quantized: before the activation, after it, or both.
+      range_method: how clipping ranges are chosen: `absmax` (the extremes), `percentile` (99.9 % of
+        the values), `mse` (least squared error of the tensor itself), `output_mse` (least squared
+        error of the layer's output) or `kl` (least divergence of the distribution of the values).
+      rounding: `nearest` (half to even) or `gptq` (each rounding error made up for by the elements
+        of the same output channel that are still to be rounded).
+      reconstructions: least-squares fits of kernel and bias to the quantized input before rounding,
+        each leaving out what the activation hides after the one before.
+      sweeps: coordinate sweeps over codes and scales after rounding.
+      bias_correction: shift each bias by the mean error that quantization leaves in its channel.
+
+    Raises:
+      ValueError: a field is outside its choices.
+    """
+
+    weights: QuantSpec | None = WEIGHTS
+    inputs: QuantSpec | None = ACTIVATIONS
+    outputs: QuantSpec | None = ACTIVATIONS
+    output_position: OutputPosition = "pre_activation"
+    range_method: str | Objective = "output_mse"
+    rounding: str | Rounding = "gptq"
+    reconstructions: int = 3
+    sweeps: int = 2
+    bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("output_position", self.output_position, get_args(OutputPosition))
+        if not isinstance(self.range_method, Objective):
+            check_choice("range_method", self.range_method, OBJECTIVES)
+        if not isinstance(self.rounding, Rounding):
+            check_choice("rounding", self.rounding, ROUNDINGS)
+        for argument in ("reconstructions", "sweeps"):
+            if getattr(self, argument) < 0:
+                raise ValueError(f"`{argument}` must be at least 0; got {getattr(self, argument)}.")
+        for argument in ("inputs", "outputs"):
+            if (spec := getattr(self, argument)) is not None:
+                self._check_activations(argument, spec)
+
+    def _check_activations(self, argument: str, spec: QuantSpec) -> None:
+        if not spec.family.is_uniform:
+            raise ValueError(
+                f"`{argument}` must have a uniform format; got {spec.family.name}, which is for "
+                "weights."
+            )
+        if spec.granularity == "per_group":
+            raise ValueError(
+                f"`{argument}` must have granularity per_tensor or per_channel; got per_group, "
+                "which is for weights."
+            )
+        if spec.granularity == "per_channel" and not self.objective.per_channel:
+            *others, last = (name for name, o in OBJECTIVES.items() if o.per_channel)
+            raise ValueError(
+                f"`{argument}` per channel needs the range_method {', '.join(others)} or {last}; "
+                f"got {self.objective.name}, for which a channel has too few values."
+            )
+
+    @property
+    def objective(self) -> Objective:
+        """How clipping ranges are chosen."""
+        named = self.range_method
+        return named if isinstance(named, Objective) else OBJECTIVES[named]
+
+    @property
+    def round_with(self) -> Rounding:
+        """How kernels are rounded."""
+        named = self.rounding
+        return named if isinstance(named, Rounding) else ROUNDINGS[named]
+
+    @property
+    def stored(self) -> "LayerRecipe":
+        """The recipe with its widths left out, see `QuantSpec.stored`: what programs depend on."""
+        specs = {field: getattr(self, field) for field in _WIDTHS.values()}
+        return dataclasses.replace(self, **{field: s and s.stored for field, s in specs.items()})
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What depends on the widths alone: `QuantSpec.limits` by field, None in float."""
+        specs = {field: getattr(self, field) for field in _WIDTHS.values()}
+        return {field: spec and spec.limits for field, spec in specs.items()}
+
+    @property
+    def is_closed_form(self) -> bool:
+        """Whether nothing is searched or refitted, so that a layer takes a single program."""
+        return self.objective.loss is None and not (
+            self.round_with.needs or self.reconstructions or self.sweeps
+        )
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether anything reads the second moments of a layer's input."""
+        if self.weights is None:
+            return False
+        is_measured = self.objective.sees_output and self.objective.loss is not None
+        uses = (self.reconstructions, self.sweeps, is_measured, MOMENTS in self.round_with.needs)
+        return any(uses)
+
+
+_WIDTHS = {"weight_bits": "weights", "input_bits": "inputs", "output_bits": "outputs"}
+_LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerRecipe))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(LayerRecipe):
+    """How a whole network is quantized: every layer's recipe, and what differs where.
+
+    Attributes:
+      equalize: rescale the channels between two layers that only a ReLU separates, so that their
+        activations have like ranges; float accuracy is not touched.
+      logits: the network's output is logits of classes along its last axis; `output_mse` chooses
+        their range by the error of the probabilities, and lets go of logits that no probability
+        shows.
+      sequential: fit each layer on the input that its already quantized predecessors produce,
+        toward the output that the float network has there, rather than on the float input alone.
+      grid_size: candidate clipping ranges per pass of a search.
+      refinements: passes after the first, each around the best candidate so far.
+      overrides: `{"Conv_0": {"bits": 8}, "*fc*": {"weights": None}}`: a glob on layer names and the
+        fields that differ there. Keys are the fields of `LayerRecipe`, `weight_bits`, `input_bits`,
+        `output_bits` (None: float), and `bits` for all three that are not in float. The patterns
+        `@first` and `@last` stand for the first and the last layer. Later patterns win.
+
+    Raises:
+      ValueError: a field is outside its choices, or an override names an unknown field.
+    """
+
+    equalize: bool = False
+    logits: bool = False
+    sequential: bool = True
+    grid_size: int = 32
+    refinements: int = 1
+    overrides: Any = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grid_size < 2:
+            raise ValueError(f"`grid_size` must be at least 2 candidates; got {self.grid_size}.")
+        if self.refinements < 0:
+            raise ValueError(f"`refinements` must be at least 0; got {self.refinements}.")
+        frozen = tuple((pattern, tuple(fields.items())) for pattern, fields in self._overrides())
+        object.__setattr__(self, "overrides", frozen)
+        for _, fields in self._overrides():
+            _override(self._base(), fields)
+
+    def _overrides(self) -> list[tuple[str, dict[str, Any]]]:
+        items = self.overrides
+        items = items.items() if isinstance(items, Mapping) else items
+        return [(pattern, dict(fields)) for pattern, fields in items]
+
+    def _base(self) -> LayerRecipe:
+        return LayerRecipe(**{field: getattr(self, field) for field in _LAYER_FIELDS})
+
+    def by_layer(self, names: Sequence[str]) -> dict[str, LayerRecipe]:
+        """Returns the recipe of each layer, overrides applied in order.
+
+        Args:
+          names: all layer names, in dataflow order.
+
+        Raises:
+          ValueError: a pattern matches no layer.
+        """
+        recipes = dict.fromkeys(names, self._base())
+        ends = {"@first": names[:1], "@last": names[-1:]}
+        for pattern, fields in self._overrides():
+            matched = ends.get(pattern) or fnmatch.filter(names, pattern)
+            if not matched:
+                raise ValueError(
+                    f"`overrides` pattern {pattern!r} matches no layer; the layers are "
+                    f"{', '.join(names)}."
+                )
+            for name in matched:
+                recipes[name] = _override(recipes[name], fields)
+        return recipes
+
+    def naive(self) -> "Recipe":
+        """The same formats with ranges from the extremes, nearest rounding and no correction."""
+        return dataclasses.replace(
+            self,
+            range_method="absmax",
+            rounding="nearest",
+            reconstructions=0,
+            sweeps=0,
+            bias_correction=False,
+            equalize=False,
+            logits=False,
+            sequential=False,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the recipe as JSON values; `from_json` is its inverse."""
+
+        def encode(value: Any) -> Any:
+            if isinstance(value, QuantSpec):
+                return value.to_json()
+            return value.name if isinstance(value, Objective | Rounding) else value
+
+        fields = {field.name: encode(getattr(self, field.name)) for field in _recipe_fields()}
+        fields["overrides"] = [
+            [pattern, {key: encode(value) for key, value in changes.items()}]
+            for pattern, changes in self._overrides()
+        ]
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Recipe":
+        """Rebuilds a recipe from `to_json`'s output."""
+
+        def decode(items: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: QuantSpec(**v) if isinstance(v, Mapping) else v for k, v in items.items()}
+
+        overrides = [(pattern, decode(changes)) for pattern, changes in fields["overrides"]]
+        arguments: dict[str, Any] = decode(fields) | {"overrides": overrides}
+        return cls(**arguments)
+
+
+def _recipe_fields() -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(Recipe)
+
+
+def _override(base: LayerRecipe, fields: Mapping[str, Any]) -> LayerRecipe:
+    changes = {}
+    for key, value in fields.items():
+        if key == "bits":
+            for target in _WIDTHS.values():
+                if getattr(base, target) is not None:
+                    changes[target] = dataclasses.replace(getattr(base, target), bits=value)
+        elif key in _WIDTHS:
+            spec = getattr(base, _WIDTHS[key]) or getattr(LayerRecipe(), _WIDTHS[key])
+            changed = None if value is None else dataclasses.replace(spec, bits=value)
+            changes[_WIDTHS[key]] = changed
+        else:
+            check_choice("overrides", key, ("bits", *_WIDTHS, *_LAYER_FIELDS))
+            changes[key] = value
+    return dataclasses.replace(base, **changes)
+
+
+def recipe(
+    bits: int = 8,
+    weight_bits: int | None = None,
+    input_bits: int | None = None,
+    output_bits: int | None = None,
+    first_last_bits: int | None = None,
+    activation_granularity: ActivationGranularity = "per_tensor",
+    **recipe_fields: Any,
+) -> Recipe:
+    """Builds a `Recipe` from bit widths.
+
+    Args:
+      bits: width of weights, inputs and outputs where nothing else is said.
+      weight_bits: width of the weights.
+      input_bits: width of the layer inputs.
+      output_bits: width of the layer outputs.
+      first_last_bits: width of all three in the first and in the last layer; an override that
+        `recipe_fields["overrides"]` may override again.
+      activation_granularity: of the layer inputs and outputs.
+      **recipe_fields: further fields of `Recipe`, e.g. `inputs=None`.
+
+    Returns:
+      A validated `Recipe`.
+
+    Raises:
+      ValueError: a width is outside 2 to 16, or a field is outside its choices.
+    """
+    widths = {"weight_bits": weight_bits, "input_bits": input_bits, "output_bits": output_bits}
+    specs = {}
+    check_bits("bits", bits)
+    for argument, width in widths.items():
+        target = _WIDTHS[argument]
+        width = bits if width is None else width
+        check_bits(argument, width)
+        specs[target] = dataclasses.replace(getattr(LayerRecipe(), target), bits=width)
+    for target in ("inputs", "outputs"):
+        specs[target] = dataclasses.replace(specs[target], granularity=activation_granularity)
+    overrides = recipe_fields.pop("overrides", ())
+    overrides = overrides.items() if isinstance(overrides, Mapping) else overrides
+    if first_last_bits is not None:
+        check_bits("first_last_bits", first_last_bits)
+        ends = {end: {"bits": first_last_bits} for end in ("@first", "@last")}
+        overrides = [*ends.items(), *overrides]
+    return Recipe(**specs | recipe_fields, overrides=overrides)

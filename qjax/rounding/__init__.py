@@ -1,0 +1,1 @@
+"""Rounding kernels to codes, once their ranges are chosen."""
