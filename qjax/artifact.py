@@ -54,6 +54,18 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
     Raises:
       ValueError: `path` holds something else than an artifact.
       OSError: `path` cannot be written.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, qjax
+      >>> params, images = {"w": jnp.ones((4, 3))}, jnp.ones((8, 4))
+      >>> def apply_fn(params, x):
+      ...     return x @ params["w"]
+      >>> q = qjax.quantize(apply_fn, params, images, qjax.recipe(4).naive())
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(f"{folder}/model", q)
+      ...     loaded = load(f"{folder}/model", apply_fn)
+      >>> bool(jnp.all(loaded.apply_fn(loaded.params, images) == q.apply_fn(q.params, images)))
+      True
     """
     check_destination(path)
     path = Path(path).resolve()

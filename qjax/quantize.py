@@ -71,6 +71,13 @@ def quantize(
         images or the params; no layer, or one that cannot be rewritten; an override that matches no
         layer.
       TypeError: `recipe` is not a `Recipe`.
+
+    Example:
+      >>> params = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)}
+      >>> images = jnp.linspace(0.0, 1.0, 32).reshape(8, 4)
+      >>> q = quantize(lambda params, x: x @ params["w"], params, images, bits=8)
+      >>> q.params["layers"]["w"].kernel.dtype.name, q.apply_fn(q.params, images).shape
+      ('int8', (8, 3))
     """
     if recipe is not None and bits is not None:
         raise ValueError("`recipe` and `bits` were both given; give one of them.")

@@ -288,6 +288,12 @@ def recipe(
 
     Raises:
       ValueError: a width is outside 2 to 16, or a field is outside its choices.
+
+    Example:
+      >>> mixed = recipe(8, weight_bits=4, first_last_bits=8)
+      >>> by_layer = mixed.by_layer(["stem", "middle", "head"])
+      >>> [by_layer[name].weights.bits for name in by_layer]
+      [8, 4, 8]
     """
     widths = {"weight_bits": weight_bits, "input_bits": input_bits, "output_bits": output_bits}
     specs = {}

@@ -71,8 +71,7 @@ def document(name: str, calibration_size: int, thrifty: bool, layer: str | None 
       layer: to look at; by default the middle one of the convolutions that a ReLU follows.
     """
     subject = Subject(name, calibration_size, thrifty, layer)
-    sections = (_head, _dataflow, _weights, _activations, _few_bits, _position)
-    return "\n\n".join(section(subject) for section in sections) + "\n"
+    return "\n\n".join(section(subject) for section in SECTIONS) + "\n"
 
 
 class Subject:
@@ -352,6 +351,9 @@ With `output_mse`, which sees the activation, the change is {seeing:+.1f} dB: wh
 follows, the clamp at code 0 is the ReLU and both places give the same codes; where none follows, \
 as before a residual sum, there is only one place. What is left comes from the fit, which before \
 the activation aims at the float output and after it at the values it rounds."""
+
+
+SECTIONS = (_head, _dataflow, _weights, _activations, _few_bits, _position)
 
 
 if __name__ == "__main__":

@@ -220,6 +220,12 @@ def quantize_array(x: jax.Array, qparams: QParams) -> jax.Array:
     Raises:
       ValueError: if `scale` has neither the rank of `x` nor rank 0.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> qparams = QParams(jnp.float32(0.5), jnp.int32(0), -7, 7)
+      >>> print(quantize_array(jnp.array([0.6, -2.0, 99.0]), qparams))
+      [ 1 -4  7]
+
     References:
       Jacob et al., 2018, arXiv:1712.05877, eq. 1.
     """
@@ -240,6 +246,12 @@ def dequantize(codes: jax.Array, qparams: QParams) -> jax.Array:
     Raises:
       ValueError: if `scale` has neither the rank of `codes` nor rank 0.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> qparams = QParams(jnp.float32(0.5), jnp.int32(0), -7, 7)
+      >>> print(dequantize(jnp.array([1, -4, 7]), qparams))
+      [ 0.5 -2.   3.5]
+
     References:
       Jacob et al., 2018, arXiv:1712.05877, eq. 1.
     """
@@ -256,6 +268,12 @@ def fake_quant(x: jax.Array, qparams: QParams) -> jax.Array:
 
     Returns:
       float of `x`'s shape and dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> qparams = QParams(jnp.float32(0.5), jnp.int32(0), -7, 7)
+      >>> print(fake_quant(jnp.array([0.6, -2.0, 99.0]), qparams))
+      [ 0.5 -2.   3.5]
     """
     return (qparams.scale * float_codes(x, qparams)).astype(x.dtype)
 
@@ -269,6 +287,11 @@ def sqnr_db(reference: jax.Array, approximation: jax.Array) -> jax.Array:
 
     Returns:
       float32 scalar in decibels; infinite where the two are equal.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(sqnr_db(jnp.array([3.0, 4.0]), jnp.array([3.0, 3.5])))
+      20.0
     """
     signal = jnp.sum(jnp.square(reference))
     noise = jnp.sum(jnp.square(reference - approximation))

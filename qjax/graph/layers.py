@@ -190,6 +190,13 @@ def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> tuple[Lay
     Raises:
       ValueError: a layer stands where it cannot be rewritten (inside `scan`, `while`, `cond`,
         `custom_vjp`), or its kernel is not in `params`.
+
+    Example:
+      >>> params = {"hidden": jnp.ones((3, 4)), "head": jnp.ones((4, 2))}
+      >>> def apply_fn(params, x):
+      ...     return jax.nn.relu(x @ params["hidden"]) @ params["head"]
+      >>> [(layer.name, layer.activation) for layer in trace(apply_fn, params, jnp.ones((8, 3)))]
+      [('hidden', 'relu'), ('head', 'none')]
     """
     return tuple(site.layer for site in find_layers(apply_fn, params, x).sites)
 

@@ -34,6 +34,16 @@ def pack(params: Any) -> Any:
     Returns:
       The same pytree with `PackedCodes` in place of every kernel that consists of codes; for
       `unpack`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from qjax.formats.affine import QParams
+      >>> weights = QParams(jnp.ones((1, 1, 2)), jnp.zeros((1, 1, 2), jnp.int32), -7, 7)
+      >>> kernel = jnp.array([[[1, -7], [3, 7]]], jnp.int8)
+      >>> layer = QuantizedLayer(kernel, jnp.zeros(2), weights, None, None, None)
+      >>> packed = pack({"layers": {"w": layer}})
+      >>> packed["layers"]["w"].kernel.stream.nbytes, unpack(packed)["layers"]["w"].kernel.tolist()
+      (2, [[[1, -7], [3, 7]]])
     """
 
     def packed(layer: QuantizedLayer) -> QuantizedLayer:

@@ -130,6 +130,14 @@ def cost(
 
     Raises:
       ValueError: an unknown model, or an accumulator width for a layer that there is not.
+
+    Example:
+      >>> import jax.numpy as jnp, qjax
+      >>> params, images = {"w": jnp.ones((4, 3))}, jnp.ones((8, 4))
+      >>> recipe = qjax.recipe(8, weight_bits=4).naive()
+      >>> q = qjax.quantize(lambda params, x: x @ params["w"], params, images, recipe)
+      >>> cost(q).total.bit_operations  # 12 products of 4 by 8 bits
+      384
     """
     report = q.report if isinstance(q, Quantized) else q
     if isinstance(model, str):
