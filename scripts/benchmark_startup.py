@@ -137,7 +137,7 @@ def run_script(checkout: Path, options: list[str], variables: dict[str, str]) ->
 def count_in_own_process(checkout: Path, model: str, bits: int) -> dict[str, Used]:
     """Runs `count` in a fresh process that imports a checkout, without any cache."""
     code = "import sys, benchmark_startup as b; b.count(sys.argv[1], int(sys.argv[2]))"
-    command = [sys.executable, "-c", code, model, str(bits)]
+    command = [sys.executable, "-P", "-c", code, model, str(bits)]  # not from where we stand
     environment = _environment(checkout, Path(__file__).parent)
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return {name: Used(*fields) for name, fields in json.loads(done.stdout).items()}
