@@ -9,7 +9,7 @@ from typing import Any, overload
 import jax
 import numpy as np
 
-from qjax.fit.layerwise import Fit
+from qjax.fit.layer import Fit
 from qjax.formats.affine import QParams
 from qjax.graph.layers import Layer, Skipped
 from qjax.recipe import Recipe

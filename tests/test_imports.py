@@ -20,7 +20,7 @@ ORDER = (
     *("graph.layers", "graph.fold", "graph.schedule"),
     *("run.interpreter", "run.layer", "run.packed", "run.fake", "run.function", "run.tap"),
     *("fit.streams", "fit.equalize", "fit.sampling", "fit.observers", "fit.moments"),
-    *("fit.samples", "fit.search", "fit.ranges", "fit.refit", "fit.layerwise"),
+    *("fit.samples", "fit.search", "fit.ranges", "fit.refit", "fit.layer", "fit.layerwise"),
     *("report", "quantize", "artifact"),
     *("integer.accumulator", "integer.requantize", "integer.lowerings", "integer.codes"),
     *("integer.rules", "integer.function"),

@@ -1,0 +1,404 @@
+"""Fitting one layer: the range of its input, its kernel, its bias, the range of its output.
+
+A layer takes four programs: `prepare` (its input), `round_kernel`, `correct` (its bias) and
+`finish` (its output). They depend on shapes and methods, not on names, widths or networks, so that
+layers of equal shape share them; where nothing is searched, all four are one.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.fit import moments as m
+from qjax.fit.observers import observe_stacked
+from qjax.fit.ranges import (
+    OutputValues,
+    Task,
+    activated,
+    choose_output,
+    fit_input,
+    fit_output_channels,
+    output_values,
+    seen_by,
+)
+from qjax.fit.refit import Goal, lacking, refit
+from qjax.fit.samples import KernelSample
+from qjax.fit.sampling import MOMENT_PATCHES, patch_stride
+from qjax.fit.search import Candidates, least, widest
+from qjax.fit.streams import map_batches
+from qjax.formats.affine import QParams, sqnr_db
+from qjax.formats.base import elementwise
+from qjax.formats.spec import QuantSpec
+from qjax.graph.activation import NONE, Activation
+from qjax.graph.fold import Folded, apply_folded
+from qjax.graph.layers import Movement
+from qjax.graph.operation import Linear
+from qjax.objectives.base import Objective
+from qjax.programs import program
+from qjax.recipe import LayerRecipe
+from qjax.rounding.base import Problem, Rounding
+from qjax.rounding.sweeps import coordinate_sweeps
+from qjax.run.layer import (
+    QuantizedLayer,
+    apply_linear,
+    dequantized_bias,
+    fold_input_scales,
+    quantize_bias,
+)
+
+
+class Fit(NamedTuple):
+    """A fitted layer and how well it does; numbers may still be on their way from the device.
+
+    Attributes:
+      layer: its quantized parameters.
+      weight_sqnr_db: of its kernel, against the one that was rounded; infinite in float.
+      energies: of its output after the activation in the float network, and of the difference from
+        it: sums by batch.
+      weight_clip: the clipping range's share of the range of the weights, mean over scales; None
+        in float.
+      input_clip: of its input; None in float.
+      output_clip: of its output; None in float.
+    """
+
+    layer: QuantizedLayer
+    weight_sqnr_db: Any
+    energies: tuple[jax.Array, jax.Array]
+    weight_clip: Any
+    input_clip: Any
+    output_clip: Any
+
+    @property
+    def output_sqnr_db(self) -> float:
+        """SQNR of its output after the activation, against the float network's."""
+        signal, noise = (math.fsum(np.asarray(by_batch).tolist()) for by_batch in self.energies)
+        return 10 * math.log10(signal / noise) if noise and signal else math.inf
+
+
+class Values(NamedTuple):
+    """What a layer is fitted on, stacked by batch.
+
+    Attributes:
+      x_float: its input in the float network.
+      x: the input that its quantized predecessors produce.
+      shortcut: what its output is added to in (the float, the quantized) network; None for nothing
+        or if it is not known yet.
+    """
+
+    x_float: jax.Array
+    x: jax.Array
+    shortcut: tuple[jax.Array, jax.Array] | None
+
+
+class Fitted(NamedTuple):
+    """What fitting a layer gives: its `Fit`, and its output in the float and the quantized network.
+
+    The outputs are those that other steps read, [batches, ...].
+    """
+
+    fit: Fit
+    float_output: jax.Array
+    output: jax.Array
+
+
+def fit_layer(
+    task: Task,
+    divides_channels: bool,
+    limits: Any,
+    values: Values,
+    folded: Folded,
+    known: QParams | None,
+) -> Fitted:
+    """Fits a layer.
+
+    Args:
+      task: what to do.
+      divides_channels: whether the channels of its input get scales of their own.
+      limits: of the widths, see `LayerRecipe.limits`.
+      values: what it is fitted on.
+      folded: its kernel and bias in float.
+      known: the grid of codes that its input lies on already, None if there is none.
+
+    Returns:
+      A `Fitted`.
+    """
+    fit = _fit_at_once if task.recipe.is_closed_form else _fit_in_steps
+    return fit(task, divides_channels, limits, values, folded, known)
+
+
+def _fit_in_steps(
+    task: Task,
+    divides_channels: bool,
+    limits: Any,
+    values: Values,
+    folded: Folded,
+    known: QParams | None,
+) -> Fitted:
+    """Fits input, kernel and output of a layer, one after the other."""
+    prepared = prepare(task, divides_channels, limits["inputs"], values, folded, known)
+    rounded = None
+    if task.recipe.weights is not None:
+        rounded = round_kernel(
+            prepared.folded.kernel,
+            prepared.hessian,
+            limits["weights"],
+            spec=task.recipe.weights,
+            objective=task.recipe.objective,
+            rounding=task.recipe.round_with,
+            sweeps=task.recipe.sweeps,
+            candidates=task.candidates,
+        )
+    target = prepared.float_output if prepared.target is None else prepared.target
+    corrected = correct(task, values.x, values.shortcut, target, prepared, rounded)
+    outputs, output_clip = _fit_output(task, limits["outputs"], values, target, corrected)
+    floats, output, energies = finish(
+        task.movement, task.activation, prepared.float_output, corrected.output, outputs
+    )
+    layer = dataclasses.replace(corrected.layer, inputs=prepared.inputs, outputs=outputs)
+    weight_sqnr_db, weight_clip = (
+        (math.inf, None) if rounded is None else (rounded.sqnr_db, rounded.clip)
+    )
+    fit = Fit(layer, weight_sqnr_db, energies, weight_clip, prepared.input_clip, output_clip)
+    return Fitted(fit, floats, output)
+
+
+_fit_at_once = program(static_argnums=(0, 1))(_fit_in_steps)
+
+
+# ---- The input, and the kernel that suits it
+
+
+class Prepared(NamedTuple):
+    """A layer before its kernel is rounded.
+
+    Attributes:
+      float_output: z, its output in the float network, as its operation leaves it.
+      target: the output to be had, the layer's share of the float sum z + s where the other one is
+        ŝ; None where it is z.
+      inputs: qparams of its input; None in float.
+      input_clip: their share of the extremes; None in float.
+      folded: kernel and bias, refitted, in units of the input's scales if it has several.
+      hessian: the second moments of the quantized input's patches, None if nothing reads them.
+    """
+
+    float_output: jax.Array
+    target: jax.Array | None
+    inputs: QParams | None
+    input_clip: jax.Array | None
+    folded: Folded
+    hessian: jax.Array | None
+
+
+@program(static_argnums=(0, 1))
+def prepare(
+    task: Task,
+    divides_channels: bool,
+    limits: Any,
+    values: Values,
+    folded: Folded,
+    known: QParams | None,
+) -> Prepared:
+    """Chooses the range of a layer's input and refits its kernel to that."""
+    operation, recipe = task.operation, task.recipe
+    z = map_batches(partial(apply_folded, operation, folded), values.x_float)
+    target = None
+    if values.shortcut is not None:
+        s, s_hat = values.shortcut
+        target = z + (s - s_hat)
+    inputs, clip = fit_input(task, limits, values.x, folded.kernel, known, divides_channels)
+    if inputs is not None and inputs.scale.ndim:  # fitted in units of the codes
+        folded = folded._replace(kernel=fold_input_scales(operation, inputs, folded.kernel))
+    x, unscaled = in_units_of_codes(values.x, inputs)
+    if not recipe.needs_moments:
+        return Prepared(z, target, inputs, clip, folded, None)
+    seen = x if unscaled is None else unscaled.project(x)
+    stride = patch_stride(operation, seen, MOMENT_PATCHES)
+    moments = observe_stacked(m.moments(operation, stride), seen)
+    if recipe.bias_correction:  # the bias takes up the means, the kernel answers for the rest
+        moments = m.centered(moments)
+    goal = _goal(task, z if target is None else target, values.shortcut)
+    times = min(recipe.reconstructions, 1) if goal.activation == NONE else recipe.reconstructions
+    if times:
+        correction = recipe.bias_correction
+        folded = refit(operation, folded, moments, seen, goal, stride, correction, times)
+    return Prepared(z, target, inputs, clip, folded, moments.hessian)
+
+
+def in_units_of_codes(x: jax.Array, inputs: QParams | None) -> tuple[jax.Array, QParams | None]:
+    """An input divided by its scales per channel, and the qparams that are left to apply.
+
+    Args:
+      x: float[batches, ...].
+      inputs: qparams of a batch: scalars, or per channel; None in float.
+    """
+    if inputs is None or not inputs.scale.ndim:
+        return x, inputs
+    return x * inputs.inverse_scale[None], dataclasses.replace(inputs, scale=jnp.ones(()))
+
+
+def _goal(task: Task, target: jax.Array, shortcut: tuple[jax.Array, jax.Array] | None) -> Goal:
+    if shortcut is None:
+        return Goal(target, None, task.activation.shown)
+    assert task.summed is not None
+    return Goal(target, shortcut[1], task.summed)
+
+
+# ---- The kernel
+
+
+class Rounded(NamedTuple):
+    """A rounded kernel.
+
+    Attributes:
+      codes: [groups, patch, channels].
+      format: what they stand for.
+      sqnr_db: against the kernel that was rounded.
+      clip: the scales' share of those that the extremes need, their mean.
+    """
+
+    codes: jax.Array
+    format: Any
+    sqnr_db: jax.Array
+    clip: jax.Array
+
+
+@program(static_argnames=("spec", "objective", "rounding", "sweeps", "candidates"))
+def round_kernel(
+    kernel: jax.Array,
+    hessian: jax.Array | None,
+    limits: Any,
+    *,
+    spec: QuantSpec,
+    objective: Objective,
+    rounding: Rounding,
+    sweeps: int,
+    candidates: Candidates,
+) -> Rounded:
+    """Chooses the range of a kernel and rounds it.
+
+    Compiled once per shape and format of kernels, whatever else differs between layers.
+    """
+    sample = KernelSample(kernel, spec, hessian)
+    format = least(objective, sample, spec, candidates, limits)
+    covering = widest(objective, sample, spec, limits)
+    codes, format = rounding.round(Problem(kernel, format, hessian))
+    if sweeps:
+        assert hessian is not None
+        codes, format = coordinate_sweeps(codes, kernel, hessian, format, sweeps)
+    values = elementwise(format, kernel.shape[1]).decode(codes)
+    return Rounded(codes, format, sqnr_db(kernel, values), jnp.mean(format.step / covering.step))
+
+
+# ---- The bias
+
+
+class Corrected(NamedTuple):
+    """A layer but for the range of its output.
+
+    Attributes:
+      layer: its parameters, in units of the input's codes.
+      output: what it computes, [batches, ...].
+      values: what the search of the output's range reads; None if there is none.
+    """
+
+    layer: QuantizedLayer
+    output: jax.Array
+    values: OutputValues | None
+
+
+@program(static_argnums=0)
+def correct(
+    task: Task,
+    x: jax.Array,
+    shortcut: tuple[jax.Array, jax.Array] | None,
+    target: jax.Array,
+    prepared: Prepared,
+    rounded: Rounded | None,
+) -> Corrected:
+    """Rounds a layer's bias and shifts it by the mean of what the output lacks."""
+    operation, recipe, folded = task.operation, task.recipe, prepared.folded
+    x, unscaled = in_units_of_codes(x, prepared.inputs)
+    codes, format = (folded.kernel, None) if rounded is None else (rounded.codes, rounded.format)
+    layer = QuantizedLayer(codes, folded.bias, format, unscaled, None, None)
+    layer = dataclasses.replace(layer, bias=quantize_bias(operation, layer, folded.bias))
+    y = map_batches(partial(apply_linear, operation, layer), x)
+    if recipe.bias_correction and (unscaled is not None or format is not None):
+        missing = _channel_means(operation, lacking(_goal(task, target, shortcut), y))
+        bias = quantize_bias(operation, layer, dequantized_bias(operation, layer) + missing)
+        layer = dataclasses.replace(layer, bias=bias)
+        y = map_batches(partial(apply_linear, operation, layer), x)
+    values = None
+    if _has_output_range(recipe) and not task.has_output_channels:
+        objective = task.output_objective
+        seen = seen_by(task, shortcut is not None)
+        added = None if shortcut is None else shortcut[1]
+        values = output_values(objective, seen, task.movement, target, y, added)
+    return Corrected(layer, y, values)
+
+
+def _has_output_range(recipe: LayerRecipe) -> bool:
+    return recipe.outputs is not None and recipe.output_position != "post_activation"
+
+
+def _channel_means(operation: Linear, values: jax.Array) -> jax.Array:
+    """The mean of each output channel, float32[groups * channels]."""
+    kept = {1 + axis % (values.ndim - 1) for axis in operation.channel_axes}
+    by_batch = values.sum([axis for axis in range(1, values.ndim) if axis not in kept])
+    sums = jnp.sum(by_batch.reshape(len(values), -1), axis=0)
+    return sums / (values.size // len(sums))
+
+
+# ---- The output
+
+
+def _fit_output(
+    task: Task, limits: Any, values: Values, target: jax.Array, corrected: Corrected
+) -> tuple[QParams | None, Any]:
+    """Chooses the range of a layer's output before the activation; None in float."""
+    spec, shortcut = task.recipe.outputs, values.shortcut
+    if spec is None or not _has_output_range(task.recipe):
+        return None, None
+    if task.has_output_channels:
+        added = None if shortcut is None else shortcut[1]
+        return fit_output_channels(task, limits, target, corrected.output, added)
+    assert corrected.values is not None
+    return choose_output(
+        corrected.values,
+        limits,
+        objective=task.output_objective,
+        spec=spec,
+        activation=seen_by(task, shortcut is not None),
+        candidates=task.candidates,
+    )
+
+
+@program(static_argnums=(0, 1))
+def finish(
+    movement: Movement,
+    activation: Activation,
+    float_output: jax.Array,
+    output: jax.Array,
+    outputs: QParams | None,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """Rounds outputs: (float outputs, quantized outputs, energies); see `Fitted` and `Fit`."""
+    if outputs is not None:
+        output = _of_stack(outputs).project(output)
+    moved = [jax.vmap(movement)(values) for values in (float_output, output)]
+    shown, shown_hat = (activated(activation, movement, y) for y in (float_output, output))
+    axes = tuple(range(1, shown.ndim))
+    signal = jnp.sum(jnp.square(shown), axes)
+    noise = jnp.sum(jnp.square(shown - shown_hat), axes)
+    return moved[0], moved[1], (signal, noise)
+
+
+def _of_stack(qparams: QParams) -> QParams:
+    """Qparams of a batch for stacked batches."""
+    if not qparams.scale.ndim:
+        return qparams
+    scale, zero_point = qparams.scale[None], qparams.zero_point[None]
+    return dataclasses.replace(qparams, scale=scale, zero_point=zero_point)
