@@ -8,28 +8,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
+from count_programs import CALLS
 from measure import device
 
-import pretrained
-import qjax
 from pretrained import datasets
 from qjax.table import table
 
 ROOT = Path(__file__).parents[1]
-CALIBRATION_SIZE = 1024  # as many as the command line draws
-COMPILATION = "/jax/core/compile/backend_compile_duration"  # once per program
-PREPARATION = (
-    "/jax/core/compile/jaxpr_trace_duration",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration",
-    COMPILATION,
-)
-CALLS = ("first", "second")
 COMPARED = {  # row: row of the older checkout
     "quantize.py, empty cache": "quantize.py, older",
     "quantize.py, warm cache": "quantize.py, older",
@@ -135,42 +123,12 @@ def run_script(checkout: Path, options: list[str], variables: dict[str, str]) ->
 
 
 def count_in_own_process(checkout: Path, model: str, bits: int) -> dict[str, Used]:
-    """Runs `count` in a fresh process that imports a checkout, without any cache."""
-    code = "import sys, benchmark_startup as b; b.count(sys.argv[1], int(sys.argv[2]))"
-    command = [sys.executable, "-P", "-c", code, model, str(bits)]  # not from where we stand
-    environment = _environment(checkout, Path(__file__).parent)
+    """Runs `count_programs.py` in a fresh process that imports a checkout, without any cache."""
+    script = Path(__file__).with_name("count_programs.py")
+    command = [sys.executable, str(script), model, str(bits)]
+    environment = _environment(checkout)
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return {name: Used(*fields) for name, fields in json.loads(done.stdout).items()}
-
-
-def count(model_name: str, bits: int) -> None:
-    """Prints, as JSON, what the first and the second call of `qjax.quantize` take."""
-    model = pretrained.load(model_name)
-    images = datasets.load(model.dataset, "train").images
-    drawn = datasets.calibration_draw(images, min(CALIBRATION_SIZE, len(images)), 0)
-    images = model.preprocess(drawn)
-    spans: list[tuple[str, float, float]] = []
-    jax.monitoring.register_event_time_span_listener(
-        lambda event, start_time, end_time, **_: spans.append((event, start_time, end_time))
-    )
-    quantize = partial(qjax.quantize, model.apply_fn, model.params, images, bits=bits)
-    found = {}
-    for name in CALLS:
-        spans.clear()
-        wall, cpu = _seconds(lambda: jax.block_until_ready(quantize().params))
-        programs = sum(event == COMPILATION for event, _, _ in spans)
-        busy = covered((start, end) for event, start, end in spans if event in PREPARATION)
-        found[name] = Used(wall, cpu, None, programs, busy)
-    print(json.dumps(found))
-
-
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """The length of a union of spans: functions are traced while others are."""
-    total, last = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, last))
-        last = max(last, end)
-    return total
 
 
 def summarize(rounds: list[Round], name: str) -> Used:
@@ -201,13 +159,6 @@ def _cells(used: Used) -> tuple[str, ...]:
         "" if used.programs is None else f"{used.programs:.0f}",
         "" if used.compiling is None else f"{used.compiling:.1f} s",
     )
-
-
-def _seconds(function: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and CPU seconds of a call."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    function()
-    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def _environment(*folders: Path) -> dict[str, str]:
