@@ -1,6 +1,7 @@
 """Jitted functions that are compiled to run a few times: the time to compile them counts most."""
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -9,8 +10,12 @@ from jax.core import Tracer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# XLA's older emitters of loops on a CPU take half the time to compile, for code as fast.
-_FAST_TO_COMPILE = {"xla_cpu_use_fusion_emitters": False}
+# On a CPU XLA's older emitters of loops take half the time to compile, for code as fast, and code
+# cut into more parts than there are cores takes longer.
+_FAST_TO_COMPILE = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": os.cpu_count() or 1,
+}
 
 
 @functools.cache
