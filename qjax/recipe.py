@@ -5,7 +5,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from qjax.formats.spec import ActivationGranularity, QuantSpec, check_bits, check_choice
+from qjax.formats.spec import ActivationGranularity, QuantSpec, check_bits, check_choice, in_table
 from qjax.objectives.base import Objective
 from qjax.objectives.table import OBJECTIVES
 from qjax.rounding.base import MOMENTS, Rounding
@@ -55,10 +55,8 @@ class LayerRecipe:
 
     def __post_init__(self) -> None:
         check_choice("output_position", self.output_position, get_args(OutputPosition))
-        if not isinstance(self.range_method, Objective):
-            check_choice("range_method", self.range_method, OBJECTIVES)
-        if not isinstance(self.rounding, Rounding):
-            check_choice("rounding", self.rounding, ROUNDINGS)
+        in_table("range_method", self.range_method, OBJECTIVES)
+        in_table("rounding", self.rounding, ROUNDINGS)
         for argument in ("reconstructions", "sweeps"):
             if getattr(self, argument) < 0:
                 raise ValueError(f"`{argument}` must be at least 0; got {getattr(self, argument)}.")
@@ -87,14 +85,12 @@ class LayerRecipe:
     @property
     def objective(self) -> Objective:
         """How clipping ranges are chosen."""
-        named = self.range_method
-        return named if isinstance(named, Objective) else OBJECTIVES[named]
+        return in_table("range_method", self.range_method, OBJECTIVES)
 
     @property
     def round_with(self) -> Rounding:
         """How kernels are rounded."""
-        named = self.rounding
-        return named if isinstance(named, Rounding) else ROUNDINGS[named]
+        return in_table("rounding", self.rounding, ROUNDINGS)
 
     @property
     def stored(self) -> "LayerRecipe":

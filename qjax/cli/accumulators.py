@@ -2,11 +2,10 @@
 
 import argparse
 from functools import partial
-from typing import get_args
 
 from qjax.cli import command
 from qjax.cli.loading import Loaded
-from qjax.integer.accumulator import MAX_BITS, MIN_BITS, Check, Overflow
+from qjax.integer.accumulator import CHECKS, MAX_BITS, MIN_BITS, OVERFLOWS
 from qjax.progress import Progress
 from qjax.quantize import BATCH_SIZE, quantize
 from qjax.recipe import Recipe
@@ -27,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--overflow",
-        choices=get_args(Overflow),
+        choices=tuple(OVERFLOWS),
         default="saturate",
         help="what becomes of a sum that does not fit (%(default)s)",
     )
     add(
         "--check",
-        choices=get_args(Check),
+        choices=tuple(CHECKS),
         default="sum",
         help="when it is noticed: after the whole sum or after every term (%(default)s)",
     )

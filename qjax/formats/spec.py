@@ -1,12 +1,15 @@
 """The description of a number format: static and hashable, with no arrays in it."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
 from qjax.formats.affine import AFFINE, limits_of, storage_type
 from qjax.formats.base import NumberFormat
+
+T = TypeVar("T")
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 ActivationGranularity = Literal["per_tensor", "per_channel"]
@@ -22,8 +25,20 @@ def check_choice(argument: str, value: object, choices: Any) -> None:
     Raises:
       ValueError: the message names the argument and lists the choices.
     """
-    if value not in choices:
+    if value not in tuple(choices):
         raise ValueError(f"`{argument}` must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def in_table(argument: str, given: str | T, table: Mapping[str, T]) -> T:
+    """A method by its name in a table, or one that is given itself.
+
+    Raises:
+      ValueError: it is neither; the message names the argument and lists the table.
+    """
+    if isinstance(given, type(next(iter(table.values())))):
+        return given
+    check_choice(argument, given, table)
+    return table[str(given)]
 
 
 def check_bits(argument: str, bits: object) -> None:
@@ -73,8 +88,7 @@ class QuantSpec:
         check_choice("granularity", self.granularity, get_args(Granularity))
         if self.group_size < 1:
             raise ValueError(f"`group_size` must be at least 1; got {self.group_size}.")
-        if isinstance(self.format, str):
-            check_choice("format", self.format, FORMATS)
+        in_table("format", self.format, FORMATS)
 
     @property
     def qmin(self) -> int:
@@ -94,7 +108,7 @@ class QuantSpec:
     @property
     def family(self) -> NumberFormat:
         """The family of formats."""
-        return FORMATS[self.format] if isinstance(self.format, str) else self.format
+        return in_table("format", self.format, FORMATS)
 
     @property
     def limits(self) -> Any:

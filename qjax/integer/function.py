@@ -22,13 +22,13 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from qjax.formats.spec import check_choice
+from qjax.formats.spec import in_table
 from qjax.graph.jaxpr import Env
 from qjax.graph.layers import Network, Site
 from qjax.graph.schedule import Step, schedule
@@ -42,8 +42,6 @@ from qjax.quantize import Quantized
 from qjax.run.function import QuantizedFunction, bind, outputs_of
 from qjax.run.interpreter import Rules, evaluate
 from qjax.run.layer import QuantizedLayer
-
-T = TypeVar("T")
 
 
 def integer(
@@ -87,7 +85,7 @@ def integer(
     by_name = lowering if isinstance(lowering, Mapping) else dict.fromkeys(layers, lowering)
     _check_names("lowering", by_name, layers)
     methods = {
-        name: _in_table("lowering", given, LOWERINGS)
+        name: in_table("lowering", given, LOWERINGS)
         for name, given in by_name.items()
         if given is not None
     }
@@ -99,7 +97,7 @@ def integer(
     _check_names("accumulator", narrow, layers)
     for given in narrow.values():
         check_accumulator("accumulator", given)
-    chosen = _in_table("arithmetic", arithmetic, ARITHMETICS)
+    chosen = in_table("arithmetic", arithmetic, ARITHMETICS)
     for name, layer in layers.items():
         if layer.has_integer_accumulator and lowerings.largest(layer) >= lowerings.INT_LIMIT:
             raise ValueError(
@@ -114,14 +112,6 @@ def _check_names(argument: str, given: Mapping[str, Any], layers: Mapping[str, A
         raise ValueError(
             f"`{argument}` names {name!r}, which is no layer; the layers are {', '.join(layers)}."
         )
-
-
-def _in_table(argument: str, given: str | T, table: Mapping[str, T]) -> T:
-    """An entry of a table by its name, or one that is given itself."""
-    if not isinstance(given, str):
-        return given
-    check_choice(argument, given, table)
-    return table[given]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,6 +10,8 @@
 What has no rule, or whose rule returns None, is bound on real values.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -67,7 +69,8 @@ class LayerPlan(NamedTuple):
     accumulator: Accumulator | None
 
 
-class Plan(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Plan:
     """What the program of a network depends on, apart from shapes and types: hashable.
 
     Attributes:
@@ -77,6 +80,14 @@ class Plan(NamedTuple):
 
     arithmetic: Arithmetic
     layers: tuple[tuple[str, LayerPlan], ...]
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.arithmetic, self.layers))
+
+    def __hash__(self) -> int:
+        """Computed once: every call of the network looks its program up."""
+        return self._hash
 
 
 def integer_rules(

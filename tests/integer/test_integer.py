@@ -205,6 +205,10 @@ def test_layers_in_float_stay_in_float():
     ("options", "message"),
     [
         (
+            {"arithmetic": 3},
+            "`arithmetic` must be one of float, fixed_point, .*; got 3",
+        ),
+        (
             {"arithmetic": "double"},
             "`arithmetic` must be one of float, fixed_point, .*; got 'double'",
         ),
