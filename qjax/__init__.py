@@ -1,5 +1,6 @@
 """qjax: post-training quantization of JAX networks as one function transformation."""
 
+from qjax import qat
 from qjax.artifact import load, save
 from qjax.formats.affine import QParams, dequantize, fake_quant, quantize_array, sqnr_db
 from qjax.formats.spec import QuantSpec
@@ -33,6 +34,7 @@ __all__ = [
     "integer",
     "load",
     "pack",
+    "qat",
     "quantize",
     "quantize_array",
     "recipe",

@@ -263,7 +263,7 @@ def _storable_layer(layer: QuantizedLayer) -> dict[str, Any]:
     """
     kernel, format = layer.kernel, layer.weights
     if format is not None:
-        kernel = pack_codes(kernel, format.lowest, format.bits)
+        kernel = pack_codes(kernel, format.lowest, format.bits, format.spacing)
     formats = {field: _arrays_of(getattr(layer, field)) for field in _FORMATS}
     return {"kernel": kernel, "bias": layer.bias} | formats
 
@@ -293,7 +293,8 @@ def _described_format(format: Any) -> Any:
     if format is None:
         return None
     if _is_affine(format):
-        return [int(format.qmin), int(format.qmax)]
+        limits = [int(format.qmin), int(format.qmax)]
+        return limits if type(format) is QParams else {"format": format.name, "limits": limits}
     fields = dataclasses.fields(format)
     static = {f.name: getattr(format, f.name) for f in fields if f.metadata.get("static")}
     return {"format": format.name, "lowest": int(format.lowest), "bits": format.bits} | static
@@ -304,7 +305,9 @@ def _restored_layer(stored: Mapping[str, Any], described: Mapping[str, Any]) -> 
     kernel, format = stored["kernel"], formats["weights"]
     if format is not None:
         shape = described["kernel_shape"]
-        kernel = unpack_codes(kernel, int(format.lowest), format.bits, format.dtype, shape)
+        kernel = unpack_codes(
+            kernel, int(format.lowest), format.bits, format.dtype, shape, format.spacing
+        )
     return QuantizedLayer(kernel, stored["bias"], **formats)
 
 
@@ -313,6 +316,9 @@ def _restored_format(arrays: Mapping[str, Any] | None, described: Any) -> Any:
         return None
     if isinstance(described, list):
         return QParams(arrays["scale"], arrays["zero_point"], *described)
+    if "limits" in described:
+        family = FORMATS[described["format"]].type
+        return family(arrays["scale"], arrays["zero_point"], *described["limits"])
     fields = _array_fields(FORMATS[described["format"]].type)
     static = {k: v for k, v in described.items() if k not in ("format", "lowest", "bits")}
     return FORMATS[described["format"]].type(**{f: arrays[f] for f in fields}, **static)
@@ -334,7 +340,8 @@ def _format_template(described: Any) -> dict[str, int] | None:
             f"`path` holds weights in the format {described['format']!r}, which this qjax does not "
             f"know; it knows {', '.join(FORMATS)}. Add it to qjax.formats.spec.FORMATS first."
         )
-    return dict.fromkeys(_array_fields(FORMATS[described["format"]].type), 0)
+    fields = _array_fields(FORMATS[described["format"]].type)
+    return {field: 0 for field in fields if not ("limits" in described and field in _LIMITS)}
 
 
 # ---- What is no array

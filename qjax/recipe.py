@@ -5,6 +5,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from qjax.formats.binary import BINARY
 from qjax.formats.spec import ActivationGranularity, QuantSpec, check_bits, check_choice, in_table
 from qjax.objectives.base import Objective
 from qjax.objectives.table import OBJECTIVES
@@ -65,7 +66,7 @@ class LayerRecipe:
                 self._check_activations(argument, spec)
 
     def _check_activations(self, argument: str, spec: QuantSpec) -> None:
-        if not spec.family.is_uniform:
+        if not spec.family.is_uniform or spec.family is BINARY:
             raise ValueError(
                 f"`{argument}` must have a uniform format; got {spec.family.name}, which is for "
                 "weights."
@@ -247,10 +248,10 @@ def _override(base: LayerRecipe, fields: Mapping[str, Any]) -> LayerRecipe:
         if key == "bits":
             for target in _WIDTHS.values():
                 if getattr(base, target) is not None:
-                    changes[target] = dataclasses.replace(getattr(base, target), bits=value)
+                    changes[target] = getattr(base, target).at(value)
         elif key in _WIDTHS:
             spec = getattr(base, _WIDTHS[key]) or getattr(LayerRecipe(), _WIDTHS[key])
-            changed = None if value is None else dataclasses.replace(spec, bits=value)
+            changed = None if value is None else spec.at(value)
             changes[_WIDTHS[key]] = changed
         else:
             check_choice("overrides", key, ("bits", *_WIDTHS, *_LAYER_FIELDS))
@@ -283,7 +284,7 @@ def recipe(
       A validated `Recipe`.
 
     Raises:
-      ValueError: a width is outside 2 to 16, or a field is outside its choices.
+      ValueError: a width is outside 1 to 16, or a field is outside its choices.
 
     Example:
       >>> mixed = recipe(8, weight_bits=4, first_last_bits=8)
@@ -298,7 +299,7 @@ def recipe(
         target = _WIDTHS[argument]
         width = bits if width is None else width
         check_bits(argument, width)
-        specs[target] = dataclasses.replace(getattr(LayerRecipe(), target), bits=width)
+        specs[target] = getattr(LayerRecipe(), target).at(width)
     for target in ("inputs", "outputs"):
         specs[target] = dataclasses.replace(specs[target], granularity=activation_granularity)
     overrides = recipe_fields.pop("overrides", ())

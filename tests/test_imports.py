@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "qjax"
 # it. A new module is given its place here.
 ORDER = (
     *("programs", "progress", "table"),
-    *("formats.base", "formats.affine", "formats.packing", "formats.spec"),
+    *("formats.base", "formats.affine", "formats.binary", "formats.packing", "formats.spec"),
     *("objectives.base", "objectives.errors", "objectives.divergence", "objectives.table"),
     *("rounding.base", "rounding.metric", "rounding.nearest", "rounding.gptq", "rounding.sweeps"),
     "rounding.table",
@@ -25,6 +25,7 @@ ORDER = (
     *("report", "quantize", "artifact"),
     *("integer.accumulator", "integer.requantize", "integer.lowerings", "integer.codes"),
     *("integer.rules", "integer.function"),
+    *("qat.steps", "qat.kernels", "qat.methods", "qat.function", "qat.prepare", "qat.finish"),
     *("study.accuracy", "study.quality", "study.cost", "study.sensitivity", "study.allocate"),
     *("study.curves", "study.layer_trace", "study.explain", "study.accumulators"),
     "study.questions",

@@ -534,8 +534,8 @@ NAN = jnp.full((4, 8), jnp.nan)
     ("change", "message"),
     [
         ({"recipe": CHEAP, "bits": 8}, "`recipe` and `bits` were both given; give one"),
-        ({"bits": 1}, "`bits` must be an integer from 2 to 16; got 1"),
-        ({"bits": 17}, "`bits` must be an integer from 2 to 16; got 17"),
+        ({"bits": 0}, "`bits` must be an integer from 1 to 16; got 0"),
+        ({"bits": 17}, "`bits` must be an integer from 1 to 16; got 17"),
         ({"batches": []}, "`batches` is empty; pass at least one"),
         ({"batches": iter(())}, "`batches` is empty; pass at least one"),
         ({"batches": X[:0]}, "`batches` holds no calibration image; pass at least one"),

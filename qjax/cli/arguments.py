@@ -46,7 +46,7 @@ def load_model(arguments: argparse.Namespace, progress: Progress) -> Loaded:
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Declares how it is quantized; `read_recipe` reads it."""
-    add = parser.add_argument_group("how (widths are 2 to 16 bits)").add_argument
+    add = parser.add_argument_group("how (widths are 1 to 16 bits)").add_argument
     add(
         "--recipe", metavar="FILE", help="from the JSON of an earlier run; all else here is ignored"
     )

@@ -18,8 +18,7 @@ from qjax.fit.search import Candidates
 from qjax.fit.streams import Segment, Streams, cut
 from qjax.formats.affine import QParams
 from qjax.formats.spec import QuantSpec
-from qjax.graph import jaxpr
-from qjax.graph.activation import NONE, keeps_codes
+from qjax.graph.activation import NONE, follow_codes
 from qjax.graph.fold import Folded
 from qjax.graph.layers import Network, Site
 from qjax.graph.operation import Linear
@@ -129,7 +128,7 @@ def calibrate(
             started.append(unit.name)
         streams.advance(unit.segment)
         for equation in unit.segment.equations:
-            _follow_grid(equation, state.grids)
+            follow_codes(equation, state.grids, lambda grid: grid.greatest)
         unit.fit(state)
     jax.block_until_ready([fit.energies for fit in state.fits.values()])
     progress("", len(names), len(names))
@@ -145,13 +144,6 @@ def _logits(network: Network) -> Site:
         "`logits` needs a layer whose pre-activation output the network returns; it returns "
         "something else. Quantize with logits=False."
     )
-
-
-def _follow_grid(equation: core.JaxprEqn, grids: dict[core.Var, Grid]) -> None:
-    """Records that an equation's result lies on the same grid of codes as its operand."""
-    for var in jaxpr.variables(equation.invars):
-        if var in grids and keeps_codes(equation, var, lambda var=var: grids[var].greatest):
-            grids[equation.outvars[0]] = grids[var]
 
 
 def _fit_site(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None:

@@ -23,10 +23,12 @@ class Format(Protocol):
       name: of its family in `FORMATS`.
       is_uniform: whether real = scale · (code − zero_point), so that sums of products of codes are
         integers times one scale.
+      spacing: the difference between neighbouring codes.
     """
 
     name: ClassVar[str]
     is_uniform: ClassVar[bool]
+    spacing: ClassVar[int]
 
     @property
     def bits(self) -> int:
@@ -94,6 +96,7 @@ class NumberFormat(NamedTuple):
         have the same shapes share compiled programs.
       cover: of (low, high, spec, limits): the format that covers [low, high], arrays of one shape.
       is_uniform: see `Format`.
+      widths: the bits that its codes can have.
     """
 
     name: str
@@ -101,6 +104,7 @@ class NumberFormat(NamedTuple):
     limits: Callable[[Any], Any]
     cover: Callable[..., Any]
     is_uniform: bool
+    widths: range = range(1, 17)
 
 
 def expand_groups(leaf: jax.Array, patch: int) -> jax.Array:

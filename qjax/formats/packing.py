@@ -1,7 +1,7 @@
 """Codes at their true width: two 4-bit codes to a byte, eight 3-bit codes to three bytes.
 
-Codes become one dense stream of bits: code i, less the smallest code, takes the bits i·b to
-i·b + b − 1, the lowest first.
+Codes become one dense stream of bits: the i-th code, counted from the smallest, takes the bits i·b
+to i·b + b − 1, the lowest first.
 """
 
 import math
@@ -12,24 +12,30 @@ import jax
 import jax.numpy as jnp
 
 
-def pack_codes(codes: jax.Array, lowest: int | jax.Array, bits: int) -> jax.Array:
+def pack_codes(codes: jax.Array, lowest: int | jax.Array, bits: int, spacing: int = 1) -> jax.Array:
     """Joins codes to one stream of bits.
 
     Args:
-      codes: integers from `lowest` to `lowest + 2^bits − 1`, of any shape.
+      codes: integers `lowest + i · spacing`, 0 ≤ i < 2^bits, of any shape.
       lowest: the smallest code.
       bits: their width.
+      spacing: the difference between neighbouring codes.
 
     Returns:
       uint8[ceil(codes.size · bits / 8)].
     """
-    offsets = codes.astype(jnp.int32).reshape(-1, 1) - lowest
+    offsets = (codes.astype(jnp.int32).reshape(-1, 1) - lowest) // spacing
     flags = (offsets >> jnp.arange(bits)[None]) & 1
     return jnp.packbits(flags.astype(jnp.uint8).reshape(-1), bitorder="little")
 
 
 def unpack_codes(
-    stream: jax.Array, lowest: int | jax.Array, bits: int, dtype: Any, shape: Sequence[int]
+    stream: jax.Array,
+    lowest: int | jax.Array,
+    bits: int,
+    dtype: Any,
+    shape: Sequence[int],
+    spacing: int = 1,
 ) -> jax.Array:
     """Cuts a stream of bits into codes; the inverse of `pack_codes`.
 
@@ -39,10 +45,11 @@ def unpack_codes(
       bits: their width.
       dtype: the type of the result.
       shape: of the codes.
+      spacing: the difference between neighbouring codes.
 
     Returns:
       Integers of that type and shape.
     """
     flags = jnp.unpackbits(stream, count=math.prod(shape) * bits, bitorder="little")
     offsets = jnp.sum(flags.reshape(-1, bits).astype(jnp.int32) << jnp.arange(bits)[None], axis=1)
-    return (offsets + lowest).astype(dtype).reshape(shape)
+    return (offsets * spacing + lowest).astype(dtype).reshape(shape)

@@ -8,15 +8,16 @@ import numpy as np
 
 from qjax.formats.affine import AFFINE, limits_of, storage_type
 from qjax.formats.base import NumberFormat
+from qjax.formats.binary import BINARY
 
 T = TypeVar("T")
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 ActivationGranularity = Literal["per_tensor", "per_channel"]
 
-MIN_BITS, MAX_BITS = 2, 16
+MIN_BITS, MAX_BITS = 1, 16
 
-FORMATS: dict[str, NumberFormat] = {AFFINE.name: AFFINE}
+FORMATS: dict[str, NumberFormat] = {format.name: format for format in (AFFINE, BINARY)}
 
 
 def check_choice(argument: str, value: object, choices: Any) -> None:
@@ -45,7 +46,7 @@ def check_bits(argument: str, bits: object) -> None:
     """Refuses a width that no code has.
 
     Raises:
-      ValueError: it is no integer from 2 to 16.
+      ValueError: it is no integer from 1 to 16.
     """
     if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(
@@ -58,9 +59,9 @@ class QuantSpec:
     """The number format of one kind of tensor.
 
     Attributes:
-      bits: width of a code, 2 to 16.
-      symmetric: signed codes −(2^(b−1)−1) … 2^(b−1)−1 around zero_point 0; otherwise unsigned codes
-        0 … 2^b−1 with a zero point.
+      bits: width of a code, 1 to 16.
+      symmetric: signed codes −(2^(b−1)−1) … 2^(b−1)−1 around zero_point 0, of at least 2 bits;
+        otherwise unsigned codes 0 … 2^b−1 with a zero point.
       granularity: one scale per tensor, per channel (of a kernel: per output channel), or per group
         of `group_size` input elements of each output channel of a kernel.
       group_size: input elements that share a scale; read only when `granularity` is per_group.
@@ -88,7 +89,29 @@ class QuantSpec:
         check_choice("granularity", self.granularity, get_args(Granularity))
         if self.group_size < 1:
             raise ValueError(f"`group_size` must be at least 1; got {self.group_size}.")
-        in_table("format", self.format, FORMATS)
+        widths = in_table("format", self.format, FORMATS).widths
+        if self.bits not in widths:
+            raise ValueError(
+                f"`bits` must be from {widths[0]} to {widths[-1]} in the format "
+                f"{self.family.name}; got {self.bits}."
+            )
+        if self.bits == 1 and self.symmetric and self.family is AFFINE:
+            raise ValueError(
+                "`bits` must be at least 2 for symmetric codes; got 1. For one bit, use "
+                f"QuantSpec.at(1) or format={BINARY.name!r}."
+            )
+
+    def at(self, bits: int) -> "QuantSpec":
+        """The same spec at another width; symmetric codes of one bit are binary.
+
+        Example:
+          >>> QuantSpec(8).at(1).format, QuantSpec(8).at(1).at(4).format
+          ('binary', 'affine')
+        """
+        own = AFFINE if self.family is BINARY else self.format
+        format = BINARY.name if bits == 1 and self.symmetric else own
+        name = format if isinstance(format, str) else format.name
+        return dataclasses.replace(self, bits=bits, format=name if name in FORMATS else format)
 
     @property
     def qmin(self) -> int:
@@ -121,7 +144,9 @@ class QuantSpec:
 
         Together with `limits` it says all that there is to say; it alone decides what is compiled.
         """
-        return dataclasses.replace(self, bits=8 if self.bits <= 8 else 16)
+        return dataclasses.replace(
+            self, bits=min(8 if self.bits <= 8 else 16, self.family.widths[-1])
+        )
 
     def cover(self, low: Any, high: Any, limits: Any = None) -> Any:
         """The format that covers [low, high].

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.extend import core
@@ -181,6 +181,9 @@ def _rearranges(equation: core.JaxprEqn) -> bool:
 _SELECTIONS = ("reduce_window_max", "reduce_max", "slice", "rev")
 
 
+G = TypeVar("G")
+
+
 def keeps_codes(equation: core.JaxprEqn, var: core.Var, high: Callable[[], float]) -> bool:
     """Whether an equation only selects or moves values of `var`, or clips them to [0, `high`].
 
@@ -199,6 +202,21 @@ def keeps_codes(equation: core.JaxprEqn, var: core.Var, high: Callable[[], float
     if bounds is None or bounds[0] not in (-math.inf, 0.0):
         return False
     return bounds[1] == math.inf or bounds[1] >= high()
+
+
+def follow_codes(
+    equation: core.JaxprEqn, grids: dict[core.Var, G], greatest: Callable[[G], float]
+) -> None:
+    """Records that an equation's result lies on the same grid of codes as its operand.
+
+    Args:
+      equation: an equation between layers.
+      grids: the grids of codes that values lie on; gains an entry.
+      greatest: of a grid: the greatest value on it.
+    """
+    for var in jaxpr.variables(equation.invars):
+        if var in grids and keeps_codes(equation, var, lambda var=var: greatest(grids[var])):
+            grids[equation.outvars[0]] = grids[var]
 
 
 def _narrow(bounds: Bounds, primitive: Callable[..., float], limit: float) -> Bounds:

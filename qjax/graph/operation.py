@@ -8,7 +8,7 @@ Output channel c of the operation is g·M + m.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -145,15 +145,21 @@ class Convolution:
 
     def apply(self, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
         """Convolves; `options` go to `lax.conv_general_dilated`."""
-        return lax.conv_general_dilated(
+        return self.apply_by(lax.conv_general_dilated, x, kernel, **options)
+
+    def apply_by(
+        self, convolve: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array, **options: Any
+    ) -> jax.Array:
+        """Convolves by a function that stands in for `lax.conv_general_dilated`."""
+        return convolve(
             x,
             kernel,
             self.window_strides,
             self.padding,
-            self.lhs_dilation,
-            self.rhs_dilation,
-            self.dimension_numbers,
-            self.groups,
+            lhs_dilation=self.lhs_dilation,
+            rhs_dilation=self.rhs_dilation,
+            dimension_numbers=self.dimension_numbers,
+            feature_group_count=self.groups,
             **options,
         )
 

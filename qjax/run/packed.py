@@ -50,7 +50,7 @@ def pack(params: Any) -> Any:
         if layer.weights is None or isinstance(layer.kernel, PackedCodes):
             return layer
         bits = layer.weights.bits
-        stream = pack_codes(layer.kernel, layer.weights.lowest, bits)
+        stream = pack_codes(layer.kernel, layer.weights.lowest, bits, layer.weights.spacing)
         kernel: Any = PackedCodes(stream, layer.kernel.shape, bits)
         return dataclasses.replace(layer, kernel=kernel)
 
@@ -71,7 +71,14 @@ def unpack(params: Any) -> Any:
         if not isinstance(layer.kernel, PackedCodes):
             return layer
         packed, format = layer.kernel, layer.weights
-        kernel = unpack_codes(packed.stream, format.lowest, packed.bits, format.dtype, packed.shape)
+        kernel = unpack_codes(
+            packed.stream,
+            format.lowest,
+            packed.bits,
+            format.dtype,
+            packed.shape,
+            format.spacing,
+        )
         return dataclasses.replace(layer, kernel=kernel)
 
     return params | {"layers": {name: unpacked(layer) for name, layer in params["layers"].items()}}

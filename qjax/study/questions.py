@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from qjax.formats.spec import MAX_BITS, MIN_BITS, Granularity, QuantSpec
+from qjax.formats.spec import MAX_BITS, Granularity, QuantSpec
 from qjax.objectives.errors import MSE, OUTPUT_MSE
 from qjax.objectives.table import OBJECTIVES
 from qjax.progress import Progress
@@ -17,7 +17,7 @@ from qjax.study.sensitivity import at_width
 from qjax.table import table
 
 WIDTHS = (8, 4)
-ALL_WIDTHS = tuple(range(MIN_BITS, MAX_BITS + 1))
+ALL_WIDTHS = tuple(range(2, MAX_BITS + 1))
 GROUP_SIZES = (64, 16)
 AGREEMENT = 99.0  # percent of the calibration images, at which a width is good enough
 

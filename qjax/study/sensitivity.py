@@ -127,7 +127,7 @@ def measure_sensitivities(
 def at_width(recipe: Recipe, width: int) -> Recipe:
     """The recipe with everything that it quantizes at one width."""
     specs = {part: getattr(recipe, part) for part in ("weights", "inputs", "outputs")}
-    changed = {k: spec and dataclasses.replace(spec, bits=width) for k, spec in specs.items()}
+    changed = {k: spec and spec.at(width) for k, spec in specs.items()}
     return dataclasses.replace(recipe, **changed)
 
 

@@ -22,7 +22,7 @@ def test_code_range_at_8_bits():
 
 @pytest.mark.parametrize("bits", [1, 17, 0, -8, 8.0, "8", True, None])
 def test_width_out_of_range_is_refused(bits: Any):
-    message = rf"`bits` must be an integer from 2 to 16; got {bits!r}"
+    message = rf"`bits` must be an integer from 1 to 16; got {bits!r}"
     with pytest.raises(ValueError, match=message):
         QuantSpec(bits)
 

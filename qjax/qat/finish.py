@@ -1,0 +1,105 @@
+"""From a trained network to a `Quantized` that everything else takes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.fit.layer import Fit
+from qjax.formats.affine import sqnr_db
+from qjax.formats.base import elementwise
+from qjax.graph.layers import Site, shapes_of
+from qjax.graph.operation import Linear
+from qjax.qat.function import STEPS, Frame, TrainableFunction
+from qjax.qat.kernels import Params
+from qjax.quantize import Quantized
+from qjax.report import Report, layer_report
+from qjax.run.function import QuantizedFunction
+from qjax.run.layer import QuantizedLayer, quantize_bias
+from qjax.run.tap import Tap, tapped
+
+
+def finish(apply_fn: TrainableFunction, params: Mapping[str, Any], x: Any) -> Quantized:
+    """Turns a trained network into a quantized one: codes, steps and integer biases.
+
+    Args:
+      apply_fn: what `prepare` returned.
+      params: its params, trained.
+      x: inputs to report each layer's error on, against the network with its latent float kernels.
+
+    Returns:
+      A `Quantized`, which computes what the trained network computes, up to the rounding of biases.
+
+    Raises:
+      ValueError: a param is NaN or infinite.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not bool(jnp.all(jnp.isfinite(leaf))):
+            raise ValueError(
+                f"`params` must be finite; {jax.tree_util.keystr(path)} holds NaN or infinity. "
+                "Train with a lower learning rate."
+            )
+    network = apply_fn.network(x)
+    layers: dict[str, QuantizedLayer] = {}
+    for site in network.sites:
+        name = site.layer.name
+        frame = apply_fn.frames[name]
+        layers[name] = _finish(site.layer.operation, frame, params["layers"][name], layers)
+    latent = {
+        name: QuantizedLayer(layer["kernel"], layer["bias"], None, None, None, None)
+        for name, layer in params["layers"].items()
+    }
+    rest = {**params["rest"], **apply_fn.constants}
+    quantized = {"layers": layers, "rest": rest}
+    run = tapped(apply_fn.apply_fn, apply_fn.params, x)
+    taps = run({"layers": latent, "rest": rest}, x)[1], run(quantized, x)[1]
+    records = [
+        layer_report(site.layer, _fit(site, params["layers"], layers, *taps))
+        for site in network.sites
+    ]
+    shapes = {name: frame.shape for name, frame in apply_fn.frames.items()}
+    function = QuantizedFunction(apply_fn.apply_fn, shapes_of(apply_fn.params), shapes)
+    return Quantized(function, quantized, Report(records, apply_fn.recipe, network.skipped))
+
+
+def _finish(
+    operation: Linear, frame: Frame, params: Params, finished: Mapping[str, QuantizedLayer]
+) -> QuantizedLayer:
+    formats = {
+        field: getattr(frame, field)
+        if getattr(frame, field) is None or step not in params
+        else dataclasses.replace(getattr(frame, field), scale=jnp.abs(params[step]))
+        for field, step in STEPS.items()
+    }
+    codes = params["kernel"]
+    if frame.weights is not None:
+        codes, formats["weights"] = frame.training.finish(params, formats["weights"])
+    if frame.source is not None:
+        source = finished[frame.source]
+        formats["inputs"] = source.activated or source.outputs
+    layer = QuantizedLayer(codes, params["bias"], **formats)
+    return dataclasses.replace(layer, bias=quantize_bias(operation, layer, params["bias"]))
+
+
+def _fit(
+    site: Site,
+    params: Mapping[str, Params],
+    layers: Mapping[str, QuantizedLayer],
+    taps: Mapping[str, Tap],
+    quantized_taps: Mapping[str, Tap],
+) -> Fit:
+    """What the report reads."""
+    name = site.layer.name
+    layer, kernel = layers[name], params[name]["kernel"]
+    weight_sqnr = jnp.inf
+    if layer.weights is not None:
+        values = elementwise(layer.weights, kernel.shape[1]).decode(layer.kernel)
+        weight_sqnr = sqnr_db(kernel, values)
+    tap, quantized_tap = taps[name], quantized_taps[name]
+    energies = tuple(
+        jnp.sum(jnp.square(values))[None]
+        for values in (tap.activated, tap.activated - quantized_tap.activated)
+    )
+    return Fit(layer, weight_sqnr, energies, None, None, None)

@@ -1,0 +1,178 @@
+"""A network that is trained while it computes with quantized values: a pure function."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax.graph.layers import Network, Site, find_layers, shapes_of
+from qjax.graph.operation import Convolution, Linear, along_channels
+from qjax.graph.schedule import schedule
+from qjax.qat.kernels import KernelTraining, Params
+from qjax.qat.methods import Method
+from qjax.qat.steps import learned_step, quantize_gradient
+from qjax.recipe import Recipe
+from qjax.run.fake import real_value
+from qjax.run.function import bind, outputs_of
+from qjax.run.interpreter import Rules, evaluate
+
+STEPS = {
+    "weights": "weight_step",
+    "inputs": "input_step",
+    "outputs": "output_step",
+    "activated": "activated_step",
+}  # the parameter by field of a layer
+
+
+class Frame(NamedTuple):
+    """What stays as it is while a layer is trained.
+
+    Attributes:
+      weights: format of its kernel, None in float; its step is a parameter, as are the next ones.
+      inputs: of its input, None in float or if `source` says it.
+      outputs: of its output before the activation.
+      activated: of its output after the activation.
+      source: the layer whose codes its input is already, None for none.
+      training: of its kernel.
+      shape: of its kernel as the network has it.
+    """
+
+    weights: Any
+    inputs: Any
+    outputs: Any
+    activated: Any
+    source: str | None
+    training: KernelTraining
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainableFunction:
+    """A network with its layers quantized as they are evaluated: call it with params and an input.
+
+    Attributes:
+      apply_fn: the original function.
+      params: the shapes of its params, as `jax.ShapeDtypeStruct`.
+      recipe: of quantization.
+      method: of training.
+      frames: what stays fixed of each layer, by name, in dataflow order.
+      constants: leaves of the original params that are read and cannot be trained, by path.
+      convolve: stands in for `lax.conv_general_dilated`.
+    """
+
+    apply_fn: Callable[[Any, Any], Any]
+    params: Any
+    recipe: Recipe
+    method: Method
+    frames: Mapping[str, Frame]
+    constants: Mapping[str, jax.Array]
+    convolve: Callable[..., jax.Array] = lax.conv_general_dilated
+
+    def __call__(self, params: Mapping[str, Any], x: Any, key: Any = None) -> Any:
+        """Evaluates the network on quantized values, differentiably.
+
+        Args:
+          params: of `prepare`, all of them float arrays: `layers`, by name, and `rest`.
+          x: an input like the ones of the original function, of any batch size.
+          key: random key of the draws of a stochastic method; without one it is deterministic.
+
+        Returns:
+          What the original function returns.
+        """
+        network = self.network(x)
+        program = network.program(("training", self), partial(self._run, network))
+        return program(params, x, key)
+
+    def constrain(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Brings params back to where the method wants them, after an update.
+
+        BinaryConnect clips the kernels of one bit to [−1, 1]; the other methods change nothing.
+        """
+        layers = {
+            name: self.frames[name].training.constrain(layer)
+            for name, layer in params["layers"].items()
+        }
+        return {**params, "layers": layers}
+
+    def network(self, x: Any) -> Network:
+        """The network as it is traced at an input's shape.
+
+        Raises:
+          ValueError: the function has other layers at this input's shape than were prepared.
+        """
+        network = find_layers(self.apply_fn, self.params, shapes_of(x))
+        shapes = {site.layer.name: site.layer.kernel_shape for site in network.sites}
+        expected = {name: frame.shape for name, frame in self.frames.items()}
+        if shapes != expected:
+            raise ValueError(
+                "`x` leads `apply_fn` through other layers than were prepared: expected "
+                f"{expected}, got {shapes}; call qjax.qat.prepare with an input of this shape."
+            )
+        return network
+
+    def _run(self, network: Network, params: Mapping[str, Any], x: Any, key: Any) -> Any:
+        keys: dict[str, Any] = dict.fromkeys(self.frames)
+        if key is not None:
+            keys = dict(zip(keys, jax.random.split(key, len(keys)), strict=True))
+
+        def layer_rule(site: Site, layer: Params, x: jax.Array) -> jax.Array:
+            name = site.layer.name
+            frame = self.frames[name]
+            y = self._compute(site.layer.operation, frame, layer, x, keys[name])
+            if self.method.gradient_bits is not None:
+                y = quantize_gradient(y, self.method.gradient_bits)
+            return site.movement(self._projected(frame, layer, "outputs", y))
+
+        def activated_rule(site: Site, layer: Params, y: jax.Array) -> jax.Array:
+            return self._projected(self.frames[site.layer.name], layer, "activated", y)
+
+        rules = Rules(layer_rule, activated_rule, {}, real_value)
+        env = bind(network, {**params["rest"], **self.constants}, x)
+        evaluate(schedule(network), env, params["layers"], rules)
+        return outputs_of(network, env, rules)
+
+    def _compute(
+        self, operation: Linear, frame: Frame, layer: Params, x: jax.Array, key: Any
+    ) -> jax.Array:
+        x = self._projected(frame, layer, "inputs", x.astype(jnp.float32))
+        kernel = layer["kernel"]
+        if frame.weights is not None:
+            format = self._stepped(frame, layer, "weights", kernel)
+            kernel = frame.training.forward(layer, format, key)
+        y = apply_by(self.convolve, operation, x, operation.from_matrix(kernel))
+        return y + along_channels(operation, layer["bias"], y.ndim)
+
+    def _projected(self, frame: Frame, layer: Params, field: str, x: jax.Array) -> jax.Array:
+        format = self._stepped(frame, layer, field, x[:1])
+        return x if format is None else format.project(x)
+
+    def _stepped(self, frame: Frame, layer: Params, field: str, one: jax.Array) -> Any:
+        """A format with the step of the moment; `one` has the values of one example."""
+        format = getattr(frame, field)
+        if format is None or STEPS[field] not in layer:
+            return format
+        step = layer[STEPS[field]]
+        if not self.method.learns_steps:
+            return dataclasses.replace(format, scale=lax.stop_gradient(step))
+        step = learned_step(step, one.size // step.size, greatest_code(format))
+        return dataclasses.replace(format, scale=step)
+
+
+def apply_by(
+    convolve: Callable[..., jax.Array], operation: Linear, x: jax.Array, kernel: jax.Array
+) -> jax.Array:
+    """Applies a linear operation, a convolution by the function given."""
+    if isinstance(operation, Convolution):
+        return operation.apply_by(convolve, x, kernel, precision=lax.Precision.HIGHEST)
+    return operation.apply(x, kernel, precision=lax.Precision.HIGHEST)
+
+
+def greatest_code(format: Any) -> int:
+    """The greatest magnitude of a code less the zero point."""
+    zero_point, low, high = map(np.asarray, (format.zero_point, format.qmin, format.qmax))
+    return int(np.maximum(high - zero_point, zero_point - low).max())

@@ -1,0 +1,203 @@
+"""Making a network trainable: from a float network to one that computes with quantized values."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from qjax.fit.layerwise import Grid
+from qjax.formats.affine import QParams
+from qjax.formats.binary import BINARY
+from qjax.formats.spec import in_table
+from qjax.graph.activation import follow_codes
+from qjax.graph.fold import Folded, fold
+from qjax.graph.layers import Network, Site, shapes_of
+from qjax.graph.schedule import Activated, schedule
+from qjax.progress import Progress
+from qjax.qat.function import STEPS, Frame, TrainableFunction
+from qjax.qat.kernels import STEPPED, Params
+from qjax.qat.methods import METHODS, Method
+from qjax.quantize import quantize
+from qjax.recipe import LayerRecipe, Recipe
+from qjax.recipe import recipe as make_recipe
+from qjax.run.layer import QuantizedLayer, dequantized_bias
+
+
+class Trainable(NamedTuple):
+    """A network to train.
+
+    Attributes:
+      apply_fn: a pure, differentiable function of (params, x) and, for a stochastic method, a key.
+      params: a pytree of float arrays: `layers`, by name, and `rest`, by path.
+    """
+
+    apply_fn: TrainableFunction
+    params: dict[str, Any]
+
+
+def prepare(
+    apply_fn: Callable[[Any, Any], Any],
+    params: Any,
+    x: Any,
+    method: str | Method = "lsq",
+    recipe: Recipe | None = None,
+    *,
+    bits: int | None = None,
+    convolve: Callable[..., jax.Array] = lax.conv_general_dilated,
+    progress: bool | Progress = False,
+) -> Trainable:
+    """Prepares a pretrained network for quantization-aware training by any training loop.
+
+    The network is quantized first (`qjax.quantize`), and training starts from its ranges and codes:
+    where the steps are learned, the first call computes what the quantized network does. Batch norm
+    is folded in. After every update `apply_fn.constrain(params)` brings the params back to where
+    the method wants them.
+
+    Args:
+      apply_fn: a pure inference function of (params, x).
+      params: pytree of arrays.
+      x: calibration inputs, as for `qjax.quantize`.
+      method: a name in `qjax.qat.METHODS`, or a `Method`: `lsq` (steps are learned), `ste` (steps
+        stay, gradients pass rounding), `ste_gradients` (gradients of outputs are rounded to 8 bits
+        as well), `binary_connect`, `binary_connect_stochastic`, `binary_weights` and `xnor` (for
+        kernels of one bit; the other layers are trained as by `lsq`).
+      recipe: formats of every layer; by default 8 bits everywhere. `inputs=None, outputs=None`
+        trains weights alone.
+      bits: short for `recipe=qjax.recipe(bits)`.
+      convolve: stands in for `lax.conv_general_dilated`, where a faster one to train is at hand.
+      progress: as of `qjax.quantize`.
+
+    Returns:
+      A `Trainable`: (apply_fn, params).
+
+    Raises:
+      ValueError: the method or the recipe cannot be trained.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, qjax
+      >>> params = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)}
+      >>> images = jnp.linspace(0.0, 1.0, 32).reshape(8, 4)
+      >>> f, p = prepare(lambda params, x: x @ params["w"], params, images, "lsq", bits=3)
+      >>> sorted(p["layers"]["w"])
+      ['bias', 'input_step', 'kernel', 'output_step', 'weight_step']
+      >>> loss = lambda p: jnp.mean((f(p, images) - 1.0) ** 2)
+      >>> p = jax.tree.map(lambda p, g: p - 0.01 * g, p, jax.grad(loss)(p))
+      >>> q = qjax.qat.finish(f, f.constrain(p), images)
+      >>> q.report[0].weight_bits
+      3
+
+    References:
+      Esser et al., 2020, arXiv:1902.08153 (LSQ); Bengio et al., 2013, arXiv:1308.3432
+      (straight-through estimator); Courbariaux et al., 2015, arXiv:1511.00363 (BinaryConnect);
+      Rastegari et al., 2016, arXiv:1603.05279 (binary weights, XNOR-Net).
+    """
+    chosen = in_table("method", method, METHODS)
+    if recipe is not None and bits is not None:
+        raise ValueError("`recipe` and `bits` were both given; give one of them.")
+    recipe = make_recipe(8 if bits is None else bits) if recipe is None else recipe
+    q = quantize(apply_fn, params, x, recipe, progress=progress)
+    network = q.apply_fn.network(x)
+    recipes = recipe.by_layer(list(q.params["layers"]))
+    for name, own in recipes.items():
+        _check(name, own)
+    if chosen.needs_binary and not any(_is_binary(own) for own in recipes.values()):
+        raise ValueError(
+            f"`method` {chosen.name} trains kernels of one bit, and the recipe has none; use "
+            "weight_bits=1, or the method lsq."
+        )
+    sources = _sources(network, recipes, q.params["layers"])
+    folded = dict(zip(recipes, fold(network, jax.tree.leaves(params)), strict=True))
+    frames, layers = {}, {}
+    for site in network.sites:
+        name = site.layer.name
+        layer = q.params["layers"][name]
+        training = chosen.binary if _is_binary(recipes[name]) else STEPPED
+        frames[name] = Frame(
+            weights=layer.weights,
+            inputs=None if name in sources else layer.inputs,
+            outputs=layer.outputs,
+            activated=layer.activated,
+            source=sources.get(name),
+            training=training,
+            shape=site.layer.kernel_shape,
+        )
+        layers[name] = _start(site, frames[name], folded[name], layer)
+    is_float = {k: jnp.issubdtype(v.dtype, jnp.floating) for k, v in q.params["rest"].items()}
+    rest = {path: leaf for path, leaf in q.params["rest"].items() if is_float[path]}
+    constants = {path: leaf for path, leaf in q.params["rest"].items() if not is_float[path]}
+    function = TrainableFunction(
+        apply_fn, shapes_of(params), recipe, chosen, frames, constants, convolve
+    )
+    return Trainable(function, {"layers": layers, "rest": rest})
+
+
+def _check(name: str, recipe: LayerRecipe) -> None:
+    """Refuses formats whose steps cannot be trained."""
+    if recipe.weights is not None and not recipe.weights.family.is_uniform:
+        raise ValueError(
+            f"layer {name!r} has weights in the format {recipe.weights.family.name}, which has no "
+            "step to train; use a uniform format."
+        )
+    for field in ("inputs", "outputs"):
+        spec = getattr(recipe, field)
+        if spec is not None and spec.granularity != "per_tensor":
+            raise ValueError(
+                f"layer {name!r} has {field} {spec.granularity}, which cannot be trained; use "
+                "activation_granularity='per_tensor'."
+            )
+
+
+def _is_binary(recipe: LayerRecipe) -> bool:
+    return recipe.weights is not None and recipe.weights.family is BINARY
+
+
+def _start(site: Site, frame: Frame, folded: Folded, layer: QuantizedLayer) -> Params:
+    """The parameters that training starts from."""
+    params: Params = {
+        "kernel": folded.kernel,
+        "bias": dequantized_bias(site.layer.operation, layer),
+    }
+    for field, step in STEPS.items():
+        format = getattr(frame, field)
+        if format is not None and (field != "weights" or frame.training is STEPPED):
+            params[step] = format.scale
+    if frame.weights is not None:
+        params |= frame.training.start(folded.kernel, layer.kernel, frame.weights)
+    return params
+
+
+def _sources(
+    network: Network,
+    recipes: dict[str, LayerRecipe],
+    layers: dict[str, QuantizedLayer],
+) -> dict[str, str]:
+    """The layers whose input is already on a grid of the width that it is to have, and whose.
+
+    It is the grid of another layer's output; both are then one, and are trained as one.
+    """
+    grids: dict[core.Var, tuple[str, Grid]] = {}
+    found: dict[str, str] = {}
+
+    def record(var: core.Var, name: str, qparams: QParams | None) -> None:
+        spec = recipes[name].outputs
+        if qparams is not None and spec is not None:
+            grids[var] = name, Grid(qparams, (spec.bits, spec.symmetric))
+
+    for step in schedule(network):
+        match step:
+            case Site(layer=described):
+                inputs = recipes[described.name].inputs
+                source = grids.get(step.input)
+                if inputs is not None and source is not None:
+                    if source[1].width == (inputs.bits, inputs.symmetric):
+                        found[described.name] = source[0]
+                record(step.output, described.name, layers[described.name].outputs)
+            case Activated(site=site):
+                name = site.layer.name
+                record(site.activated, name, layers[name].activated)
+            case _:
+                follow_codes(step, grids, lambda pair: pair[1].greatest)
+    return found
