@@ -5,11 +5,12 @@ taken anew for them. No checkpoint is ever chosen by its accuracy. Steps run in 
 call of a jitted `lax.scan`, after which the whole state goes to disk.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,38 @@ class Progress(NamedTuple):
     seconds: float
 
 
+class Trainee(Protocol):
+    """What is trained: hashable, so that its steps are compiled once.
+
+    Attributes:
+      scans: whether a chunk of steps is one program; else every step is one.
+    """
+
+    scans: ClassVar[bool]
+
+    def start(self, image_shape: tuple[int, ...]) -> State:
+        """Returns the state before the first step, for images of shape (H, W, C)."""
+        ...
+
+    def forward(
+        self, params: Any, batch_stats: Any, x: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """The forward pass in training mode: (logits float[N, K], the updated `batch_stats`)."""
+        ...
+
+    def constrain(self, params: Any) -> Any:
+        """Brings params back to where they must be, after an update."""
+        ...
+
+    def finish(self, state: State, images: jax.Array) -> Any:
+        """The variables at the end, from the training images uint8[N, H, W, C]."""
+        ...
+
+    def predict(self, variables: Any, images: jax.Array) -> jax.Array:
+        """The most likely class of every image uint8[N, H, W, C]."""
+        ...
+
+
 class Trained(NamedTuple):
     """The result: variables as Flax takes them, the log, seconds of training over all sessions."""
 
@@ -53,6 +86,7 @@ def train(
     state_file: Path,
     on_progress: Callable[[Progress], None] = lambda _: None,
     on_entry: Callable[[Entry], None] = lambda _: None,
+    trainee: Trainee | None = None,
 ) -> Trained:
     """Trains a recipe to its end, from its start or from where `state_file` left off.
 
@@ -63,6 +97,7 @@ def train(
       state_file: where the state is kept, replaced after every chunk of steps.
       on_progress: called after every chunk.
       on_entry: called with every new line of the log.
+      trainee: what is trained; by default the recipe's model, from scratch.
 
     Returns:
       The trained variables and how it went.
@@ -70,21 +105,22 @@ def train(
     Raises:
       ValueError: if `state_file` belongs to another recipe or another version of it.
     """
+    chosen: Trainee = FromScratch(recipe) if trainee is None else trainee
     epoch_steps = len(data.images) / recipe.batch_size
     chunks = max(1, round(recipe.epochs * epoch_steps / CHUNK))
     images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
     if state_file.exists():
         state, history = checkpoint.read(state_file, recipe)
     else:
-        state, history = initial_state(recipe, data.images.shape[1:]), History()
+        state, history = chosen.start(data.images.shape[1:]), History()
     variables = None
     for chunk in range(int(state.step) // CHUNK, chunks):
         start = time.perf_counter() - history.seconds
         rows, epochs = _order(recipe, len(images), chunk)
         size = next((s for until, s in recipe.sizes if chunk < until * chunks), images.shape[1])
-        state, losses = _run_chunk(
-            recipe, chunks * CHUNK, size, state, images, labels, rows, epochs
-        )
+        run: Any = _run_chunk if chosen.scans else _run_steps
+        schedule = Schedule(recipe, chunks * CHUNK, size)
+        state, losses = run(chosen, schedule, state, images, labels, rows, epochs)
         history = History(
             history.log, (*history.losses, float(losses.mean())), time.perf_counter() - start
         )
@@ -92,8 +128,8 @@ def train(
         on_progress(Progress(done, chunks * CHUNK, history.losses[-1], history.seconds))
         period = recipe.evaluate_every * epoch_steps
         if chunk + 1 == chunks or done // period > chunk * CHUNK // period:
-            variables = _final_variables(recipe, state, images)
-            accuracy = evaluate(recipe, variables, held_out)
+            variables = chosen.finish(state, images)
+            accuracy = evaluate(chosen, variables, held_out)
             seconds = time.perf_counter() - start
             entry = Entry(
                 round(done / epoch_steps, 2), float(np.mean(history.losses)), accuracy, seconds
@@ -102,16 +138,16 @@ def train(
             on_entry(entry)
         checkpoint.write(state_file, recipe, state, history)
     if variables is None:
-        variables = _final_variables(recipe, state, images)
+        variables = chosen.finish(state, images)
     return Trained(variables, history.log, history.seconds)
 
 
-def evaluate(recipe: Recipe, variables: Any, data: Dataset, batch_size: int = 500) -> float:
+def evaluate(trainee: Trainee, variables: Any, data: Dataset, batch_size: int = 500) -> float:
     """Returns the percentage of the images of `data` that are classified correctly."""
     hits = 0
     for i in range(0, len(data.images), batch_size):
         images, labels = data.images[i : i + batch_size], data.labels[i : i + batch_size]
-        hits += int((_predict(recipe, variables, images) == labels).sum())
+        hits += int((trainee.predict(variables, jnp.asarray(images)) == labels).sum())
     return 100 * hits / len(data.images)
 
 
@@ -122,16 +158,49 @@ def _predict(recipe: Recipe, variables: Any, images: jax.Array) -> jax.Array:
     return logits.argmax(axis=-1)
 
 
-def initial_state(recipe: Recipe, image_shape: tuple[int, ...]) -> State:
-    """Returns the state before the first step, for images of shape (H, W, C)."""
-    image = jnp.zeros((1, *image_shape))
-    variables = recipe.model.init(jax.random.key(recipe.seed), image)
-    params = variables["params"]
+@dataclasses.dataclass(frozen=True)
+class FromScratch:
+    """The model of a recipe, trained from random weights: a `Trainee`."""
+
+    recipe: Recipe
+
+    scans: ClassVar[bool] = True
+
+    def start(self, image_shape: tuple[int, ...]) -> State:
+        """See `Trainee`."""
+        variables = self.recipe.model.init(
+            jax.random.key(self.recipe.seed), jnp.zeros((1, *image_shape))
+        )
+        return initial_state(variables["params"], variables.get("batch_stats", {}))
+
+    def forward(
+        self, params: Any, batch_stats: Any, x: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """See `Trainee`."""
+        del key
+        variables = {"params": params, "batch_stats": batch_stats}
+        return training_pass(self.recipe.model, variables, x)
+
+    def constrain(self, params: Any) -> Any:
+        """See `Trainee`."""
+        return params
+
+    def finish(self, state: State, images: jax.Array) -> Any:
+        """See `Trainee`."""
+        return _final_variables(self.recipe, state, images)
+
+    def predict(self, variables: Any, images: jax.Array) -> jax.Array:
+        """See `Trainee`."""
+        return _predict(self.recipe, variables, images)
+
+
+def initial_state(params: Any, batch_stats: Any) -> State:
+    """Returns the state before the first step."""
     return State(
         params=params,
         velocity=jax.tree.map(jnp.zeros_like, params),
         average=jax.tree.map(jnp.copy, params),
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=batch_stats,
         step=jnp.zeros((), jnp.int32),
     )
 
@@ -170,11 +239,21 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax
     return -((1 - smoothing) * picked.mean() + smoothing * log_p.mean())
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+class Schedule(NamedTuple):
+    """What a step depends on: the recipe, the steps in all, the side that images are shrunk to."""
+
+    recipe: Recipe
+    steps: int
+    size: int
+
+
+Batch = tuple[jax.Array, jax.Array]  # rows int32[B] of the training images, and their epochs
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _run_chunk(
-    recipe: Recipe,
-    steps: int,
-    size: int,
+    trainee: Trainee,
+    schedule: Schedule,
     state: State,
     images: jax.Array,
     labels: jax.Array,
@@ -182,46 +261,79 @@ def _run_chunk(
     epochs: jax.Array,
 ) -> tuple[State, jax.Array]:
     """Runs a step for every row of `rows` int32[CHUNK, B]; also returns losses float[CHUNK]."""
+    step = partial(_step, trainee, schedule, images, labels)
+    return lax.scan(step, state, (rows, epochs))
+
+
+def _run_steps(
+    trainee: Trainee,
+    schedule: Schedule,
+    state: State,
+    images: jax.Array,
+    labels: jax.Array,
+    rows: jax.Array,
+    epochs: jax.Array,
+) -> tuple[State, jax.Array]:
+    """Does what `_run_chunk` does, by a program for a step.
+
+    XLA differentiates convolutions far more slowly inside of a `lax.scan` on a CPU.
+    """
+    losses = []
+    for batch in zip(rows, epochs, strict=True):
+        state, loss = _run_step(trainee, schedule, images, labels, state, batch)
+        losses.append(loss)
+    return state, jnp.stack(losses)
+
+
+def _step(
+    trainee: Trainee,
+    schedule: Schedule,
+    images: jax.Array,
+    labels: jax.Array,
+    state: State,
+    batch: Batch,
+) -> tuple[State, jax.Array]:
+    recipe, steps, size = schedule
+    rows, epochs = batch
     key = jax.random.key(recipe.seed)
-    mirrored_first = jax.random.bernoulli(key, shape=images.shape[:1])
+    shift_key = jax.random.fold_in(key, state.step)
+    x = augmentation.shift(shift_key, images[rows], recipe.shift)
+    if recipe.flip:
+        mirrored_first = jax.random.bernoulli(key, shape=images.shape[:1])
+        x = augmentation.mirror(x, mirrored_first[rows] ^ (epochs % 2 == 1))
+    x = recipe.preprocessing(x)
+    x = jax.image.resize(x, (x.shape[0], size, size, x.shape[3]), "linear")
 
-    def loss_fn(params, batch_stats, x, y):
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits, batch_stats = training_pass(recipe.model, variables, x)
-        return cross_entropy(logits, y, recipe.label_smoothing), batch_stats
+    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+        draw = jax.random.fold_in(shift_key, 1)
+        logits, batch_stats = trainee.forward(params, state.batch_stats, x, draw)
+        return cross_entropy(logits, labels[rows], recipe.label_smoothing), batch_stats
 
-    def step_fn(state: State, batch):
-        rows, epochs = batch
-        x = augmentation.shift(jax.random.fold_in(key, state.step), images[rows], recipe.shift)
-        if recipe.flip:
-            x = augmentation.mirror(x, mirrored_first[rows] ^ (epochs % 2 == 1))
-        x = recipe.preprocessing(x)
-        x = jax.image.resize(x, (x.shape[0], size, size, x.shape[3]), "linear")
-        (loss, batch_stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, state.batch_stats, x, labels[rows]
-        )
-        rate = learning_rate(recipe, steps, state.step)
-        decay = jnp.minimum(recipe.average_decay, (1 + state.step) / (10 + state.step))
+    (loss, batch_stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    rate = learning_rate(recipe, steps, state.step)
+    decay = jnp.minimum(recipe.average_decay, (1 + state.step) / (10 + state.step))
 
-        def update(p, g, v, a):
-            g = g + (recipe.weight_decay * p if p.ndim > 1 else 0)
-            v = recipe.momentum * v + g
-            p = p - rate * (g + recipe.momentum * v)
-            return p, v, decay * a + (1 - decay) * p
+    def update(path, p, g, v):
+        g = g + (recipe.weight_decay * p if path[-1].key == "kernel" else 0)
+        v = recipe.momentum * v + g
+        return p - rate * (g + recipe.momentum * v), v
 
-        updated = jax.tree.map(update, state.params, gradient, state.velocity, state.average)
-        params, velocity, average = jax.tree.transpose(
-            jax.tree.structure(state.params), jax.tree.structure((0, 0, 0)), updated
-        )
-        return State(
-            params=params,
-            velocity=velocity,
-            average=average,
-            batch_stats=batch_stats,
-            step=state.step + 1,
-        ), loss
+    updated = jax.tree_util.tree_map_with_path(update, state.params, gradient, state.velocity)
+    params, velocity = jax.tree.transpose(
+        jax.tree.structure(state.params), jax.tree.structure((0, 0)), updated
+    )
+    params = trainee.constrain(params)
+    average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, params)
+    return State(
+        params=params,
+        velocity=velocity,
+        average=average,
+        batch_stats=batch_stats,
+        step=state.step + 1,
+    ), loss
 
-    return lax.scan(step_fn, state, (rows, epochs))
+
+_run_step = partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)(_step)
 
 
 def training_pass(model: nn.Module, variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:

@@ -28,6 +28,7 @@ import numpy as np
 from safetensors import numpy as safetensors
 
 from qjax.formats.affine import QParams
+from qjax.formats.binary import Signs
 from qjax.formats.packing import pack_codes, unpack_codes
 from qjax.formats.spec import FORMATS
 from qjax.graph.layers import Skipped
@@ -278,6 +279,7 @@ def _arrays_of(format: Any) -> dict[str, Any] | None:
 
 
 _LIMITS = ("qmin", "qmax")
+_INPUTS = {Signs.name: Signs}  # what an input may be in addition to a format
 
 
 def _is_affine(format: Any) -> bool:
@@ -316,6 +318,8 @@ def _restored_format(arrays: Mapping[str, Any] | None, described: Any) -> Any:
         return None
     if isinstance(described, list):
         return QParams(arrays["scale"], arrays["zero_point"], *described)
+    if described["format"] in _INPUTS:
+        return _INPUTS[described["format"]](**arrays)
     if "limits" in described:
         family = FORMATS[described["format"]].type
         return family(arrays["scale"], arrays["zero_point"], *described["limits"])
@@ -335,6 +339,8 @@ def _format_template(described: Any) -> dict[str, int] | None:
         return None
     if isinstance(described, list):
         return {"scale": 0, "zero_point": 0}
+    if described["format"] in _INPUTS:
+        return dict.fromkeys(_array_fields(_INPUTS[described["format"]]), 0)
     if described["format"] not in FORMATS:
         raise ValueError(
             f"`path` holds weights in the format {described['format']!r}, which this qjax does not "

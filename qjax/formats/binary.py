@@ -1,4 +1,4 @@
-"""One-bit codes −1 and +1: real = scale · code."""
+"""One-bit codes −1 and +1: of kernels, real = scale · code; of inputs, their signs."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -56,6 +56,27 @@ class Binary(QParams):
         return (self.scale * straight_through(signs(inside), inside)).astype(x.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Signs:
+    """Inputs of a layer as signs: of every patch, sign(x − t) times the mean of |x − t|.
+
+    Attributes:
+      shift: t, float32 per input channel, of the rank of the input.
+
+    References:
+      Rastegari et al., 2016, arXiv:1603.05279, section 3.2: t is the mean that the batch norm
+      before a binarization takes away.
+    """
+
+    shift: jax.Array
+
+    name: ClassVar[str] = "signs"
+    is_uniform: ClassVar[bool] = False
+    bits: ClassVar[int] = 1
+    lowest: ClassVar[int] = -1
+
+
 def signs(x: jax.Array) -> jax.Array:
     """±1 of the type of `x`, +1 for 0."""
     return jnp.where(x >= 0, jnp.ones_like(x), -jnp.ones_like(x))
@@ -69,9 +90,10 @@ def straight_through(value: jax.Array, like: jax.Array) -> jax.Array:
 def _cover(low: jax.Array, high: jax.Array, spec: Any, limits: Any) -> Binary:
     """Magnitudes as great as the greatest value: searches shrink them."""
     del spec
+    qmin, qmax = limits
     width = jnp.maximum(-low, high).astype(jnp.float32)
     scale = jnp.where(width > jnp.finfo(jnp.float32).tiny, width, jnp.ones_like(width))
-    return Binary(scale, jnp.zeros_like(scale, jnp.int32), *limits, np.dtype(np.int8))
+    return Binary(scale, jnp.zeros_like(scale, jnp.int32), qmin, qmax, np.dtype(np.int8))
 
 
 BINARY = NumberFormat(

@@ -8,7 +8,7 @@ Output channel c of the operation is g·M + m.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
@@ -95,6 +95,11 @@ class Linear(Protocol):
         """Pads and dilates an input with `zero`: (what is left to do, the new input)."""
         ...
 
+    @property
+    def per_group(self) -> "Linear":
+        """The same operation with one output channel to a group."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
@@ -145,21 +150,15 @@ class Convolution:
 
     def apply(self, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
         """Convolves; `options` go to `lax.conv_general_dilated`."""
-        return self.apply_by(lax.conv_general_dilated, x, kernel, **options)
-
-    def apply_by(
-        self, convolve: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array, **options: Any
-    ) -> jax.Array:
-        """Convolves by a function that stands in for `lax.conv_general_dilated`."""
-        return convolve(
+        return lax.conv_general_dilated(
             x,
             kernel,
             self.window_strides,
             self.padding,
-            lhs_dilation=self.lhs_dilation,
-            rhs_dilation=self.rhs_dilation,
-            dimension_numbers=self.dimension_numbers,
-            feature_group_count=self.groups,
+            self.lhs_dilation,
+            self.rhs_dilation,
+            self.dimension_numbers,
+            self.groups,
             **options,
         )
 
@@ -186,6 +185,13 @@ class Convolution:
     def is_product(self) -> bool:
         """False: patches have to be cut first."""
         return False
+
+    @property
+    def per_group(self) -> "Convolution":
+        """The same operation with one output channel to a group."""
+        shape = list(self.kernel_shape)
+        shape[self.dimension_numbers.rhs_spec[0]] = self.groups
+        return dataclasses.replace(self, kernel_shape=tuple(shape))
 
     def output_order(self, rank: int) -> list[int]:
         """The axes of an output: positions as in `patches`, then channels."""
@@ -327,6 +333,12 @@ class DotProduct:
         """The axes of an output: positions as in `patches`, then channels."""
         channels = [axis % rank for axis in self.channel_axes]
         return [*(axis for axis in range(rank) if axis not in channels), *channels]
+
+    @property
+    def per_group(self) -> "DotProduct":
+        """The same operation with one output channel to a group."""
+        shape = [1 if axis in self._free else n for axis, n in enumerate(self.kernel_shape)]
+        return dataclasses.replace(self, kernel_shape=tuple(shape))
 
     def padded(self, x: jax.Array, zero: jax.Array) -> tuple["DotProduct", jax.Array]:
         """Nothing is padded."""

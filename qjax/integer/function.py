@@ -212,7 +212,7 @@ class IntegerFunction:
         is_sum = layer.has_integer_accumulator and layer.outputs is None
         return LayerPlan(
             self._lowering(site) if layer.has_integer_accumulator else None,
-            grid_key(layer.inputs),
+            grid_key(layer.grid),
             grid_key(layer.outputs),
             grid_key(layer.activated),
             max(lowerings.largest(layer), 1) if is_sum and self.arithmetic.only_integers else 0,

@@ -107,10 +107,10 @@ def worst_case(layer: QuantizedLayer, kernel: np.ndarray | None = None) -> tuple
     Returns:
       (low, high), int64[..., channels].
     """
-    assert layer.inputs is not None
+    assert layer.grid is not None
     kernel = integer_kernel(layer) if kernel is None else kernel
-    zero_point = int(layer.inputs.zero_point)
-    low, high = (int(q) - zero_point for q in (layer.inputs.qmin, layer.inputs.qmax))
+    zero_point = int(layer.grid.zero_point)
+    low, high = (int(q) - zero_point for q in (layer.grid.qmin, layer.grid.qmax))
     positive, negative = np.maximum(kernel, 0).sum(-2), np.minimum(kernel, 0).sum(-2)
     return positive * low + negative * high, positive * high + negative * low
 
@@ -167,11 +167,11 @@ def _fastest(
 
 def _measured(operation: Linear, layer: QuantizedLayer, platform: str) -> Method:
     """The table: measured on Zen 3 with `scripts/benchmark.py lowerings`."""
-    assert layer.weights is not None and layer.inputs is not None
+    assert layer.weights is not None and layer.grid is not None
     if platform != "cpu":
         return INT8
     groups, patch, channels = operation.matrix_shape
-    widest = max(layer.weights.bits, layer.inputs.bits)
+    widest = max(layer.weights.bits, layer.grid.bits)
     if groups > 1 or widest > 8 or not layer.weights.is_signed:
         return FLOAT32
     if operation.is_product:
@@ -222,9 +222,9 @@ def folded_bias(layer: QuantizedLayer) -> jax.Array:
 
     z_x is that of the codes as they are stored, see `signed`.
     """
-    assert layer.inputs is not None
+    assert layer.grid is not None
     total = jnp.sum(_relative_kernel(layer), axis=1, dtype=jnp.int32).reshape(-1)
-    return layer.bias - signed(layer.inputs).zero_point * total
+    return layer.bias - signed(layer.grid).zero_point * total
 
 
 def operands(

@@ -45,6 +45,7 @@ from qjax.integer.lowerings import Lowering, signed
 from qjax.integer.requantize import Arithmetic
 from qjax.run.interpreter import PrimitiveRule, Rules
 from qjax.run.layer import QuantizedLayer, accumulator_scale, apply_linear
+from qjax.run.signs import count_signs
 
 Record = Callable[[str, jax.Array], None]
 
@@ -108,8 +109,8 @@ def integer_rules(
         planned = plans[name]
         if planned.lowering is None:
             return _layer_in_float(site, layer, planned, value, arithmetic)
-        assert layer.inputs is not None and planned.inputs is not None
-        x = to_grid(value, layer.inputs, planned.inputs, arithmetic)
+        assert layer.grid is not None and planned.inputs is not None
+        x = to_grid(value, layer.grid, planned.inputs, arithmetic)
         acc = _accumulate(site, layer, planned, biases[name], x)
         acc = acc.astype(jnp.int32) if arithmetic.only_integers else acc
         record(name, acc)
@@ -132,7 +133,7 @@ def _layer_in_float(
 ) -> Codes | jax.Array:
     """Evaluates a layer without an integer accumulator, up to its pre-activation output."""
     x = real_value(value, site.input)
-    y = site.movement(apply_linear(site.layer.operation, layer, x))
+    y = site.movement(apply_linear(site.layer.operation, layer, x, count_signs))
     if layer.outputs is None or plan.outputs is None:
         return y
     return to_grid(y, layer.outputs, plan.outputs, arithmetic)

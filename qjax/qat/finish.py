@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from qjax.fit.layer import Fit
 from qjax.formats.affine import sqnr_db
 from qjax.formats.base import elementwise
+from qjax.formats.binary import Signs
 from qjax.graph.layers import Site, shapes_of
 from qjax.graph.operation import Linear
 from qjax.qat.function import STEPS, Frame, TrainableFunction
@@ -76,6 +77,8 @@ def _finish(
     codes = params["kernel"]
     if frame.weights is not None:
         codes, formats["weights"] = frame.training.finish(params, formats["weights"])
+    if isinstance(frame.inputs, Signs):
+        formats["inputs"] = Signs(params["shift"])
     if frame.source is not None:
         source = finished[frame.source]
         formats["inputs"] = source.activated or source.outputs
@@ -98,8 +101,8 @@ def _fit(
         values = elementwise(layer.weights, kernel.shape[1]).decode(layer.kernel)
         weight_sqnr = sqnr_db(kernel, values)
     tap, quantized_tap = taps[name], quantized_taps[name]
-    energies = tuple(
+    signal, noise = (
         jnp.sum(jnp.square(values))[None]
         for values in (tap.activated, tap.activated - quantized_tap.activated)
     )
-    return Fit(layer, weight_sqnr, energies, None, None, None)
+    return Fit(layer, weight_sqnr, (signal, noise), None, None, None)

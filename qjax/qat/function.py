@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from qjax.formats.binary import Signs, signs, straight_through
 from qjax.graph.layers import Network, Site, find_layers, shapes_of
-from qjax.graph.operation import Convolution, Linear, along_channels
+from qjax.graph.operation import Linear, along_channels
 from qjax.graph.schedule import schedule
 from qjax.qat.kernels import KernelTraining, Params
 from qjax.qat.methods import Method
@@ -20,6 +21,7 @@ from qjax.recipe import Recipe
 from qjax.run.fake import real_value
 from qjax.run.function import bind, outputs_of
 from qjax.run.interpreter import Rules, evaluate
+from qjax.run.signs import center, magnitudes
 
 STEPS = {
     "weights": "weight_step",
@@ -34,12 +36,13 @@ class Frame(NamedTuple):
 
     Attributes:
       weights: format of its kernel, None in float; its step is a parameter, as are the next ones.
-      inputs: of its input, None in float or if `source` says it.
+      inputs: of its input, None in float or if `source` says it; or `Signs`.
       outputs: of its output before the activation.
       activated: of its output after the activation.
       source: the layer whose codes its input is already, None for none.
       training: of its kernel.
       shape: of its kernel as the network has it.
+      width: of an input of signs: the deviation up to which gradients pass the sign.
     """
 
     weights: Any
@@ -49,6 +52,7 @@ class Frame(NamedTuple):
     source: str | None
     training: KernelTraining
     shape: tuple[int, ...]
+    width: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +66,6 @@ class TrainableFunction:
       method: of training.
       frames: what stays fixed of each layer, by name, in dataflow order.
       constants: leaves of the original params that are read and cannot be trained, by path.
-      convolve: stands in for `lax.conv_general_dilated`.
     """
 
     apply_fn: Callable[[Any, Any], Any]
@@ -71,7 +74,6 @@ class TrainableFunction:
     method: Method
     frames: Mapping[str, Frame]
     constants: Mapping[str, jax.Array]
-    convolve: Callable[..., jax.Array] = lax.conv_general_dilated
 
     def __call__(self, params: Mapping[str, Any], x: Any, key: Any = None) -> Any:
         """Evaluates the network on quantized values, differentiably.
@@ -139,12 +141,15 @@ class TrainableFunction:
     def _compute(
         self, operation: Linear, frame: Frame, layer: Params, x: jax.Array, key: Any
     ) -> jax.Array:
-        x = self._projected(frame, layer, "inputs", x.astype(jnp.float32))
         kernel = layer["kernel"]
         if frame.weights is not None:
             format = self._stepped(frame, layer, "weights", kernel)
             kernel = frame.training.forward(layer, format, key)
-        y = apply_by(self.convolve, operation, x, operation.from_matrix(kernel))
+        if isinstance(frame.inputs, Signs):
+            y = _product_of_signs(operation, Signs(layer["shift"]), frame.width, kernel, x)
+            return y + along_channels(operation, layer["bias"], y.ndim)
+        x = self._projected(frame, layer, "inputs", x.astype(jnp.float32))
+        y = operation.apply(x, operation.from_matrix(kernel), precision=lax.Precision.HIGHEST)
         return y + along_channels(operation, layer["bias"], y.ndim)
 
     def _projected(self, frame: Frame, layer: Params, field: str, x: jax.Array) -> jax.Array:
@@ -163,13 +168,15 @@ class TrainableFunction:
         return dataclasses.replace(format, scale=step)
 
 
-def apply_by(
-    convolve: Callable[..., jax.Array], operation: Linear, x: jax.Array, kernel: jax.Array
+def _product_of_signs(
+    operation: Linear, inputs: Signs, width: float, kernel: jax.Array, x: jax.Array
 ) -> jax.Array:
-    """Applies a linear operation, a convolution by the function given."""
-    if isinstance(operation, Convolution):
-        return operation.apply_by(convolve, x, kernel, precision=lax.Precision.HIGHEST)
-    return operation.apply(x, kernel, precision=lax.Precision.HIGHEST)
+    """K·Σ sign(x − t)·ŵ: the gradient passes the sign where |x − t| ≤ width."""
+    left, centered = center(operation, inputs, x)
+    inside = jnp.clip(centered / width, -1, 1)
+    codes = straight_through(signs(inside), inside)
+    y = left.apply(codes, left.from_matrix(kernel), precision=lax.Precision.HIGHEST)
+    return y * magnitudes(left, centered)
 
 
 def greatest_code(format: Any) -> int:

@@ -1,29 +1,30 @@
 """Making a network trainable: from a float network to one that computes with quantized values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend import core
 
 from qjax.fit.layerwise import Grid
 from qjax.formats.affine import QParams
-from qjax.formats.binary import BINARY
+from qjax.formats.binary import BINARY, Signs
 from qjax.formats.spec import in_table
 from qjax.graph.activation import follow_codes
 from qjax.graph.fold import Folded, fold
 from qjax.graph.layers import Network, Site, shapes_of
+from qjax.graph.operation import by_channel, scale_input_channels
 from qjax.graph.schedule import Activated, schedule
 from qjax.progress import Progress
 from qjax.qat.function import STEPS, Frame, TrainableFunction
 from qjax.qat.kernels import STEPPED, Params
 from qjax.qat.methods import METHODS, Method
-from qjax.quantize import quantize
+from qjax.quantize import Quantized, quantize
 from qjax.recipe import LayerRecipe, Recipe
 from qjax.recipe import recipe as make_recipe
 from qjax.run.layer import QuantizedLayer, dequantized_bias
+from qjax.run.tap import Tap, float_layers, tapped
 
 
 class Trainable(NamedTuple):
@@ -46,7 +47,6 @@ def prepare(
     recipe: Recipe | None = None,
     *,
     bits: int | None = None,
-    convolve: Callable[..., jax.Array] = lax.conv_general_dilated,
     progress: bool | Progress = False,
 ) -> Trainable:
     """Prepares a pretrained network for quantization-aware training by any training loop.
@@ -67,7 +67,6 @@ def prepare(
       recipe: formats of every layer; by default 8 bits everywhere. `inputs=None, outputs=None`
         trains weights alone.
       bits: short for `recipe=qjax.recipe(bits)`.
-      convolve: stands in for `lax.conv_general_dilated`, where a faster one to train is at hand.
       progress: as of `qjax.quantize`.
 
     Returns:
@@ -100,7 +99,7 @@ def prepare(
     recipe = make_recipe(8 if bits is None else bits) if recipe is None else recipe
     q = quantize(apply_fn, params, x, recipe, progress=progress)
     network = q.apply_fn.network(x)
-    recipes = recipe.by_layer(list(q.params["layers"]))
+    recipes = recipe.by_layer([site.layer.name for site in network.sites])
     for name, own in recipes.items():
         _check(name, own)
     if chosen.needs_binary and not any(_is_binary(own) for own in recipes.values()):
@@ -108,7 +107,9 @@ def prepare(
             f"`method` {chosen.name} trains kernels of one bit, and the recipe has none; use "
             "weight_bits=1, or the method lsq."
         )
-    sources = _sources(network, recipes, q.params["layers"])
+    has_signs = {name: chosen.binarizes_inputs and _is_binary(own) for name, own in recipes.items()}
+    taps = _taps(q, params, x, [name for name, found in has_signs.items() if found])
+    sources = _sources(network, recipes, q.params["layers"], has_signs)
     folded = dict(zip(recipes, fold(network, jax.tree.leaves(params)), strict=True))
     frames, layers = {}, {}
     for site in network.sites:
@@ -124,13 +125,17 @@ def prepare(
             training=training,
             shape=site.layer.kernel_shape,
         )
-        layers[name] = _start(site, frames[name], folded[name], layer)
+        if has_signs[name]:
+            _check_signs(name, recipes[name])
+            frames[name], layers[name] = _start_with_signs(
+                site, frames[name], folded[name], layer, taps[name].input
+            )
+        else:
+            layers[name] = _start(site, frames[name], folded[name], layer)
     is_float = {k: jnp.issubdtype(v.dtype, jnp.floating) for k, v in q.params["rest"].items()}
     rest = {path: leaf for path, leaf in q.params["rest"].items() if is_float[path]}
     constants = {path: leaf for path, leaf in q.params["rest"].items() if not is_float[path]}
-    function = TrainableFunction(
-        apply_fn, shapes_of(params), recipe, chosen, frames, constants, convolve
-    )
+    function = TrainableFunction(apply_fn, shapes_of(params), recipe, chosen, frames, constants)
     return Trainable(function, {"layers": layers, "rest": rest})
 
 
@@ -162,17 +167,54 @@ def _start(site: Site, frame: Frame, folded: Folded, layer: QuantizedLayer) -> P
     }
     for field, step in STEPS.items():
         format = getattr(frame, field)
-        if format is not None and (field != "weights" or frame.training is STEPPED):
+        if isinstance(format, QParams) and (field != "weights" or frame.training is STEPPED):
             params[step] = format.scale
     if frame.weights is not None:
         params |= frame.training.start(folded.kernel, layer.kernel, frame.weights)
     return params
 
 
+def _check_signs(name: str, recipe: LayerRecipe) -> None:
+    if recipe.inputs is None or recipe.inputs.bits != 1:
+        width = "float" if recipe.inputs is None else f"{recipe.inputs.bits} bits"
+        raise ValueError(
+            f"`method` xnor reads the inputs of layers with kernels of one bit as signs; layer "
+            f"{name!r} has inputs of {width}. Use input_bits=1, or the method binary_weights."
+        )
+
+
+def _taps(q: Quantized, params: Any, x: Any, names: Sequence[str]) -> dict[str, Tap]:
+    """What the layers of these names read and write in the float network."""
+    if not names:
+        return {}
+    network = q.apply_fn.network(x)
+    run = tapped(q.apply_fn.apply_fn, q.apply_fn.params, x, names)
+    return run(float_layers(network, params), x)[1]
+
+
+def _start_with_signs(
+    site: Site, frame: Frame, folded: Folded, layer: QuantizedLayer, x: jax.Array
+) -> tuple[Frame, Params]:
+    """Frame and parameters of a layer whose input is read as signs.
+
+    The shift is the mean of each input channel; the bias takes up what the kernel makes of it.
+    """
+    operation = site.layer.operation
+    axes = {axis % x.ndim for axis in operation.input_axes}
+    shift = x.mean([axis for axis in range(x.ndim) if axis not in axes], keepdims=True)
+    width = float(jnp.std(x - shift))
+    signed = frame._replace(inputs=Signs(shift), width=width if width > 0 else 1.0)
+    params = _start(site, signed, folded, layer)
+    channels = by_channel(operation.input_axes, shift).reshape(-1)
+    constant = scale_input_channels(operation, folded.kernel, channels).sum(1).reshape(-1)
+    return signed, params | {"shift": shift, "bias": folded.bias + constant}
+
+
 def _sources(
     network: Network,
     recipes: dict[str, LayerRecipe],
     layers: dict[str, QuantizedLayer],
+    has_signs: Mapping[str, bool],
 ) -> dict[str, str]:
     """The layers whose input is already on a grid of the width that it is to have, and whose.
 
@@ -191,7 +233,7 @@ def _sources(
             case Site(layer=described):
                 inputs = recipes[described.name].inputs
                 source = grids.get(step.input)
-                if inputs is not None and source is not None:
+                if inputs is not None and source is not None and not has_signs[described.name]:
                     if source[1].width == (inputs.bits, inputs.symmetric):
                         found[described.name] = source[0]
                 record(step.output, described.name, layers[described.name].outputs)

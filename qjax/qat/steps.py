@@ -19,7 +19,6 @@ scale_gradient.defvjp(
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def quantize_gradient(x: jax.Array, bits: int) -> jax.Array:
     """`x`, with its gradient rounded to `bits` bits, symmetric up to its greatest magnitude.
 
@@ -30,6 +29,11 @@ def quantize_gradient(x: jax.Array, bits: int) -> jax.Array:
     References:
       Banner et al., 2018, arXiv:1805.11046, section 4 (8-bit gradients of layer outputs).
     """
+    return _with_rounded_gradient(x, bits)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _with_rounded_gradient(x: Any, bits: int) -> Any:
     del bits
     return x
 
@@ -41,7 +45,7 @@ def _rounded_gradient(bits: int, _: Any, gradient: jax.Array) -> tuple[jax.Array
     return (step * jnp.round(gradient / step),)
 
 
-quantize_gradient.defvjp(lambda x, bits: (x, None), _rounded_gradient)
+_with_rounded_gradient.defvjp(lambda x, bits: (x, None), _rounded_gradient)
 
 
 def learned_step(step: jax.Array, count: int, top: Any) -> jax.Array:

@@ -9,12 +9,14 @@ from jax import lax
 
 from qjax.formats.affine import QParams, float_codes, round_codes
 from qjax.formats.base import elementwise, expand_groups
+from qjax.formats.binary import Signs
 from qjax.graph.operation import (
     Linear,
     along_channels,
     by_channel,
     scale_input_channels,
 )
+from qjax.run.signs import SumOfSigns, center, magnitudes, sum_of_signs
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +30,7 @@ class QuantizedLayer:
         float32 in real units.
       weights: `Format` of the kernel, [groups or 1, patch groups, channels or 1]; None in float.
       inputs: of the layer's input: scalars, or a scale per channel of the rank of the input, with
-        zero point 0. The kernel is then that of the codes, w·s_x.
+        zero point 0 (the kernel is then that of the codes, w·s_x); or `Signs`.
       outputs: of its output before the activation: scalars, or per channel of the output's rank.
       activated: of its output after the activation, scalars.
     """
@@ -36,14 +38,19 @@ class QuantizedLayer:
     kernel: jax.Array
     bias: jax.Array
     weights: Any
-    inputs: QParams | None
+    inputs: Any
     outputs: QParams | None
     activated: QParams | None
 
     @property
+    def grid(self) -> QParams | None:
+        """The grid of codes of its input; None in float, and for an input of signs."""
+        return self.inputs if isinstance(self.inputs, QParams) else None
+
+    @property
     def has_integer_accumulator(self) -> bool:
         """Whether the layer is a sum of products of codes, times one scale per output channel."""
-        return self.inputs is not None and self.has_scale_per_sum
+        return self.grid is not None and self.has_scale_per_sum
 
     @property
     def is_per_group(self) -> bool:
@@ -58,7 +65,7 @@ class QuantizedLayer:
     @property
     def folds_input_scales(self) -> bool:
         """Whether the scales of the input are factors of the kernel."""
-        return self.inputs is not None and self.inputs.scale.ndim > 0
+        return self.grid is not None and self.grid.scale.ndim > 0
 
 
 def accumulator_scale(operation: Linear, layer: QuantizedLayer) -> jax.Array:
@@ -70,8 +77,8 @@ def accumulator_scale(operation: Linear, layer: QuantizedLayer) -> jax.Array:
     scale = jnp.ones((groups, 1, channels), jnp.float32)
     if layer.has_scale_per_sum:
         scale = scale * layer.weights.scale
-    if layer.inputs is not None and not layer.folds_input_scales:
-        scale = scale * layer.inputs.scale
+    if layer.grid is not None and not layer.folds_input_scales:
+        scale = scale * layer.grid.scale
     return scale.reshape(-1)
 
 
@@ -97,9 +104,9 @@ def scaled_kernel(layer: QuantizedLayer) -> jax.Array:
 
 def dequantized_kernel(operation: Linear, layer: QuantizedLayer) -> jax.Array:
     """The kernel in real units, scales of the input taken out: float32[groups, patch, channels]."""
-    if layer.inputs is None or not layer.folds_input_scales:
+    if layer.grid is None or not layer.folds_input_scales:
         return scaled_kernel(layer)
-    inverse = 1 / _by_input_channel(operation, layer.inputs)
+    inverse = 1 / _by_input_channel(operation, layer.grid)
     return scale_input_channels(operation, scaled_kernel(layer), inverse)
 
 
@@ -137,7 +144,9 @@ def quantize_bias(operation: Linear, layer: QuantizedLayer, bias: jax.Array) -> 
     return jnp.clip(codes, -limit, limit).astype(jnp.int32)
 
 
-def apply_linear(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.Array:
+def apply_linear(
+    operation: Linear, layer: QuantizedLayer, x: jax.Array, add_up: SumOfSigns = sum_of_signs
+) -> jax.Array:
     """Evaluates a layer up to its output, before that is quantized.
 
     The products are taken between codes and the sum is scaled once:
@@ -148,6 +157,7 @@ def apply_linear(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.
       operation: the linear operation.
       layer: its parameters.
       x: float[...], the layer's input in real units.
+      add_up: how a sum over signs is taken, where the input is read as signs.
 
     Returns:
       float32[...], the output in real units.
@@ -155,17 +165,22 @@ def apply_linear(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.
     References:
       Jacob et al., 2018, arXiv:1712.05877, eq. 3.
     """
-    acc, scale = _accumulate(operation, layer, x)
+    acc, scale = _accumulate(operation, layer, x, add_up)
     if layer.has_integer_accumulator:
         return acc * scale
     return acc * scale + along_channels(operation, layer.bias, acc.ndim)
 
 
 def _accumulate(
-    operation: Linear, layer: QuantizedLayer, x: jax.Array
+    operation: Linear, layer: QuantizedLayer, x: jax.Array, add_up: SumOfSigns = sum_of_signs
 ) -> tuple[jax.Array, jax.Array]:
     """Sums the products, and an integer bias: (sum, the real value of one unit of it)."""
-    x = x.astype(jnp.float32) if layer.inputs is None else float_codes(x, layer.inputs)
+    if isinstance(layer.inputs, Signs):
+        left, centered = center(operation, layer.inputs, x)
+        acc = add_up(left, layer.kernel, centered).astype(jnp.float32)
+        scale = along_channels(operation, accumulator_scale(operation, layer), acc.ndim)
+        return acc, scale * magnitudes(left, centered)
+    x = x.astype(jnp.float32) if layer.grid is None else float_codes(x, layer.grid)
     kernel = relative_codes(layer) if layer.has_scale_per_sum else scaled_kernel(layer)
     acc = operation.apply(x, operation.from_matrix(kernel), precision=lax.Precision.HIGHEST)
     if layer.has_integer_accumulator:

@@ -13,6 +13,7 @@ import numpy as np
 
 from qjax.formats.affine import QParams
 from qjax.formats.base import Format
+from qjax.formats.binary import Signs
 from qjax.integer.accumulator import signed_width
 from qjax.quantize import Quantized
 from qjax.study.layer_trace import LayerTrace, measure_layer
@@ -151,7 +152,9 @@ def _input(trace: LayerTrace) -> ExplainedStep:
 
 
 def _input_codes(trace: LayerTrace) -> ExplainedStep | None:
-    inputs, scale = trace.layer.inputs, trace.input_scale
+    inputs, scale = trace.layer.grid, trace.input_scale
+    if isinstance(trace.layer.inputs, Signs):
+        return _input_signs(trace, trace.layer.inputs)
     if inputs is None or scale is None:
         return None
     zero_point = int(inputs.zero_point)
@@ -170,6 +173,21 @@ def _input_codes(trace: LayerTrace) -> ExplainedStep | None:
         trace.shown.of_patches(trace.patches_q + zero_point),
         _sqnr_db(trace.float_patches, trace.patches_q * scale),
         note,
+    )
+
+
+def _input_signs(trace: LayerTrace, inputs: Signs) -> ExplainedStep:
+    shift = np.asarray(inputs.shift)
+    return ExplainedStep(
+        "input signs",
+        "x ≈ t + K·sign(x − t), K = mean |x − t| of the patch",
+        "int1",
+        inputs.bits,
+        trace.shown.of_patches(trace.patches_q),
+        None,
+        f"{shift.size} shifts t from {shift.min():.4g} to {shift.max():.4g}, which the bias "
+        f"answers for\nK = {abs(trace.shown.of_patches(trace.patches_q)[0]):.6g}; the sum is an "
+        "exclusive or and a population count",
     )
 
 
@@ -226,6 +244,8 @@ def _float_sum(trace: LayerTrace) -> ExplainedStep | None:
         several = "several scales per sum"
         found = several if layer.is_per_group else "values that are no multiples of a scale"
         why = f"its weights have {found}"
+    if isinstance(layer.inputs, Signs):
+        why = "every position has a magnitude K of its own"
     return ExplainedStep(
         "sum of products and bias",
         "y = Σ w·x + b",

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.formats.affine import QParams, quantize_array
+from qjax.formats.binary import Signs
 from qjax.graph.layers import Site, find_layers, shapes_of
 from qjax.graph.operation import Linear, by_channel, output_matrix
 from qjax.integer.requantize import fixed_point, multiply_shift
@@ -31,6 +32,7 @@ from qjax.run.layer import (
     relative_codes,
     scaled_kernel,
 )
+from qjax.run.signs import center
 from qjax.run.tap import Tap, float_layers, tapped
 
 SHOWN = 8  # elements of a patch that are written out
@@ -139,7 +141,8 @@ class LayerTrace:
       float_activated: [P, G, M], after it; None where it does not clip.
       patches: [P, G, K], the input as the layers before leave it.
       input_scale: [G or 1, K or 1], real units per input code; None for an input in float.
-      patches_q: [P, G, K], input codes less the zero point; real for an input in float.
+      patches_q: [P, G, K], input codes less the zero point; real for an input in float, and for
+        signs, which have a magnitude per position.
       kernel_q: [G, K, M], kernel codes less zero points; real for a kernel in float or per group.
       kernel_hat: [G, K, M], the kernel in real units.
       products: [shown], patches_q · kernel_q of the shown elements.
@@ -243,7 +246,7 @@ def trace_layer(site: Site, layer: QuantizedLayer, actual: Tap, reference: Refer
     float_outputs = float_sums + _by_output_channel(operation, reference.bias)
     float_activated = _clip(float_outputs, activation_range)
 
-    patches_q = _patches(operation, _input_codes(layer, actual.input))
+    patches_q = _input_codes(operation, layer, actual.input)
     kernel_q = scaled_kernel(layer) if layer.is_per_group else relative_codes(layer)
     kernel_q = np.asarray(kernel_q, np.float64)
     greatest = float_outputs if float_activated is None else float_activated
@@ -256,7 +259,7 @@ def trace_layer(site: Site, layer: QuantizedLayer, actual: Tap, reference: Refer
     unit = _by_output_channel(operation, accumulator_scale(operation, layer))
     acc = sums + bias if layer.has_integer_accumulator else None
     real = sums * unit + bias if acc is None else acc * unit
-    input_range = None if layer.inputs is None else _relative_range(layer.inputs)
+    input_range = None if layer.grid is None else _relative_range(layer.grid)
 
     requantized, outputs, result = None, None, real
     if layer.outputs is not None:
@@ -280,7 +283,7 @@ def trace_layer(site: Site, layer: QuantizedLayer, actual: Tap, reference: Refer
         float_outputs=float_outputs,
         float_activated=float_activated,
         patches=_patches(operation, actual.input),
-        input_scale=None if layer.inputs is None else _input_scale(operation, layer.inputs),
+        input_scale=None if layer.grid is None else _input_scale(operation, layer.grid),
         patches_q=patches_q,
         kernel_q=kernel_q,
         kernel_hat=np.asarray(dequantized_kernel(operation, layer), np.float64),
@@ -321,12 +324,16 @@ def _patches(operation: Linear, x: Any) -> np.ndarray:
     return np.asarray(operation.patches(jnp.asarray(x, jnp.float32)), np.float64)
 
 
-def _input_codes(layer: QuantizedLayer, x: jax.Array) -> np.ndarray:
-    """The input's codes less the zero point; its real values where it stays in float."""
-    if layer.inputs is None:
-        return np.asarray(x, np.float64)
-    codes = np.asarray(quantize_array(x, layer.inputs), np.float64)
-    return codes - float(layer.inputs.zero_point)
+def _input_codes(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> np.ndarray:
+    """The patches in codes less the zero point; real values where those are not on one grid."""
+    if isinstance(layer.inputs, Signs):
+        left, centered = center(operation, layer.inputs, x)
+        patches = _patches(left, centered)
+        return np.where(patches >= 0, 1.0, -1.0) * np.abs(patches).mean(-1, keepdims=True)
+    if layer.grid is None:
+        return _patches(operation, x)
+    codes = quantize_array(x, layer.grid).astype(jnp.int32) - layer.grid.zero_point
+    return _patches(operation, codes)
 
 
 def _input_scale(operation: Linear, inputs: QParams) -> np.ndarray:

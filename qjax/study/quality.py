@@ -103,18 +103,18 @@ def _layer_quality(
     site: Site, layer: QuantizedLayer, exact: QuantizedLayer, given: Tap, taken: Tap
 ) -> LayerQuality:
     kernel = exact.kernel
-    if layer.inputs is not None and layer.folds_input_scales:
-        kernel = fold_input_scales(site.layer.operation, layer.inputs, kernel)
+    if layer.grid is not None and layer.folds_input_scales:
+        kernel = fold_input_scales(site.layer.operation, layer.grid, kernel)
     weights, kernel_histogram = _kernel_quality(layer, kernel)
     y, y_hat = _rounded_output(site, layer, given)
     outputs = layer.activated or layer.outputs
     histograms = {
         "weights": kernel_histogram,
-        "input": _histogram(given.input, layer.inputs),
+        "input": _histogram(given.input, layer.grid),
         "output": _histogram(y, outputs),
     }
     x = given.input
-    inputs = math.inf if layer.inputs is None else sqnr_db(x, fake_quant(x, layer.inputs))
+    inputs = math.inf if layer.grid is None else sqnr_db(x, fake_quant(x, layer.grid))
     return LayerQuality(
         site.layer.name,
         weights,

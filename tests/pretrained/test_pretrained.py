@@ -293,7 +293,7 @@ def test_interrupted_training_ends_where_uninterrupted_training_does(
 
 def test_state_of_another_recipe_is_an_error(digits: Digits, tmp_path: pathlib.Path):
     file = tmp_path / "state.safetensors"
-    state = training.initial_state(TINY, (8, 8, 1))
+    state = training.FromScratch(TINY).start((8, 8, 1))
     checkpoint.write(file, dataclasses.replace(TINY, seed=1), state, checkpoint.History())
     with pytest.raises(ValueError, match="`state_file` .* another version of the recipe 'tiny'"):
         training.train(TINY, digits.train, digits.test, file)
