@@ -52,7 +52,7 @@ def finish(apply_fn: TrainableFunction, params: Mapping[str, Any], x: Any) -> Qu
         name: QuantizedLayer(layer["kernel"], layer["bias"], None, None, None, None)
         for name, layer in params["layers"].items()
     }
-    rest = {**params["rest"], **apply_fn.constants}
+    rest = {**params.get("rest", {}), **apply_fn.constants}
     quantized = {"layers": layers, "rest": rest}
     run = tapped(apply_fn.apply_fn, apply_fn.params, x)
     taps = run({"layers": latent, "rest": rest}, x)[1], run(quantized, x)[1]

@@ -125,7 +125,9 @@ class TrainableFunction:
         def layer_rule(site: Site, layer: Params, x: jax.Array) -> jax.Array:
             name = site.layer.name
             frame = self.frames[name]
-            y = self._compute(site.layer.operation, frame, layer, x, keys[name])
+            y = self._multiply(site.layer.operation, frame, layer, x, keys[name])
+            bias = self._bias(frame, params["layers"], layer)
+            y = y + along_channels(site.layer.operation, bias, y.ndim)
             if self.method.gradient_bits is not None:
                 y = quantize_gradient(y, self.method.gradient_bits)
             return site.movement(self._projected(frame, layer, "outputs", y))
@@ -134,23 +136,41 @@ class TrainableFunction:
             return self._projected(self.frames[site.layer.name], layer, "activated", y)
 
         rules = Rules(layer_rule, activated_rule, {}, real_value)
-        env = bind(network, {**params["rest"], **self.constants}, x)
+        env = bind(network, {**params.get("rest", {}), **self.constants}, x)
         evaluate(schedule(network), env, params["layers"], rules)
         return outputs_of(network, env, rules)
 
-    def _compute(
+    def _multiply(
         self, operation: Linear, frame: Frame, layer: Params, x: jax.Array, key: Any
     ) -> jax.Array:
+        """The layer without its bias."""
         kernel = layer["kernel"]
         if frame.weights is not None:
             format = self._stepped(frame, layer, "weights", kernel)
             kernel = frame.training.forward(layer, format, key)
         if isinstance(frame.inputs, Signs):
-            y = _product_of_signs(operation, Signs(layer["shift"]), frame.width, kernel, x)
-            return y + along_channels(operation, layer["bias"], y.ndim)
+            return _product_of_signs(operation, Signs(layer["shift"]), frame.width, kernel, x)
         x = self._projected(frame, layer, "inputs", x.astype(jnp.float32))
-        y = operation.apply(x, operation.from_matrix(kernel), precision=lax.Precision.HIGHEST)
-        return y + along_channels(operation, layer["bias"], y.ndim)
+        return operation.apply(x, operation.from_matrix(kernel), precision=lax.Precision.HIGHEST)
+
+    def _bias(self, frame: Frame, layers: Mapping[str, Params], layer: Params) -> jax.Array:
+        """The bias as it will be: rounded to the accumulator's scale s_w·s_x, where that is one."""
+        step = self._input_step(frame, layers, layer)
+        if frame.weights is None or step is None or frame.weights.step.shape[1] > 1:
+            return layer["bias"]
+        format = self._stepped(frame, layer, "weights", layer["kernel"])
+        scale = frame.training.scale(layer, format) * jnp.abs(step)
+        groups, _, channels = layer["kernel"].shape
+        unit = lax.stop_gradient(jnp.broadcast_to(scale, (groups, 1, channels)).reshape(-1))
+        return straight_through(unit * jnp.round(layer["bias"] / unit), layer["bias"])
+
+    def _input_step(
+        self, frame: Frame, layers: Mapping[str, Params], layer: Params
+    ) -> jax.Array | None:
+        if frame.source is None:
+            return layer.get(STEPS["inputs"])
+        source = layers[frame.source]
+        return source.get(STEPS["activated"], source.get(STEPS["outputs"]))
 
     def _projected(self, frame: Frame, layer: Params, field: str, x: jax.Array) -> jax.Array:
         format = self._stepped(frame, layer, field, x[:1])

@@ -4,6 +4,7 @@ Gradients reach the latent kernel in float; what the network computes with is ma
 call.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.formats.base import elementwise
-from qjax.formats.binary import Binary, signs, straight_through
+from qjax.formats.binary import signs, straight_through
 
 Params = dict[str, jax.Array]
 
@@ -26,6 +27,7 @@ class KernelTraining(NamedTuple):
         train, `kernel` among them.
       forward: of (arrays, format with the step of the moment, key or None): the kernel that the
         network computes with.
+      scale: of (arrays, format): the magnitude of a unit of the codes.
       finish: of (arrays, format): codes and their format.
       constrain: of arrays: the arrays after an update.
     """
@@ -33,6 +35,7 @@ class KernelTraining(NamedTuple):
     name: str
     start: Callable[[jax.Array, jax.Array, Any], Params]
     forward: Callable[[Params, Any, Any], jax.Array]
+    scale: Callable[[Params, Any], jax.Array]
     finish: Callable[[Params, Any], tuple[jax.Array, Any]]
     constrain: Callable[[Params], Params]
 
@@ -61,7 +64,12 @@ def _encode(params: Params, format: Any) -> tuple[jax.Array, Any]:
     return elementwise(format, kernel.shape[1]).encode(kernel), format
 
 
-STEPPED = KernelTraining("stepped", _start_from_codes, _project, _encode, _unchanged)
+def _step(params: Params, format: Any) -> jax.Array:
+    del params
+    return format.step
+
+
+STEPPED = KernelTraining("stepped", _start_from_codes, _project, _step, _encode, _unchanged)
 
 
 # ---- BinaryConnect
@@ -103,10 +111,14 @@ def _connect(is_stochastic: bool, params: Params, format: Any, key: Any) -> jax.
     return params["slope"] * binarize(params["kernel"], key if is_stochastic else None)
 
 
+def _slope(params: Params, format: Any) -> jax.Array:
+    del format
+    return _positive(jnp.abs(params["slope"]))
+
+
 def _connected(params: Params, format: Any) -> tuple[jax.Array, Any]:
-    slope = params["slope"]
-    codes = signs(params["kernel"]) * signs(slope)
-    return codes.astype(jnp.int8), _binary(jnp.abs(slope), format)
+    codes = signs(params["kernel"]) * signs(params["slope"])
+    return codes.astype(jnp.int8), dataclasses.replace(format, scale=_slope(params, format))
 
 
 def _clip_kernel(params: Params) -> Params:
@@ -117,7 +129,7 @@ def connected(is_stochastic: bool) -> KernelTraining:
     """Kernels in [−1, 1] that are binarized at every call."""
     name = "stochastic" if is_stochastic else "deterministic"
     forward = partial(_connect, is_stochastic)
-    return KernelTraining(name, _start_in_unit_interval, forward, _connected, _clip_kernel)
+    return KernelTraining(name, _start_in_unit_interval, forward, _slope, _connected, _clip_kernel)
 
 
 # ---- Binary weights with their scale
@@ -164,12 +176,18 @@ def _scaled(params: Params, format: Any, key: Any) -> jax.Array:
     return binary_weights(params["kernel"], _shared_axes(format))
 
 
+def _mean_scale(params: Params, format: Any) -> jax.Array:
+    return _positive(_mean_magnitude(params["kernel"], format))
+
+
 def _scaled_codes(params: Params, format: Any) -> tuple[jax.Array, Any]:
-    kernel = params["kernel"]
-    return signs(kernel).astype(jnp.int8), _binary(_mean_magnitude(kernel, format), format)
+    codes = signs(params["kernel"]).astype(jnp.int8)
+    return codes, dataclasses.replace(format, scale=_mean_scale(params, format))
 
 
-SCALED = KernelTraining("scaled", _start_from_kernel, _scaled, _scaled_codes, _unchanged)
+SCALED = KernelTraining(
+    "scaled", _start_from_kernel, _scaled, _mean_scale, _scaled_codes, _unchanged
+)
 
 
 def _shared_axes(format: Any) -> tuple[int, ...]:
@@ -181,6 +199,5 @@ def _mean_magnitude(kernel: jax.Array, format: Any) -> jax.Array:
     return jnp.mean(jnp.abs(kernel), _shared_axes(format), keepdims=True)
 
 
-def _binary(scale: jax.Array, format: Any) -> Binary:
-    scale = jnp.where(scale > 0, scale, 1.0)
-    return Binary(scale, jnp.zeros_like(scale, jnp.int32), format.qmin, format.qmax)
+def _positive(scale: jax.Array) -> jax.Array:
+    return jnp.where(scale > 0, scale, 1.0)
