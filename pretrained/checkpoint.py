@@ -58,7 +58,7 @@ def write(file: Path, recipe: Recipe, state: State, history: History) -> None:
     """Writes `file` whole or not at all."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     tensors = {name: np.asarray(leaf) for name, leaf in flatten_dict(fields, sep="/").items()}
-    metadata = {"recipe": _fingerprint(recipe), "history": json.dumps(history)}
+    metadata = {"recipe": fingerprint(recipe), "history": json.dumps(history)}
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}")
     save_file(tensors, temporary, metadata)
@@ -74,7 +74,7 @@ def read(file: Path, recipe: Recipe) -> tuple[State, History]:
     with safe_open(file, "np") as f:
         metadata = f.metadata()
         flat = {name: jnp.asarray(f.get_tensor(name)) for name in f.keys()}
-    if metadata.get("recipe") != _fingerprint(recipe):
+    if metadata.get("recipe") != fingerprint(recipe):
         raise ValueError(
             f"`state_file` {file} holds another version of the recipe {recipe.name!r}: delete it "
             "(`--restart`) to train from the start, or restore the recipe."
@@ -84,7 +84,7 @@ def read(file: Path, recipe: Recipe) -> tuple[State, History]:
     return State(**{"batch_stats": {}, **unflatten_dict(flat, sep="/")}), history
 
 
-def _fingerprint(recipe: Recipe) -> str:
+def fingerprint(recipe: Recipe) -> str:
     """All that decides the result, as text."""
     fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-    return json.dumps({**fields, "model": describe(recipe.model)}, sort_keys=True)
+    return json.dumps({**fields, "model": recipe.model and describe(recipe.model)}, sort_keys=True)

@@ -5,24 +5,25 @@ values in every forward pass. Batch norm is folded in.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
-from flax import linen as nn
 
 import qjax
-from pretrained import Pretrained, training
+from pretrained import Pretrained, checkpoint, training
 from pretrained.datasets import Dataset, calibration_draw
-from pretrained.models import build
 from pretrained.preprocessing import Preprocessing
 from pretrained.recipes import RECIPES, Recipe
-from qjax.qat import TrainableFunction
+from qjax.qat import METHODS, TrainableFunction
 
 CALIBRATION_SIZE = 1024
+ENDS = 8  # bits of the first and of the last layer
 
 # By dataset: how far images are shifted, whether they are mirrored.
 AUGMENTATION = {recipe.dataset: (recipe.shift, recipe.flip) for recipe in RECIPES.values()}
@@ -44,6 +45,35 @@ class FineTuning(Recipe):
     init_from: str = ""
     method: str = "lsq"
     quantization: str = ""
+
+    @property
+    def identifier(self) -> str:
+        """A name for files: other settings have another."""
+        digest = hashlib.sha256(checkpoint.fingerprint(self).encode()).hexdigest()
+        return f"{Path(self.name).stem}-{digest[:12]}"
+
+
+def quantization(
+    method: str, bits: int, ends: int | None = ENDS, weights_only: bool = False
+) -> qjax.Recipe:
+    """Returns the formats that a method trains.
+
+    Args:
+      method: a name in `qjax.qat.METHODS`; kernels have one bit where it is for such, and inputs
+        too where it reads them as signs.
+      bits: width of everything else.
+      ends: width of the first and of the last layer; None for the others'.
+      weights_only: leave inputs and outputs in float.
+
+    Example:
+      >>> quantization("binary_connect", 8).weights.format, quantization("lsq", 3).inputs.bits
+      ('binary', 3)
+    """
+    chosen = METHODS[method]
+    fields: dict[str, Any] = {"weight_bits": 1} if chosen.needs_binary else {}
+    fields |= {"input_bits": 1} if chosen.binarizes_inputs else {}
+    fields |= {"inputs": None, "outputs": None} if weights_only else {}
+    return qjax.recipe(bits, first_last_bits=ends, **fields)
 
 
 def fine_tuning(
@@ -73,7 +103,7 @@ def fine_tuning(
     return FineTuning(
         name=name or f"{loaded.name}-{method}",
         dataset=loaded.dataset,
-        model=_model(loaded),
+        model=None,  # pyright: ignore  # `init_from` says it
         preprocessing=loaded.preprocess,
         epochs=epochs,  # pyright: ignore
         batch_size=batch_size,
@@ -86,12 +116,6 @@ def fine_tuning(
         method=method,
         quantization=json.dumps(recipe.to_json()),
     )
-
-
-def _model(loaded: Pretrained) -> nn.Module:
-    if loaded.card:
-        return build(loaded.card["architecture"])
-    return loaded.apply_fn.__self__  # pyright: ignore  # weights converted from PyTorch
 
 
 def prepare(
@@ -112,6 +136,47 @@ def prepare(
         loaded.apply_fn, loaded.params, images, recipe.method, quantization, progress=progress
     )
     return QuantizationAware(function, params, loaded.preprocess, images)
+
+
+class Result(NamedTuple):
+    """A network that was trained with quantized values.
+
+    Attributes:
+      q: the quantized network.
+      start: top-1 in percent before training, on the test images.
+      trained: the log, the seconds of training.
+    """
+
+    q: qjax.Quantized
+    start: float
+    trained: training.Trained
+
+
+def train(
+    loaded: Pretrained,
+    recipe: FineTuning,
+    data: Dataset,
+    held_out: Dataset,
+    state_file: Path,
+    on_progress: Callable[[training.Progress], None] = lambda _: None,
+    on_entry: Callable[[training.Entry], None] = lambda _: None,
+) -> Result:
+    """Trains a pretrained model with quantized values, from its start or from where it stopped.
+
+    Args:
+      loaded: the model.
+      recipe: of `fine_tuning`.
+      data: the training split.
+      held_out: the split whose accuracy is logged and steers nothing.
+      state_file: where the state is kept, replaced after every chunk of steps.
+      on_progress: called after every chunk.
+      on_entry: called with every new line of the log; the first is that of the start.
+    """
+    trainee = prepare(loaded, recipe, data)
+    start = training.evaluate(trainee, trainee.params, held_out)
+    on_entry(training.Entry(0.0, float("nan"), start, 0.0))
+    trained = training.train(recipe, data, held_out, state_file, on_progress, on_entry, trainee)
+    return Result(trainee.quantized(trained.variables), start, trained)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
