@@ -102,7 +102,8 @@ def binarize(kernel: jax.Array, key: Any = None) -> jax.Array:
     """
     values = signs(kernel)
     if key is not None:
-        values = jax.random.bernoulli(key, hard_sigmoid(kernel)) * 2.0 - 1.0
+        is_plus = jax.random.bernoulli(key, hard_sigmoid(kernel))
+        values = jnp.where(is_plus, jnp.ones_like(kernel), -jnp.ones_like(kernel))
     return straight_through(values, kernel)
 
 
@@ -160,7 +161,8 @@ def _binary_backward(
 ) -> tuple[jax.Array]:
     scale = jnp.mean(jnp.abs(kernel), axes, keepdims=True)
     count = kernel.size / scale.size
-    return (gradient * (1 / count + scale * (jnp.abs(kernel) <= 1)),)
+    inside = (jnp.abs(kernel) <= 1).astype(kernel.dtype)
+    return (gradient * (1 / count + scale * inside),)
 
 
 binary_weights.defvjp(_binary_forward, _binary_backward)

@@ -168,7 +168,15 @@ def apply_linear(
     acc, scale = _accumulate(operation, layer, x, add_up)
     if layer.has_integer_accumulator:
         return acc * scale
+    if isinstance(layer.inputs, Signs):
+        return _rounded_product(acc, scale) + along_channels(operation, layer.bias, acc.ndim)
     return acc * scale + along_channels(operation, layer.bias, acc.ndim)
+
+
+def _rounded_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a·b, rounded before anything is added to it: no compiler makes one operation of both."""
+    limit = jnp.finfo(jnp.float32).max
+    return jnp.clip(a * b, -limit, limit)
 
 
 def _accumulate(
@@ -179,7 +187,7 @@ def _accumulate(
         left, centered = center(operation, layer.inputs, x)
         acc = add_up(left, layer.kernel, centered).astype(jnp.float32)
         scale = along_channels(operation, accumulator_scale(operation, layer), acc.ndim)
-        return acc, scale * magnitudes(left, centered)
+        return acc, _rounded_product(scale, magnitudes(left, centered))
     x = x.astype(jnp.float32) if layer.grid is None else float_codes(x, layer.grid)
     kernel = relative_codes(layer) if layer.has_scale_per_sum else scaled_kernel(layer)
     acc = operation.apply(x, operation.from_matrix(kernel), precision=lax.Precision.HIGHEST)

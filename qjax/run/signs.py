@@ -67,7 +67,8 @@ def pack_signs(x: jax.Array) -> jax.Array:
     missing = -x.shape[-1] % WORD
     bits = jnp.pad(x >= 0, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=True)
     words = bits.reshape(*x.shape[:-1], -1, WORD).astype(jnp.uint32)
-    return jnp.sum(words << jnp.arange(WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+    places = jnp.arange(WORD, dtype=jnp.uint32).reshape(*[1] * x.ndim, WORD)
+    return jnp.sum(words << places, axis=-1, dtype=jnp.uint32)
 
 
 def count_signs(operation: Linear, kernel: jax.Array, centered: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]):
         (["explain", "head", "--image", "300"], "`--image` must be from 0 to 299; got 300"),
         (["study", "everything"], "argument NAME: invalid choice: 'everything'"),
         (
-            ["study", "weight-bits", "--widths", "1"],
+            ["study", "weight-bits", "--widths", "0"],
             "`bits` must be an integer from 1 to 16; got 0",
         ),
     ],

@@ -73,7 +73,7 @@ def test_bars_on_a_terminal_unless_quiet(
     ("options", "reason"),
     [
         (["--model", "nope"], "nope"),
-        (["--bits", "1"], "`bits` must be an integer from 1 to 16; got 0"),
+        (["--bits", "0"], "`bits` must be an integer from 1 to 16; got 0"),
         (["--bits", "17"], "`bits` must be an integer from 1 to 16; got 17"),
         (["--bits", "many"], "argument --bits: invalid int value: 'many'"),
         (["--weight-bits", "0"], "`weight_bits` must be an integer from 1 to 16; got 0"),
@@ -83,7 +83,7 @@ def test_bars_on_a_terminal_unless_quiet(
         (["--calibration-size", "0"], "--calibration-size: expected at least 1 image; got '0'"),
         (["--calibration-size", "41"], "between 1 and 40"),
         (["--override", "hidden"], "--override: expected PATTERN=N or PATTERN=float"),
-        (["--override", "hidden=1"], "`bits` must be an integer from 1 to 16; got 0"),
+        (["--override", "hidden=0"], "`bits` must be an integer from 1 to 16; got 0"),
         (["--override", "conv*=4"], "`overrides` pattern 'conv*' matches no layer; the layers are"),
         (["--dataset", "digits:nope"], "digits:nope"),
         (["--out", "/dev/null/artifact"], "/dev/null"),

@@ -33,7 +33,7 @@ def test_the_gradient_of_a_learned_step_is_equation_3_of_lsq(
     inside = low < ratio < high
     of_v, of_s = jax.grad(project, (0, 1))(jnp.float32(v), jnp.float32(s))
     expected = np.rint(ratio) - ratio if inside else (low if ratio <= low else high)
-    assert float(of_v) == (1.0 if inside else 0.0)
+    np.testing.assert_allclose(of_v, 1.0 if inside else 0.0, rtol=1e-6)
     np.testing.assert_allclose(of_s, expected, rtol=1e-5, atol=1e-5)
 
 
