@@ -1,7 +1,7 @@
 """Image datasets as plain arrays: scikit-learn's digits, any TFDS one with `image` and `label`.
 
-TFDS datasets are read from array_record files, without TensorFlow. Decoded arrays are cached under
-the user's cache folder, keyed by name, version and split.
+TFDS datasets are read from array_record files, without TensorFlow. Decoded arrays are cached as
+they are stored, under the user's cache folder, keyed by name, version and split.
 """
 
 import contextlib
@@ -22,6 +22,10 @@ tfds.data_source('{name}'{data_dir})"
 then point TFDS_DATA_DIR (or `data_dir`) at the folder that holds it."""
 
 
+# Datasets, in all their configurations, whose images TFDS stores with rows and columns exchanged.
+TRANSPOSED = frozenset({"emnist"})
+
+
 class Dataset(NamedTuple):
     """Images uint8[N, H, W, C] with their labels int32[N], and the dataset's name."""
 
@@ -37,15 +41,15 @@ def load(
 
     Args:
       name: `digits` (8x8, values 0 to 16, shipped with scikit-learn) or a TFDS name such as
-        `mnist`, `cifar10`, `emnist/digits`.
+        `mnist`, `fashion_mnist`, `emnist/digits`, `cifar10`.
       split: `train`, `test`, or another split that the dataset has.
       data_dir: where TFDS datasets are; by default the environment variable TFDS_DATA_DIR, then
         TFDS's own default.
       cache: keep the decoded arrays on disk, under XDG_CACHE_HOME or ~/.cache.
 
     Returns:
-      The images in the order of their TFDS ids where they have ids (the official order), else in
-      record order.
+      The images, upright, in the order of their TFDS ids where they have ids (the official order),
+      else in record order.
 
     Raises:
       ValueError: if the split does not exist or the dataset has no images with labels.
@@ -63,14 +67,16 @@ def load(
     files = [folder / f"{split}_{part}.npy" for part in ("images", "labels")]
     if cache and all(file.is_file() for file in files):
         images, labels = map(np.load, files)
-        return Dataset(images, labels, name)
-    dataset = _decode(builder, name, split)
-    if cache:
-        # A cache folder that cannot be written costs time at the next call, nothing else.
-        with contextlib.suppress(OSError):
-            for file, array in zip(files, dataset[:2], strict=True):
-                _save(file, array)
-    return dataset
+    else:
+        images, labels = _decode(builder, name, split)
+        if cache:
+            # A cache folder that cannot be written costs time at the next call, nothing else.
+            with contextlib.suppress(OSError):
+                for file, array in zip(files, (images, labels), strict=True):
+                    _save(file, array)
+    if builder.name in TRANSPOSED:
+        images = np.ascontiguousarray(images.swapaxes(1, 2))
+    return Dataset(images, labels, name)
 
 
 def calibration_draw(images: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -161,8 +167,8 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
     return builder
 
 
-def _decode(builder, name: str, split: str) -> Dataset:
-    """Decodes all images of a split, ordered by id where records have one."""
+def _decode(builder, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes all images and labels of a split, ordered by id where records have one."""
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise ValueError(
@@ -177,7 +183,7 @@ def _decode(builder, name: str, split: str) -> Dataset:
         raise ValueError(
             f"`name` must be a dataset of equally large images, got {name!r}."
         ) from error
-    return Dataset(images, np.array([record["label"] for record in records], np.int32), name)
+    return images, np.array([record["label"] for record in records], np.int32)
 
 
 def _save(file: Path, array: np.ndarray) -> None:

@@ -25,6 +25,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--model", default=MODEL, metavar="NAME|PATH", help="pretrained model (%(default)s)")
     add("--dataset", metavar="NAME", help="digits or a TFDS name (the model's own)")
     add(
+        "--test-dataset",
+        metavar="NAME",
+        help="evaluate on the test images of another dataset with the same classes, e.g. "
+        "emnist/digits (--dataset)",
+    )
+    add(
         "--calibration-size",
         type=_at_least_one,
         metavar="N",
@@ -38,6 +44,7 @@ def load_model(arguments: argparse.Namespace, progress: Progress) -> Loaded:
     return load(
         arguments.model,
         arguments.dataset,
+        arguments.test_dataset,
         arguments.calibration_size,
         arguments.seed,
         progress,

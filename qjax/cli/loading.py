@@ -17,7 +17,7 @@ class Loaded(NamedTuple):
     Attributes:
       model: the pretrained model.
       calibration: preprocessed training images, drawn at random.
-      test: the test split, not preprocessed.
+      test: the test split of that dataset, or of another one; not preprocessed.
     """
 
     model: pretrained.Pretrained
@@ -28,6 +28,7 @@ class Loaded(NamedTuple):
 def load(
     model_name: str,
     dataset_name: str | None,
+    test_dataset_name: str | None,
     calibration_size: int | None,
     seed: int,
     progress: Progress,
@@ -37,6 +38,7 @@ def load(
     Args:
       model_name: what `pretrained.load` takes.
       dataset_name: what `datasets.load` takes; None for the model's own.
+      test_dataset_name: the dataset whose test split is loaded; None for the same one.
       calibration_size: training images to draw; None for `CALIBRATION_SIZE`.
       seed: of their draw.
       progress: called with (what is loaded, how much is done, how much there is).
@@ -47,21 +49,44 @@ def load(
     progress("model", 0, 3)
     model = pretrained.load(model_name)
     name = dataset_name or model.dataset
-    try:
-        progress("training images", 1, 3)
-        images = datasets.load(name, "train").images
-        progress("test images", 2, 3)
-        test = datasets.load(name, "test")
-    except RuntimeError as error:  # the dataset could not be prepared
-        raise ValueError(error) from error
+    progress("training images", 1, 3)
+    images = _split("--dataset", name, "train").images
     size = calibration_size or min(CALIBRATION_SIZE, len(images))
     calibration = model.preprocess(datasets.calibration_draw(images, size, seed))
     try:
-        jax.eval_shape(model.apply_fn, model.params, calibration[:1])
+        logits = jax.eval_shape(model.apply_fn, model.params, calibration[:1])
     except Exception as error:  # each framework has its own
         raise ValueError(
             f"`--dataset` {name} has images of shape {images.shape[1:]}, which the model "
             f"{model.name} does not take; leave it out to use the model's own, {model.dataset}."
         ) from error
+    progress("test images", 2, 3)
+    if test_dataset_name is None:
+        test = _split("--dataset", name, "test")
+    else:
+        test = _split("--test-dataset", test_dataset_name, "test")
+        _check_test(test, images.shape[1:], logits.shape[-1], model.name)
     progress("", 3, 3)
     return Loaded(model, calibration, test)
+
+
+def _split(option: str, name: str, split: str) -> datasets.Dataset:
+    """Loads the split of the dataset that an option names."""
+    try:
+        return datasets.load(name, split)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"`{option}` {name}: {error}") from error
+
+
+def _check_test(test: datasets.Dataset, shape: tuple[int, ...], classes: int, model: str) -> None:
+    """Refuses a test set that a model trained on another dataset has no answers for."""
+    if test.images.shape[1:] != shape:
+        raise ValueError(
+            f"`--test-dataset` {test.name} has images of shape {test.images.shape[1:]}; the model "
+            f"{model} is calibrated on images of shape {shape}. Name a dataset of such images."
+        )
+    if test.labels.max() >= classes:
+        raise ValueError(
+            f"`--test-dataset` {test.name} has labels up to {test.labels.max()}; the model {model} "
+            f"has {classes} classes, 0 to {classes - 1}. Name a dataset of these classes."
+        )

@@ -131,9 +131,10 @@ def _result(
     """The results as they are written by `--json`."""
     return {
         "model": loaded.model.name,
-        "dataset": loaded.test.name,
+        "dataset": arguments.dataset or loaded.model.dataset,
         "calibration_images": len(loaded.calibration),
         "seed": arguments.seed,
+        "test_dataset": loaded.test.name,
         "test_images": len(loaded.test.images),
         **accuracies,
         "bytes_float": sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.model.params)),
@@ -154,10 +155,10 @@ def _summary(result: dict[str, Any]) -> str:
     return "\n".join(
         (
             f"top-1        {before:.2f} % float, {after:.2f} % quantized ({after - before:+.2f})"
-            f"{beside}, {result['test_images']:,} test images of {result['dataset']}",
+            f"{beside}, {result['test_images']:,} test images of {result['test_dataset']}",
             f"parameters   {size:,} bytes float, {small:,} quantized ({size / small:.2f}x smaller)",
             f"calibration  {result['seconds']:.1f} s on {result['calibration_images']:,} training "
-            f"images, without labels (seed {result['seed']})",
+            f"images of {result['dataset']}, without labels (seed {result['seed']})",
         )
     )
 

@@ -1,12 +1,10 @@
 """Datasets: the fixed split of the digits, and a tiny TFDS dataset read without TensorFlow."""
 
-import io
-import json
 import pathlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from tfds_layout import Record, features_json, write_dataset
 
 from pretrained import datasets
 
@@ -14,66 +12,13 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 4, 3), np.uint8)
 STORED = (3, 0, 5, 1, 4, 2)  # the order of the records in the file; ids give the one above
 
 
-def features_json(**features: dict) -> str:
-    package = "tensorflow_datasets.core.features"
-    classes = {
-        "image": f"{package}.image_feature.Image",
-        "label": f"{package}.class_label_feature.ClassLabel",
-        "id": f"{package}.text_feature.Text",
-    }
-    kinds = {"image": "image", "label": "classLabel", "id": "text"}
-    entries = {
-        name: {"pythonClassName": classes[name], kinds[name]: fields}
-        for name, fields in features.items()
-    }
-    return json.dumps(
-        {
-            "pythonClassName": f"{package}.features_dict.FeaturesDict",
-            "featuresDict": {"features": entries},
-        }
-    )
-
-
 @pytest.fixture
 def data_dir(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
     """A TFDS folder with the dataset `tiny`, as array_record, and a cache folder of its own."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.proto import tf_example_pb2
-
     monkeypatch.delenv("QJAX_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "tfds" / "tiny" / "1.2.3"
-    folder.mkdir(parents=True)
-    shape = {"dimensions": ["5", "4", "3"]}
-    (folder / "features.json").write_text(
-        features_json(image={"dtype": "uint8", "shape": shape}, label={"numClasses": "10"}, id={})
-    )
-    info = {
-        "name": "tiny",
-        "version": "1.2.3",
-        "fileFormat": "array_record",
-        "splits": [
-            {
-                "name": "test",
-                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-                "numBytes": "1000",
-                "shardLengths": [str(len(STORED))],
-            }
-        ],
-    }
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    writer = ArrayRecordWriter(
-        str(folder / "tiny-test.array_record-00000-of-00001"), "group_size:1"
-    )
-    for i in STORED:
-        example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
-        png = io.BytesIO()
-        Image.fromarray(PIXELS[i]).save(png, "PNG")
-        example.features.feature["image"].bytes_list.value.append(png.getvalue())
-        example.features.feature["label"].int64_list.value.append(9 - i)
-        example.features.feature["id"].bytes_list.value.append(f"test_{i:05d}".encode())
-        writer.write(example.SerializeToString())
-    writer.close()
+    records = [Record(PIXELS[i], 9 - i, f"test_{i:05d}") for i in STORED]
+    write_dataset(tmp_path / "tfds", "tiny", "1.2.3", {"test": records})
     return tmp_path / "tfds"
 
 
@@ -112,6 +57,19 @@ def test_decoded_images_are_cached_whole(data_dir: pathlib.Path, monkeypatch: py
     second = datasets.load("tiny", "test", data_dir)
     np.testing.assert_array_equal(first.images, second.images)
     np.testing.assert_array_equal(first.labels, second.labels)
+
+
+def test_emnist_is_upright_whatever_the_cache_holds(data_dir: pathlib.Path):
+    stored = PIXELS[..., :1].swapaxes(1, 2)
+    records = [Record(image, label) for label, image in enumerate(stored)]
+    write_dataset(data_dir, "emnist/digits", "3.1.0", {"test": records})
+    for _ in range(2):  # decoded, then cached
+        dataset = datasets.load("emnist/digits", "test", data_dir)
+        np.testing.assert_array_equal(dataset.images, PIXELS[..., :1])
+        np.testing.assert_array_equal(dataset.labels, range(6))
+        assert dataset.images.flags.c_contiguous
+    cached = datasets.cache_dir() / "datasets" / "emnist" / "digits" / "3.1.0" / "test_images.npy"
+    np.testing.assert_array_equal(np.load(cached), stored)  # what older versions cached
 
 
 @pytest.mark.parametrize(
