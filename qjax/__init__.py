@@ -3,6 +3,7 @@
 from qjax import qat
 from qjax.artifact import load, save
 from qjax.formats.affine import QParams, dequantize, fake_quant, quantize_array, sqnr_db
+from qjax.formats.fixed_point import FixedPoint, to_fixed_point
 from qjax.formats.spec import QuantSpec
 from qjax.graph.layers import Layer, trace
 from qjax.integer.accumulator import Accumulator
@@ -19,6 +20,7 @@ __all__ = [
     "Explanation",
     "Accumulator",
     "Cost",
+    "FixedPoint",
     "Layer",
     "LayerCost",
     "LayerReport",
@@ -40,6 +42,7 @@ __all__ = [
     "recipe",
     "save",
     "sqnr_db",
+    "to_fixed_point",
     "top1",
     "trace",
     "unpack",

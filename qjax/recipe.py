@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from qjax.formats.binary import BINARY
+from qjax.formats.scales import FREE, POWER_OF_TWO
 from qjax.formats.spec import ActivationGranularity, QuantSpec, check_bits, check_choice, in_table
 from qjax.objectives.base import Objective
 from qjax.objectives.table import OBJECTIVES
@@ -75,6 +76,11 @@ class LayerRecipe:
             raise ValueError(
                 f"`{argument}` must have granularity per_tensor or per_channel; got per_group, "
                 "which is for weights."
+            )
+        if spec.granularity == "per_channel" and spec.scales.shares is not None:
+            raise ValueError(
+                f"`{argument}` with {spec.scales.name} scales must have granularity per_tensor; "
+                "got per_channel, which is for weights there."
             )
         if spec.granularity == "per_channel" and not self.objective.per_channel:
             *others, last = (name for name, o in OBJECTIVES.items() if o.per_channel)
@@ -266,6 +272,7 @@ def recipe(
     output_bits: int | None = None,
     first_last_bits: int | None = None,
     activation_granularity: ActivationGranularity = "per_tensor",
+    fixed_point: bool = False,
     **recipe_fields: Any,
 ) -> Recipe:
     """Builds a `Recipe` from bit widths.
@@ -278,6 +285,7 @@ def recipe(
       first_last_bits: width of all three in the first and in the last layer; an override that
         `recipe_fields["overrides"]` may override again.
       activation_granularity: of the layer inputs and outputs.
+      fixed_point: make every scale a power of two.
       **recipe_fields: further fields of `Recipe`, e.g. `inputs=None`.
 
     Returns:
@@ -299,7 +307,9 @@ def recipe(
         target = _WIDTHS[argument]
         width = bits if width is None else width
         check_bits(argument, width)
-        specs[target] = getattr(LayerRecipe(), target).at(width)
+        spec = getattr(LayerRecipe(), target).at(width)
+        scales = POWER_OF_TWO if fixed_point else FREE
+        specs[target] = dataclasses.replace(spec, scale=scales.name)
     for target in ("inputs", "outputs"):
         specs[target] = dataclasses.replace(specs[target], granularity=activation_granularity)
     overrides = recipe_fields.pop("overrides", ())

@@ -12,7 +12,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "qjax"
 # it. A new module is given its place here.
 ORDER = (
     *("programs", "progress", "table"),
-    *("formats.base", "formats.affine", "formats.binary", "formats.packing", "formats.spec"),
+    *("formats.base", "formats.affine", "formats.binary", "formats.packing", "formats.scales"),
+    *("formats.spec", "formats.fixed_point"),
     *("objectives.base", "objectives.errors", "objectives.divergence", "objectives.table"),
     *("rounding.base", "rounding.metric", "rounding.nearest", "rounding.gptq", "rounding.sweeps"),
     "rounding.table",

@@ -36,6 +36,10 @@ def test_width_out_of_range_is_refused(bits: Any):
             {"outputs": QuantSpec(), "range_method": "kl"},
             "`outputs` per channel needs the range_method absmax, mse or output_mse; got kl",
         ),
+        (
+            {"outputs": QuantSpec(scale="power_of_two")},
+            "`outputs` with power_of_two scales must have granularity per_tensor; got per_channel",
+        ),
         ({"overrides": {"a": {"bit": 4}}}, "`overrides` must be one of bits, .*; got 'bit'"),
         ({"overrides": {"a": {"bits": 0}}}, "`bits` must be an integer from 1 to 16; got 0"),
         ({"overrides": {"a": {"weight_bits": 0}}}, "must be an integer from 1 to 16; got 0"),
@@ -144,3 +148,16 @@ def test_a_pattern_that_matches_nothing_is_refused():
 )
 def test_json_round_trip(recipe: Recipe):
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_fixed_point_is_of_every_tensor():
+    recipe = qjax.recipe(
+        8, fixed_point=True, first_last_bits=6, overrides={"layer1/*": {"bits": 4}}
+    )
+    for layer in recipe.by_layer(NAMES).values():
+        assert layer.weights and layer.inputs and layer.outputs
+        assert {s.scale for s in (layer.weights, layer.inputs, layer.outputs)} == {"power_of_two"}
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    assert recipe != qjax.recipe(8, first_last_bits=6, overrides={"layer1/*": {"bits": 4}})
+    with pytest.raises(ValueError, match="`inputs` with power_of_two scales must have granularity"):
+        qjax.recipe(8, fixed_point=True, activation_granularity="per_channel")

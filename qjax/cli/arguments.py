@@ -65,6 +65,11 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
             metavar="N|float",
             help=f"width of the {part}s, or float to leave them (--bits)",
         )
+    add(
+        "--fixed-point",
+        action="store_true",
+        help="make every scale a power of two, for a network that runs with shifts alone",
+    )
     add("--first-last-bits", type=int, metavar="N", help="width in the first and last layer")
     add(
         "--override",
@@ -119,6 +124,11 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     """
     if arguments.recipe is not None:
         return _recipe_of_file(Path(arguments.recipe))
+    if arguments.fixed_point and arguments.activation_granularity != "per_tensor":
+        raise ValueError(
+            "`--fixed-point` needs `--activation-granularity` per_tensor; got "
+            f"{arguments.activation_granularity}."
+        )
     fields: dict[str, Any] = {}
     for part, field in _PARTS.items():
         width = getattr(arguments, f"{part}_bits")
@@ -127,6 +137,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         arguments.bits,
         first_last_bits=arguments.first_last_bits,
         activation_granularity=arguments.activation_granularity,
+        fixed_point=arguments.fixed_point,
         range_method=arguments.range_method,
         output_position=arguments.output_position,
         rounding=arguments.rounding,

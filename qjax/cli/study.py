@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="N",
-        help="widths in bits (2 to 16 for weight-bits and activation-bits, else 8 4)",
+        help="widths in bits (2 to 16 for weight-bits and activation-bits, 8 6 4 for "
+        "fixed-point, else 8 4)",
     )
     add("--report", metavar="FILE", help="write a page to look at: study.html")
 

@@ -289,7 +289,8 @@ def round_kernel(
     codes, format = rounding.round(Problem(kernel, format, hessian))
     if sweeps:
         assert hessian is not None
-        codes, format = coordinate_sweeps(codes, kernel, hessian, format, sweeps)
+        ratio = spec.scales.nearest_ratio
+        codes, format = coordinate_sweeps(codes, kernel, hessian, format, sweeps, ratio)
     values = elementwise(format, kernel.shape[1]).decode(codes)
     return Rounded(codes, format, sqnr_db(kernel, values), jnp.mean(format.step / covering.step))
 

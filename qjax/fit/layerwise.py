@@ -34,11 +34,11 @@ class Grid(NamedTuple):
 
     Attributes:
       qparams: scalars.
-      width: (bits, whether symmetric).
+      kind: (bits, whether symmetric, which scales).
     """
 
     qparams: QParams
-    width: tuple[int, bool]
+    kind: tuple[int, bool, str]
 
     @property
     def greatest(self) -> float:
@@ -159,18 +159,18 @@ def _fit_site(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None
     outputs = found.fit.layer.outputs
     if outputs is not None and not outputs.scale.ndim:
         assert recipe.outputs is not None
-        state.grids[site.output] = Grid(outputs, _width(recipe.outputs))
+        state.grids[site.output] = Grid(outputs, _kind(recipe.outputs))
     state.fits[name] = found.fit
     streams.write(site.output, found.float_output, found.output)
 
 
-def _width(spec: QuantSpec) -> tuple[int, bool]:
-    return spec.bits, spec.symmetric
+def _kind(spec: QuantSpec) -> tuple[int, bool, str]:
+    return spec.bits, spec.symmetric, spec.scales.name
 
 
 def _known_grid(spec: QuantSpec | None, grid: Grid | None) -> QParams | None:
     """The grid that an input lies on already, if it is what the recipe asks for."""
-    is_kept = spec is not None and grid is not None and grid.width == _width(spec)
+    is_kept = spec is not None and grid is not None and grid.kind == _kind(spec)
     return grid.qparams if is_kept and grid is not None else None
 
 
@@ -204,7 +204,7 @@ def _fit_activated(site: Site, task: Task, recipe: LayerRecipe, state: State) ->
         activation=NONE,
         candidates=task.candidates,
     )
-    state.grids[site.activated] = Grid(qparams, _width(recipe.outputs))
+    state.grids[site.activated] = Grid(qparams, _kind(recipe.outputs))
     state.streams.write(site.activated, floats, _project(qparams, values))
     fit = state.fits[site.layer.name]
     layer = dataclasses.replace(fit.layer, activated=qparams)

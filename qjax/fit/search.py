@@ -3,7 +3,8 @@
 A range is α·[low, high] of the extremes. A first grid lays α = 1/n, 2/n, … 1; each refinement lays
 n candidates between the two neighbours of the best one so far. Of activations the two ends are
 searched in turns, each for the other one found last; a symmetric range is searched as a whole, and
-one that starts at 0 at its upper end alone.
+one that starts at 0 at its upper end alone. Where scales are powers of two, there are few different
+ones and each is tried: of activations with codes for negative values and without.
 """
 
 from collections.abc import Callable
@@ -78,6 +79,8 @@ def least(
         if isinstance(sample, KernelSample):
             alpha = _kernel_share(objective, sample, spec, candidates, limits)
             low, high = alpha * low, alpha * high
+        elif spec.scales.shares is not None:
+            low, high = _best_listed_range(loss, (low, high), spec.scales.shares, sample.nbytes)
         elif objective.is_rugged:
             low, high = _best_pair(loss, (low, high), candidates.count, sample.nbytes)
         elif spec.symmetric:
@@ -153,6 +156,8 @@ def _kernel_share(
     def loss(alpha: jax.Array) -> jax.Array:
         return measure(searched, spec.cover(alpha * low, alpha * high, limits))
 
+    if (listed := spec.scales.shares) is not None:
+        return _best_listed_share(loss, low.shape, listed, searched.nbytes)
     return best_share(loss, low.shape, candidates, searched.nbytes)
 
 
@@ -179,10 +184,29 @@ def _shrunk_in_turns(loss: Loss, ends: Range, candidates: Candidates, nbytes: in
     return lax.fori_loop(0, count, turn, (lowest, highest))
 
 
+def _best_listed_range(loss: Loss, ends: Range, shares: tuple[float, ...], nbytes: int) -> Range:
+    """The best of some shares of a range as a whole, or of its positive part alone."""
+    low, high = (jnp.asarray(shares, jnp.float32) * end for end in ends)
+    pairs = jnp.concatenate([jnp.stack([start, high], axis=1) for start in (low, 0 * low)])
+    return _best_of(loss, pairs, nbytes)
+
+
+def _best_listed_share(
+    loss: Loss, shape: tuple[int, ...], shares: tuple[float, ...], nbytes: int
+) -> jax.Array:
+    """The best of some shares, elementwise for shares and losses of one `shape`."""
+    listed = jnp.asarray(shares, jnp.float32)
+    tried = jnp.broadcast_to(listed.reshape(-1, *(1 for _ in shape)), (len(shares), *shape))
+    return listed[jnp.argmin(map_candidates(loss, tried, nbytes), axis=0)]
+
+
 def _best_pair(loss: Loss, ends: Range, count: int, nbytes: int) -> Range:
     shares = jnp.arange(count + 1) / count
     low, high = jnp.meshgrid(shares * ends[0], shares[1:] * ends[1])
-    pairs = jnp.stack([low.ravel(), high.ravel()], axis=1)
+    return _best_of(loss, jnp.stack([low.ravel(), high.ravel()], axis=1), nbytes)
+
+
+def _best_of(loss: Loss, pairs: jax.Array, nbytes: int) -> Range:
     losses = map_candidates(lambda pair: loss((pair[0], pair[1])), pairs, nbytes)
     low, high = pairs[jnp.argmin(losses)]
     return low, high

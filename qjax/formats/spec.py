@@ -9,6 +9,7 @@ import numpy as np
 from qjax.formats.affine import AFFINE, limits_of, storage_type
 from qjax.formats.base import NumberFormat
 from qjax.formats.binary import BINARY
+from qjax.formats.scales import FREE, SCALES, Scales
 
 T = TypeVar("T")
 
@@ -66,6 +67,8 @@ class QuantSpec:
         of `group_size` input elements of each output channel of a kernel.
       group_size: input elements that share a scale; read only when `granularity` is per_group.
       format: what codes stand for: a name in `qjax.formats.spec.FORMATS`, or a `NumberFormat`.
+      scale: which scales there are: `free`, or `power_of_two` for fixed point, where unsigned codes
+        have no zero point either: a tensor that has values below 0 is signed.
 
     Raises:
       ValueError: a field is outside its range.
@@ -83,6 +86,7 @@ class QuantSpec:
     granularity: Granularity = "per_channel"
     group_size: int = 32
     format: str | NumberFormat = AFFINE.name
+    scale: str | Scales = FREE.name
 
     def __post_init__(self) -> None:
         check_bits("bits", self.bits)
@@ -99,6 +103,12 @@ class QuantSpec:
             raise ValueError(
                 "`bits` must be at least 2 for symmetric codes; got 1. For one bit, use "
                 f"QuantSpec.at(1) or format={BINARY.name!r}."
+            )
+        in_table("scale", self.scale, SCALES)
+        if self.scales.cover is not None and self.family is not AFFINE:
+            raise ValueError(
+                f"`scale` {self.scales.name} is for the format {AFFINE.name}; got "
+                f"{self.family.name}, whose scale must be {FREE.name}."
             )
 
     def at(self, bits: int) -> "QuantSpec":
@@ -134,6 +144,11 @@ class QuantSpec:
         return in_table("format", self.format, FORMATS)
 
     @property
+    def scales(self) -> Scales:
+        """Which scales there are."""
+        return in_table("scale", self.scale, SCALES)
+
+    @property
     def limits(self) -> Any:
         """What depends on the width alone, a pytree of arrays."""
         return self.family.limits(self)
@@ -159,11 +174,13 @@ class QuantSpec:
         Returns:
           A `Format` of that shape.
         """
-        return self.family.cover(low, high, self, self.limits if limits is None else limits)
+        cover = self.scales.cover or self.family.cover
+        return cover(low, high, self, self.limits if limits is None else limits)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the spec as JSON values."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return (
-            fields if fields.pop("format") == AFFINE.name else fields | {"format": self.family.name}
-        )
+        methods = {"format": self.family.name, "scale": self.scales.name}
+        usual = {"format": AFFINE.name, "scale": FREE.name}
+        left_out = methods.items() & usual.items()
+        return {k: v for k, v in (fields | methods).items() if (k, v) not in left_out}

@@ -2,7 +2,9 @@
 
 Sums of values need a finer grid than codes. In integer arithmetics they are int32 with |v| ≤ 2^30
 and zero_point 0: the operands of a sum, with scales s_i and |q_i − z_i| ≤ L_i, go to the grid
-s = Σ s_i·L_i / 2^30, v = Σ (q_i − z_i)·s_i / s, each term requantized in the same arithmetic.
+s = Σ s_i·L_i / 2^30, v = Σ (q_i − z_i)·s_i / s, each term requantized in the same arithmetic. In an
+arithmetic of shifts s is the next power of two, so that terms whose scales are powers of two are
+shifted to the left and lose nothing.
 """
 
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.formats.affine import QParams, quantize_array
+from qjax.formats.scales import power_of_two_above
 from qjax.graph import jaxpr
 from qjax.integer.lowerings import signed
 from qjax.integer.requantize import Arithmetic
@@ -61,6 +64,7 @@ class Codes(NamedTuple):
       zero_point: int32, the code of real 0.
       limit: what no |codes − zero_point| exceeds.
       key: of the grid of a layer's input or output, None for a sum.
+      greatest: what no magnitude of the values exceeds, in real units; None for scale · limit.
     """
 
     codes: jax.Array
@@ -68,6 +72,7 @@ class Codes(NamedTuple):
     zero_point: jax.Array
     limit: int
     key: GridKey | None
+    greatest: jax.Array | None = None
 
     @property
     def real(self) -> jax.Array:
@@ -83,7 +88,7 @@ class Codes(NamedTuple):
     def exact(self) -> "Codes":
         """The same values as integers with zero_point 0, as a sum has them."""
         zero = jnp.zeros_like(self.zero_point)
-        return Codes(self.centered, self.scale, zero, self.limit, None)
+        return self._replace(codes=self.centered, zero_point=zero, key=None)
 
     def replace(self, codes: jax.Array) -> "Codes":
         """Other codes on the same grid."""
@@ -125,9 +130,10 @@ def to_grid(value: Any, qparams: QParams, key: GridKey, arithmetic: Arithmetic) 
     return on_grid(codes, qparams, key)
 
 
-def wide_scale(greatest: jax.Array) -> jax.Array:
+def wide_scale(greatest: jax.Array, arithmetic: Arithmetic) -> jax.Array:
     """The scale of a sum whose magnitude is at most `greatest`, in real units."""
-    return greatest / WIDE
+    scale = greatest / WIDE
+    return power_of_two_above(scale) if arithmetic.only_shifts else scale
 
 
 def of_sum(codes: jax.Array, scale: jax.Array, limit: int = WIDE) -> Codes:
@@ -157,16 +163,24 @@ def rescaled(value: Codes, scale: jax.Array, arithmetic: Arithmetic, limit: int 
 def for_sum(values: Sequence[Codes], arithmetic: Arithmetic) -> list[Codes]:
     """Brings values to one grid that holds their sum."""
     ranges = _ranges(values)
-    scale = wide_scale(sum(ranges[1:], ranges[0]))
-    return [rescaled(value, scale, arithmetic) for value in values]
+    return _within(sum(ranges[1:], ranges[0]), values, arithmetic)
 
 
 def for_union(values: Sequence[Codes], arithmetic: Arithmetic) -> list[Codes]:
     """Brings values to one grid that holds each of them."""
-    scale = wide_scale(jnp.max(jnp.stack(_ranges(values))))
-    return [rescaled(value, scale, arithmetic) for value in values]
+    return _within(jnp.max(jnp.stack(_ranges(values))), values, arithmetic)
+
+
+def _within(greatest: jax.Array, values: Sequence[Codes], arithmetic: Arithmetic) -> list[Codes]:
+    """Brings values to the grid of a sum that is at most `greatest`."""
+    scale = wide_scale(greatest, arithmetic)
+    found = (rescaled(value, scale, arithmetic) for value in values)
+    return [value._replace(greatest=greatest) for value in found]
 
 
 def _ranges(values: Sequence[Codes]) -> list[jax.Array]:
     """The greatest magnitude that each value can have, in real units."""
-    return [jnp.max(value.scale) * float(value.limit) for value in values]
+    return [
+        jnp.max(value.scale) * float(value.limit) if value.greatest is None else value.greatest
+        for value in values
+    ]

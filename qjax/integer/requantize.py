@@ -7,9 +7,12 @@ how they represent M and how they round:
 |---|---|---|
 | `float` | float32 | round(acc·M), half to even, in float32 |
 | `fixed_point` | m·2^−n, 2^30 ≤ m < 2^31 | floor((acc·m + 2^(n−1)) / 2^n), m int32 |
-| `shift` | 2^−k, k = round(−log2 M) | floor(acc·2^−k + 1/2), shifts only |
+| `shift` | 2^−k, k = round(−log2 M) | round(acc·2^−k), half to even, shifts only |
 | `floor` | as `fixed_point` | floor(acc·m / 2^n) |
 | `divide` | 1/d, d = round(1/M), where M < 1 | floor(acc/d + 1/2); acc·round(M) where M ≥ 1 |
+
+Where all scales are powers of two (fixed point), every M is 2^−k, and `shift` rounds exactly as
+fake quantization does.
 
 All but `float` touch acc with integer operations only; M's representation is computed from the
 scales, which are float32. Results beyond int32 saturate.
@@ -43,20 +46,28 @@ class Arithmetic(NamedTuple):
       to_codes: of (acc, M, qparams): clip(acc·M + zero_point, qmin, qmax) in the type of the codes.
       only_integers: whether sums are integers, and nothing but integers touches them. Otherwise
         sums are float32, and `to_codes` takes accumulators in float32 too.
+      only_shifts: whether M is always a power of two: then the scales of sums are, and what is
+        multiplied by any other number is real.
     """
 
     name: str
     requantize: Callable[[jax.Array, jax.Array], jax.Array]
     to_codes: Callable[[jax.Array, jax.Array, QParams], jax.Array]
     only_integers: bool
+    only_shifts: bool = False
 
 
-def of_integers(name: str, requantize: Callable[[jax.Array, jax.Array], jax.Array]) -> Arithmetic:
+def of_integers(
+    name: str,
+    requantize: Callable[[jax.Array, jax.Array], jax.Array],
+    only_shifts: bool = False,
+) -> Arithmetic:
     """An arithmetic of integers alone: its codes are requantized integers, clipped.
 
     Args:
       name: of the arithmetic.
       requantize: see `Arithmetic`.
+      only_shifts: see `Arithmetic`.
     """
 
     def to_codes(acc: jax.Array, multiplier: jax.Array, qparams: QParams) -> jax.Array:
@@ -64,7 +75,7 @@ def of_integers(name: str, requantize: Callable[[jax.Array, jax.Array], jax.Arra
         codes = jnp.clip(requantize(acc, multiplier), low, high) + qparams.zero_point
         return codes.astype(qparams.dtype)
 
-    return Arithmetic(name, requantize, to_codes, only_integers=True)
+    return Arithmetic(name, requantize, to_codes, only_integers=True, only_shifts=only_shifts)
 
 
 def _round(acc: jax.Array, multiplier: jax.Array) -> jax.Array:
@@ -142,10 +153,13 @@ def multiply_shift(acc: jax.Array, m: jax.Array, n: jax.Array, *, rounds: bool) 
 
 
 def _shift(acc: jax.Array, multiplier: jax.Array) -> jax.Array:
-    """Computes floor(acc·2^−k + 1/2) with k = round(−log2 M), saturated."""
+    """Computes acc·2^−k with k = round(−log2 M), rounded half to even, saturated."""
     k = jnp.round(-jnp.log2(multiplier)).astype(jnp.int32)
-    doubled = acc >> jnp.clip(k - 1, 0, 31)
-    right = (doubled >> 1) + (doubled & 1)  # of k ≥ 1
+    by = jnp.clip(k - 1, 0, 31)  # of k ≥ 1
+    doubled = acc >> by
+    whole, half = doubled >> 1, doubled & 1
+    is_tie = (half == 1) & (doubled << by == acc)
+    right = whole + jnp.where(is_tie, whole & 1, half)
     up = jnp.clip(-k, 0, 30)
     most = _INT32_MAX >> up
     left = jnp.where(-k > 30, jnp.sign(acc) * most, jnp.clip(acc, -most, most)) << up
@@ -168,7 +182,7 @@ def _divide(acc: jax.Array, multiplier: jax.Array) -> jax.Array:
 
 FLOAT = Arithmetic("float", _round, _round_to_codes, only_integers=False)
 FIXED_POINT = of_integers("fixed_point", partial(_fixed_point, rounds=True))
-SHIFT = of_integers("shift", _shift)
+SHIFT = of_integers("shift", _shift, only_shifts=True)
 FLOOR = of_integers("floor", partial(_fixed_point, rounds=False))
 DIVIDE = of_integers("divide", _divide)
 

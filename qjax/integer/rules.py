@@ -5,7 +5,7 @@
 * ReLU and ReLU6 are clamps of codes, max(q, z); what clips off the grid is done as a sum is.
 * Sums, in integer arithmetics: operands go to one grid, see `qjax.integer.codes`. A sum over n
   elements is taken as it is if n·L < 2^31, else on the grid s·L·n / 2^30; a division by a constant
-  changes the scale alone.
+  changes the scale alone, in an arithmetic of shifts where the constant is a power of two.
 
 What has no rule, or whose rule returns None, is bound on real values.
 """
@@ -13,6 +13,7 @@ What has no rule, or whose rule returns None, is bound on real values.
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -180,7 +181,7 @@ def _output(
         return on_grid(site.movement.of_codes(codes), qparams, plan.outputs)
     if not arithmetic.only_integers:
         return site.movement(acc.astype(jnp.float32) * unit)
-    wide = wide_scale(jnp.max(scale) * float(plan.limit))
+    wide = wide_scale(jnp.max(scale) * float(plan.limit), arithmetic)
     codes = arithmetic.requantize(acc, unit * (1 / wide))
     return of_sum(site.movement.of_codes(codes), wide)
 
@@ -199,7 +200,7 @@ def primitive_rules(arithmetic: Arithmetic) -> dict[str, PrimitiveRule]:
     rules |= dict.fromkeys(_CLIPS, partial(clip, arithmetic))
     rules["concatenate"] = partial(concatenate, arithmetic)
     if arithmetic.only_integers:
-        rules |= dict.fromkeys(("mul", "div"), multiply)
+        rules |= dict.fromkeys(("mul", "div"), partial(multiply, arithmetic))
         rules |= dict.fromkeys(("add", "add_any", "sub"), partial(add, arithmetic))
         rules |= dict.fromkeys(("reduce_sum", "reduce_window_sum"), partial(add_up, arithmetic))
     return rules
@@ -268,14 +269,18 @@ def clip(
     return [value.replace(jnp.clip(value.codes, *(limit.astype(jnp.int32) for limit in limits)))]
 
 
-def multiply(equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
+def multiply(
+    arithmetic: Arithmetic, equation: core.JaxprEqn, values: Sequence[Any]
+) -> list[Any] | None:
     """Multiplies or divides by a positive constant: the scale changes, and no integer."""
     value, factor = values[0], _number(equation.invars[1])
     if not isinstance(value, Codes) or factor is None or factor <= 0:
         return None
-    is_product = equation.primitive.name == "mul"
-    scale = value.scale * factor if is_product else value.scale / factor
-    return [value.exact._replace(scale=scale)]
+    if arithmetic.only_shifts and math.frexp(factor)[0] != 0.5:
+        return None
+    by = operator.mul if equation.primitive.name == "mul" else operator.truediv
+    greatest = None if value.greatest is None else by(value.greatest, factor)
+    return [value.exact._replace(scale=by(value.scale, factor), greatest=greatest)]
 
 
 def add(arithmetic: Arithmetic, equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
@@ -291,9 +296,10 @@ def add_up(
         return None
     value, count = values[0].exact, _summands(equation)
     if count * value.limit >= 2**31:
-        grid = wide_scale(value.scale * float(count * value.limit))
+        grid = wide_scale(value.scale * float(count * value.limit), arithmetic)
         value = rescaled(value, grid, arithmetic, WIDE // count)
-    return [found._replace(limit=count * value.limit) for found in _bound(equation, [value])]
+    [total] = _bound(equation, [value])
+    return [total._replace(limit=count * value.limit, greatest=None)]
 
 
 def _bound(equation: core.JaxprEqn, values: Sequence[Codes]) -> list[Codes]:

@@ -1,5 +1,6 @@
 """Coordinate sweeps: codes and scales improved in turn, each with all else fixed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,11 +8,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.formats.base import element, elementwise
+from qjax.formats.scales import FREE
 from qjax.rounding.metric import damped
 
 
 def coordinate_sweeps(
-    codes: jax.Array, kernel: jax.Array, hessian: jax.Array, format: Any, sweeps: int
+    codes: jax.Array,
+    kernel: jax.Array,
+    hessian: jax.Array,
+    format: Any,
+    sweeps: int,
+    nearest_ratio: Callable[[jax.Array], jax.Array] = FREE.nearest_ratio,
 ) -> tuple[jax.Array, Any]:
     """Improves codes and scales in turn: each step has the least eᵀ H e with all else fixed.
 
@@ -24,6 +31,7 @@ def coordinate_sweeps(
       hessian: E[x xᵀ], float[groups, patch, patch].
       format: a `Format` of shape [groups or 1, patch groups, channels or 1].
       sweeps: how many times over all elements.
+      nearest_ratio: of the scales that there may be, see `qjax.formats.scales`.
 
     Returns:
       Codes and format of the same shapes.
@@ -40,7 +48,7 @@ def coordinate_sweeps(
         fit = jnp.sum(weighted * kernel, 1, keepdims=True)
         energy = jnp.sum(weighted * values, 1, keepdims=True)
         factor = jnp.where((energy > 0) & (fit > 0), fit / jnp.where(energy > 0, energy, 1.0), 1.0)
-        return format.scaled(factor)
+        return format.scaled(nearest_ratio(factor))
 
     has_own_scale = format.step.shape == (kernel.shape[0], 1, kernel.shape[2])
 

@@ -14,6 +14,7 @@ import numpy as np
 from qjax.formats.affine import QParams
 from qjax.formats.base import Format
 from qjax.formats.binary import Signs
+from qjax.formats.fixed_point import q_formats
 from qjax.integer.accumulator import signed_width
 from qjax.quantize import Quantized
 from qjax.study.layer_trace import LayerTrace, measure_layer
@@ -172,7 +173,7 @@ def _input_codes(trace: LayerTrace) -> ExplainedStep | None:
         inputs.bits,
         trace.shown.of_patches(trace.patches_q + zero_point),
         _sqnr_db(trace.float_patches, trace.patches_q * scale),
-        note,
+        note + _q_formats(inputs),
     )
 
 
@@ -232,7 +233,8 @@ def _kernel_codes(trace: LayerTrace) -> ExplainedStep | None:
         trace.shown.of_kernel(np.asarray(layer.kernel, np.float64)),
         _sqnr_db(trace.float_kernel, trace.kernel_hat) if trace.is_float_network else None,
         f"{many if scales.size > 1 else 'one scale'}; a sequential fit makes up for "
-        "errors of its input,\nwhich moves the kernel further than rounding alone",
+        "errors of its input,\nwhich moves the kernel further than rounding alone"
+        f"{_q_formats(weights) if weights.is_uniform else ''}",
     )
 
 
@@ -329,6 +331,7 @@ def _requantization(trace: LayerTrace) -> ExplainedStep | None:
     if trace.requantized is None:
         return None
     multiplier, mantissa, shift = map(trace.shown.of_channels, trace.requantized[:3])
+    is_shift = math.frexp(multiplier)[0] == 0.5
     return ExplainedStep(
         "requantization",
         f"round(M·a), M = {_unit(trace)} / s_y = {multiplier:.8g}",
@@ -336,7 +339,9 @@ def _requantization(trace: LayerTrace) -> ExplainedStep | None:
         ACCUMULATOR_BITS,
         _at_output(trace, trace.requantized.rounded),
         None,
-        f"M in float32 = M0 / 2^shift = {mantissa:.0f} / "
+        f"M = 2^{math.frexp(multiplier)[1] - 1}: a shift, and no product"
+        if is_shift
+        else f"M in float32 = M0 / 2^shift = {mantissa:.0f} / "
         f"2^{shift:.0f}: a product with a 31-bit integer and a shift",
     )
 
@@ -361,7 +366,7 @@ def _output_codes(trace: LayerTrace) -> ExplainedStep | None:
         outputs.bits,
         _at_output(trace, rounded.codes),
         sqnr_db,
-        f"{_clipping(rounded.unclipped, outputs)}{compared}\n{own}",
+        f"{_clipping(rounded.unclipped, outputs)}{compared}\n{own}{_q_formats(outputs)}",
     )
 
 
@@ -407,7 +412,7 @@ def _activated_codes(trace: LayerTrace) -> ExplainedStep | None:
         activated.bits,
         _at_output(trace, rounded.codes),
         _activated_sqnr_db(trace, rounded.real),
-        _clipping(rounded.unclipped, activated),
+        _clipping(rounded.unclipped, activated) + _q_formats(activated),
     )
 
 
@@ -478,6 +483,12 @@ def _clipping(codes: np.ndarray, qparams: QParams) -> str:
     low = np.mean(np.rint(codes) < int(qparams.qmin))
     high = np.mean(np.rint(codes) > int(qparams.qmax))
     return f"clipped {low:.2%} below and {high:.2%} above"
+
+
+def _q_formats(qparams: QParams) -> str:
+    """A line with the Q-formats of a tensor in fixed point; nothing for any other."""
+    formats = q_formats(qparams)
+    return f"\nfixed point: {', '.join(map(str, formats))}" if formats else ""
 
 
 def _limits(qparams: QParams) -> str:

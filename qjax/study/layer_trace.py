@@ -21,7 +21,7 @@ from qjax.formats.affine import QParams, quantize_array
 from qjax.formats.binary import Signs
 from qjax.graph.layers import Site, find_layers, shapes_of
 from qjax.graph.operation import Linear, by_channel, output_matrix
-from qjax.integer.requantize import fixed_point, multiply_shift
+from qjax.integer.requantize import SHIFT, fixed_point, multiply_shift
 from qjax.quantize import Quantized
 from qjax.run.layer import (
     QuantizedLayer,
@@ -377,8 +377,12 @@ def _by_output_channel(operation: Linear, vector: Any) -> np.ndarray:
 
 def _requantize(acc: np.ndarray, unit: np.ndarray, scale: np.ndarray) -> Requantized:
     multiplier = unit / scale
-    mantissa, shift = fixed_point(jnp.float32(multiplier[None]))
-    rounded = multiply_shift(jnp.asarray(acc, jnp.int32), mantissa, shift, rounds=True)
+    integers, scales = jnp.asarray(acc, jnp.int32), jnp.float32(multiplier[None])
+    mantissa, shift = fixed_point(scales)
+    if np.all(np.frexp(multiplier)[0] == 0.5):  # in fixed point
+        rounded = SHIFT.requantize(integers, scales)
+    else:
+        rounded = multiply_shift(integers, mantissa, shift, rounds=True)
     mantissa, shift, rounded = (np.asarray(part, np.float64) for part in (mantissa, shift, rounded))
     return Requantized(multiplier, mantissa[0], shift[0], rounded)
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from qjax.formats.scales import SCALES
 from qjax.formats.spec import MAX_BITS, Granularity, QuantSpec
 from qjax.objectives.errors import MSE, OUTPUT_MSE
 from qjax.objectives.table import OBJECTIVES
@@ -18,6 +19,7 @@ from qjax.table import table
 
 WIDTHS = (8, 4)
 ALL_WIDTHS = tuple(range(2, MAX_BITS + 1))
+FIXED_POINT_WIDTHS = (8, 6, 4)
 GROUP_SIZES = (64, 16)
 AGREEMENT = 99.0  # percent of the calibration images, at which a width is good enough
 
@@ -289,6 +291,23 @@ def _range_method(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
             yield (str(bits), method), recipe
 
 
+def _fixed_point(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
+    parts = {"weights": ["weights"], "activations": ["inputs", "outputs"], "all": _SPECS}
+    for bits in widths:
+        recipe = at_width(base, bits)
+        for name in SCALES:
+            for part, fields in parts.items():
+                yield (str(bits), part, name), _alone(recipe, fields, bits, scale=name)
+
+
+def _alone(recipe: Recipe, fields: Sequence[str], bits: int, **changes: Any) -> Recipe:
+    """A recipe that quantizes some tensors and leaves the others in float."""
+    in_float = dict.fromkeys(_SPECS)
+    return dataclasses.replace(recipe, **in_float | _at(recipe, fields, bits, **changes))
+
+
+_SPECS = ("weights", "inputs", "outputs")
+
 QUESTIONS = {
     "weight-bits": Question(
         "How many bits do the weights need? (activations in float)",
@@ -325,5 +344,11 @@ QUESTIONS = {
         ("bits", "range method"),
         WIDTHS,
         _range_method,
+    ),
+    "fixed-point": Question(
+        "What does it cost that every scale is a power of two? (the other tensors in float)",
+        ("bits", "tensors", "scales"),
+        FIXED_POINT_WIDTHS,
+        _fixed_point,
     ),
 }

@@ -94,6 +94,10 @@ def test_bars_on_a_terminal_unless_quiet(
             ["--dataset", "digits"],
             "`--dataset` digits has images of shape (8, 8, 1), which the model",
         ),
+        (
+            ["--fixed-point", "--activation-granularity", "per_channel"],
+            "`--fixed-point` needs `--activation-granularity` per_tensor; got per_channel",
+        ),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--report", "/nowhere/report.html"], "`--report` must name a file in an existing folder"),
         (
@@ -159,3 +163,12 @@ def test_scales_per_channel_can_be_asked_for(tmp_path: Path, capsys: pytest.Capt
 def test_cost_prints_a_table(capsys: pytest.CaptureFixture[str]):
     assert quantize("--cost", "picojoules") == 0
     assert "energy (pJ)" in capsys.readouterr().out
+
+
+def test_fixed_point_is_asked_for_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert quantize("--fixed-point", "--json", "--out", str(tmp_path)) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["recipe"]["weights"]["scale"] == "power_of_two"
+    scales = [layer["output_scale"] for layer in result["layers"]]
+    assert [np.frexp(scale)[0] for scale in scales] == [0.5, 0.5]
+    assert qjax.load(tmp_path, apply_fn).report.recipe.weights.scale == "power_of_two"

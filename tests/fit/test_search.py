@@ -317,3 +317,42 @@ def test_the_size_of_a_chunk_of_candidates_does_not_matter(
     for together in (1, 5, 10):
         monkeypatch.setattr(search, "CANDIDATE_BYTES", 32 * together)
         chex.assert_trees_all_equal(search.map_candidates(loss, candidates, 8), expected)
+
+
+# ---- Fixed point
+
+
+def exponents_of(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> np.ndarray:
+    """The exponents to try: from the one that covers the range, down."""
+    needed = np.maximum(-low, high) / np.float32(spec.qmax)
+    return np.ceil(np.log2(needed)) - np.arange(8).reshape(-1, *[1] * needed.ndim)
+
+
+def test_of_a_kernel_every_exponent_is_tried():
+    spec = QuantSpec(3, scale="power_of_two")
+    found = search_weights(KERNEL, spec)
+    exponents = exponents_of(KERNEL.min(1), KERNEL.max(1), spec)
+    errors = [
+        loop_fake_quant(KERNEL, (np.exp2(e)[:, None], np.float32(0)), spec) - KERNEL
+        for e in exponents
+    ]
+    losses = [np.einsum("gkm,gkl,glm->gm", e, HESSIAN, e) for e in errors]
+    best = np.take_along_axis(exponents, np.argmin(losses, 0)[None], 0)[0]
+    np.testing.assert_array_equal(found.scale[:, 0], np.exp2(best))
+    assert np.any(best < exponents[0]), "some channel is clipped"
+
+
+@pytest.mark.parametrize("least_value", [-0.05, -2.0, 0.0])
+def test_of_an_activation_every_exponent_is_tried_with_a_sign_and_without(least_value: float):
+    spec = QuantSpec(4, False, "per_tensor", scale="power_of_two")
+    values = np.maximum(RNG.standard_t(4, 4000), least_value).astype(np.float32)
+    sample = output_sample(values, values, (values.min(), values.max()))
+    found = least(OBJECTIVES["mse"], sample, spec)
+    losses = {}
+    for scale in 2.0 ** np.arange(-12, 4):
+        for low, high in ((0, 15), (-8, 7)):
+            rounded = scale * np.clip(np.rint(values / scale), low, high)
+            losses[scale, -low] = np.mean((rounded - values) ** 2)
+    best = min(losses, key=losses.__getitem__)
+    assert (float(found.scale), int(found.zero_point)) == best
+    assert best[1] == (8 if least_value == -2.0 else 0), "a little below 0 is worth no sign bit"

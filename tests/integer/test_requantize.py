@@ -1,6 +1,7 @@
 """Every arithmetic equals its definition in NumPy's 64-bit integers, bit for bit."""
 
 import math
+from fractions import Fraction
 from functools import partial
 
 import hypothesis
@@ -36,7 +37,7 @@ def reference(acc: int, multiplier: float, arithmetic: str) -> int:
             result = acc * m << -n
         case "shift":
             k = round(-math.log2(multiplier))
-            result = (2 * acc + (1 << k)) >> (k + 1) if k >= 0 else acc << -k
+            result = round(Fraction(acc, 1 << k)) if k >= 0 else acc << -k  # half to even
         case "divide" if multiplier < 1:
             d = round(1 / np.float32(multiplier))
             result = (2 * acc + d) // (2 * d)
@@ -62,6 +63,15 @@ def test_arithmetic(arithmetic: str, values: list[int], exponent: int, fraction:
     if arithmetic in ("fixed_point", "floor") and exponent < -31:  # rounds every int32 to 0
         expected = [0 for _ in values]
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 20, 30])
+def test_shifts_round_half_to_even(k: int):
+    halves = np.array([-7, -5, -3, -1, 1, 3, 5, 7]) << (k - 1)
+    halves = halves[np.abs(halves) <= MOST]
+    around = (halves[:, None] + np.array([-1, 0, 1])).reshape(-1)
+    found = run(jnp.asarray(around, jnp.int32), jnp.float32(2.0**-k), "shift")
+    np.testing.assert_array_equal(found, np.rint(around / 2.0**k))
 
 
 @hypothesis.given(values=integers, m=st.integers(0, MOST), n=st.integers(0, 62))

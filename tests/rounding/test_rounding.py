@@ -167,3 +167,16 @@ def test_the_table_rounds_as_its_functions_do(spec: QuantSpec):
     assert all(format is qparams for _, format in found.values())
     assert [r.name for r in ROUNDINGS.values()] == list(ROUNDINGS)
     assert (MOMENTS in ROUNDINGS["gptq"].needs) and not ROUNDINGS["nearest"].needs
+
+
+def test_sweeps_keep_powers_of_two_and_choose_the_best():
+    spec = QuantSpec(3, scale="power_of_two")
+    kernel, hessian = problem(2, 12, 40)
+    format = covering(kernel, hessian, spec)
+    wrong = format.scaled(jnp.float32(4))  # a start from which the scales must move
+    ratio = spec.scales.nearest_ratio
+    codes, swept = coordinate_sweeps(round_nearest(kernel, wrong), kernel, hessian, wrong, 3, ratio)
+    assert np.all(np.frexp(np.asarray(swept.scale))[0] == 0.5)
+    assert np.any(np.asarray(swept.scale) < np.asarray(wrong.scale))
+    before = loss(round_nearest(kernel, wrong), kernel, hessian, wrong)
+    assert loss(codes, kernel, hessian, swept) < before

@@ -149,3 +149,19 @@ def test_every_kind_of_layer_is_explained(id: str):
         assert min(errors) > 15, f"{record.name}: every step is near the float network's"
         codes = steps(explanation)["zero point and clamp"].note
         assert "equal to the network's own code in 100.00%" in codes or "not compared" in codes
+
+
+def test_fixed_point_names_its_formats_and_its_shifts():
+    q = small.quantized(fixed_point=True)
+    layer = q.params["layers"]["conv"]
+    found = steps(qjax.explain(q, "conv", small.images()[:1], small.make_params()))
+    n = -int(np.log2(layer.inputs.scale))
+    assert found["input codes"].note.endswith(f"\nfixed point: Q{7 - n}.{n}")
+    fractions = sorted({-int(np.log2(s)) for s in layer.weights.scale.reshape(-1)}, reverse=True)
+    formats = ", ".join(f"Q{7 - n}.{n}" for n in fractions)
+    assert found["kernel codes"].note.endswith(f"\nfixed point: {formats}")
+    assert "\nfixed point: " in found["zero point and clamp"].note
+    assert "equal to the network's own code in 100.00%" in found["zero point and clamp"].note
+    assert found["requantization"].note.endswith(": a shift, and no product")
+    free = steps(qjax.explain(small.quantized(), "conv", small.images()[:1], small.make_params()))
+    assert not any("fixed point" in step.note for step in free.values())

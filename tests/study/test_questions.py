@@ -78,6 +78,20 @@ def test_positions_and_range_methods():
     ]
 
 
+def test_powers_of_two_cost_what_they_cost():
+    found = made("fixed-point", 6)
+    assert labels(found) == [
+        ("6", tensors, scales)
+        for scales in ("free", "power_of_two")
+        for tensors in ("weights", "activations", "all")
+    ]
+    free, fixed = (
+        [row.logits_sqnr_db for row in rows] for rows in (found.rows[:3], found.rows[3:])
+    )
+    assert all(f < g for f, g in zip(fixed, free, strict=True))
+    assert found.rows[2].bytes == found.rows[5].bytes
+
+
 def test_the_table_has_a_line_per_row_and_one_for_float():
     lines = str(made("weight-bits", 3, 10)).splitlines()
     assert lines[0] == QUESTIONS["weight-bits"].text
