@@ -29,6 +29,7 @@ from safetensors import numpy as safetensors
 
 from qjax.formats.affine import QParams
 from qjax.formats.binary import Signs
+from qjax.formats.dynamic import Dynamic
 from qjax.formats.packing import pack_codes, unpack_codes
 from qjax.formats.spec import FORMATS
 from qjax.graph.layers import Skipped
@@ -260,7 +261,7 @@ def _restored(name: str, stored: np.ndarray | None, dtype: str, shape: Sequence[
 def _storable_layer(layer: QuantizedLayer) -> dict[str, Any]:
     """The arrays of a layer: its kernel as a stream of bits, its formats without what is no array.
 
-    The limits of affine codes stand in the manifest.
+    The limits of affine codes stand in the manifest, and all of a format without other arrays.
     """
     kernel, format = layer.kernel, layer.weights
     if format is not None:
@@ -270,7 +271,7 @@ def _storable_layer(layer: QuantizedLayer) -> dict[str, Any]:
 
 
 def _arrays_of(format: Any) -> dict[str, Any] | None:
-    if format is None:
+    if format is None or isinstance(format, Dynamic):
         return None
     arrays = {field: getattr(format, field) for field in _array_fields(type(format))}
     return {
@@ -286,6 +287,10 @@ def _is_affine(format: Any) -> bool:
     return isinstance(format, QParams)
 
 
+def _is_dynamic(described: Any) -> bool:
+    return isinstance(described, dict) and described["format"] == Dynamic.name
+
+
 def _array_fields(type: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(type) if not f.metadata.get("static")]
 
@@ -297,6 +302,8 @@ def _described_format(format: Any) -> Any:
     if _is_affine(format):
         limits = [int(format.qmin), int(format.qmax)]
         return limits if type(format) is QParams else {"format": format.name, "limits": limits}
+    if isinstance(format, Dynamic):
+        return format.to_json()
     fields = dataclasses.fields(format)
     static = {f.name: getattr(format, f.name) for f in fields if f.metadata.get("static")}
     return {"format": format.name, "lowest": int(format.lowest), "bits": format.bits} | static
@@ -314,8 +321,11 @@ def _restored_layer(stored: Mapping[str, Any], described: Mapping[str, Any]) -> 
 
 
 def _restored_format(arrays: Mapping[str, Any] | None, described: Any) -> Any:
-    if arrays is None:
+    if described is None:
         return None
+    if _is_dynamic(described):
+        return Dynamic.from_json(described)
+    assert arrays is not None
     if isinstance(described, list):
         return QParams(arrays["scale"], arrays["zero_point"], *described)
     if described["format"] in _INPUTS:
@@ -335,7 +345,7 @@ def _template(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _format_template(described: Any) -> dict[str, int] | None:
-    if described is None:
+    if described is None or _is_dynamic(described):
         return None
     if isinstance(described, list):
         return {"scale": 0, "zero_point": 0}

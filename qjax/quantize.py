@@ -10,8 +10,9 @@ import numpy as np
 
 from qjax.fit.equalize import equalize
 from qjax.fit.layerwise import calibrate
+from qjax.graph.examples import ExampleAxes, example_axes
 from qjax.graph.fold import fold
-from qjax.graph.layers import find_layers, shapes_of
+from qjax.graph.layers import Network, find_layers, shapes_of
 from qjax.graph.naming import path_names
 from qjax.graph.schedule import rest_of_params
 from qjax.progress import Progress, progress_bar
@@ -95,13 +96,14 @@ def quantize(
             "`apply_fn` has no layer to quantize: no convolution or dot product of something in "
             "`params` with something that depends on the input."
         )
+    examples = _example_axes(apply_fn, params, shapes, network, recipe)
     leaves = jax.tree.leaves(params)
     placed = jax.tree.leaves(_place(stacked, mesh))
     with _reporter(progress) as report_progress:
         folded = fold(network, leaves)
         if recipe.equalize:
             folded = equalize(network, leaves, folded, placed)
-        fitted = calibrate(network, leaves, folded, placed, recipe, report_progress)
+        fitted = calibrate(network, leaves, folded, placed, recipe, report_progress, examples)
     layers = [site.layer for site in network.sites]
     records = [layer_report(layer, fitted[layer.name]) for layer in layers]
     kernel_shapes = {layer.name: layer.kernel_shape for layer in layers}
@@ -111,6 +113,28 @@ def quantize(
         "rest": rest_of_params(network, params),
     }
     return Quantized(function, quantized, Report(records, recipe, network.skipped))
+
+
+def _example_axes(
+    apply_fn: Callable[[Any, Any], Any], params: Any, shapes: Any, network: Network, recipe: Recipe
+) -> dict[str, ExampleAxes]:
+    """The axes of the examples by layer; nothing where no range is that of an example."""
+    recipes = recipe.by_layer([site.layer.name for site in network.sites])
+    by_example = [name for name, own in recipes.items() if own.has_ranges_per_example]
+    if not by_example:
+        return {}
+
+    def grown(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((leaf.shape[0] + 1, *leaf.shape[1:]), leaf.dtype)
+
+    found = example_axes(network, find_layers(apply_fn, params, jax.tree.map(grown, shapes)))
+    for name in by_example:
+        if name not in found:
+            raise ValueError(
+                f"layer {name!r} cannot have granularity per_example: its examples have no axis of "
+                "their own; use per_tensor there, by `overrides`."
+            )
+    return found
 
 
 def _reporter(progress: bool | Progress) -> contextlib.AbstractContextManager[Progress]:

@@ -7,7 +7,14 @@ from typing import Any, Literal, get_args
 
 from qjax.formats.binary import BINARY
 from qjax.formats.scales import FREE, POWER_OF_TWO
-from qjax.formats.spec import ActivationGranularity, QuantSpec, check_bits, check_choice, in_table
+from qjax.formats.spec import (
+    ActivationGranularity,
+    ActivationRanges,
+    QuantSpec,
+    check_bits,
+    check_choice,
+    in_table,
+)
 from qjax.objectives.base import Objective
 from qjax.objectives.table import OBJECTIVES
 from qjax.rounding.base import MOMENTS, Rounding
@@ -62,6 +69,11 @@ class LayerRecipe:
         for argument in ("reconstructions", "sweeps"):
             if getattr(self, argument) < 0:
                 raise ValueError(f"`{argument}` must be at least 0; got {getattr(self, argument)}.")
+        if self.weights is not None and self.weights.is_dynamic:
+            raise ValueError(
+                "`weights` must have static ranges, which are known; got dynamic, which is for "
+                "activations."
+            )
         for argument in ("inputs", "outputs"):
             if (spec := getattr(self, argument)) is not None:
                 self._check_activations(argument, spec)
@@ -110,6 +122,12 @@ class LayerRecipe:
         """What depends on the widths alone: `QuantSpec.limits` by field, None in float."""
         specs = {field: getattr(self, field) for field in _WIDTHS.values()}
         return {field: spec and spec.limits for field, spec in specs.items()}
+
+    @property
+    def has_ranges_per_example(self) -> bool:
+        """Whether the range of an input or output is that of each example."""
+        specs = filter(None, (self.inputs, self.outputs))
+        return any(spec.granularity == "per_example" for spec in specs)
 
     @property
     def is_closed_form(self) -> bool:
@@ -273,6 +291,7 @@ def recipe(
     first_last_bits: int | None = None,
     activation_granularity: ActivationGranularity = "per_tensor",
     fixed_point: bool = False,
+    activation_ranges: ActivationRanges = "static",
     **recipe_fields: Any,
 ) -> Recipe:
     """Builds a `Recipe` from bit widths.
@@ -286,6 +305,8 @@ def recipe(
         `recipe_fields["overrides"]` may override again.
       activation_granularity: of the layer inputs and outputs.
       fixed_point: make every scale a power of two.
+      activation_ranges: of the layer inputs and outputs. `dynamic` leaves the outputs in float
+        unless `output_bits` asks for them: their codes are known only when all of an output is.
       **recipe_fields: further fields of `Recipe`, e.g. `inputs=None`.
 
     Returns:
@@ -311,7 +332,10 @@ def recipe(
         scales = POWER_OF_TWO if fixed_point else FREE
         specs[target] = dataclasses.replace(spec, scale=scales.name)
     for target in ("inputs", "outputs"):
-        specs[target] = dataclasses.replace(specs[target], granularity=activation_granularity)
+        finer = {"granularity": activation_granularity, "ranges": activation_ranges}
+        specs[target] = dataclasses.replace(specs[target], **finer)
+    if activation_ranges == "dynamic" and output_bits is None:
+        specs["outputs"] = None
     overrides = recipe_fields.pop("overrides", ())
     overrides = overrides.items() if isinstance(overrides, Mapping) else overrides
     if first_last_bits is not None:

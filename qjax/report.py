@@ -11,6 +11,7 @@ import numpy as np
 
 from qjax.fit.layer import Fit
 from qjax.formats.affine import QParams
+from qjax.formats.dynamic import ActivationFormat
 from qjax.graph.layers import Layer, Skipped
 from qjax.recipe import Recipe
 from qjax.table import table
@@ -30,10 +31,11 @@ class LayerReport:
       input_bits: of its input.
       output_bits: of its output.
       weight_scale: least and greatest scale of the kernel, None in float.
-      input_scale: real units per code of the input, mean over channels; None in float.
-      input_zero_point: the input's code of 0, None in float.
-      output_scale: real units per code of the output, mean over channels; None in float.
-      output_zero_point: the output's code of 0, None in float or if it differs between channels.
+      input_scale: real units per code of the input, mean over channels; None in float or if its
+        range is found at run time; likewise the next three.
+      input_zero_point: the input's code of 0.
+      output_scale: real units per code of the output, mean over channels.
+      output_zero_point: the output's code of 0, None if it differs between channels too.
       weight_sqnr_db: signal to noise of the kernel.
       output_sqnr_db: signal to noise of the output after the activation, against the float
         network's, all earlier layers quantized too.
@@ -68,6 +70,24 @@ class LayerReport:
     bytes_float: int
     bytes_quantized: int
     input_shape: tuple[int, ...]
+
+    @property
+    def widths(self) -> str:
+        """The bits of weights, input and output; d marks a range that is found at run time."""
+        widths = (self.weight_bits, self.input_bits, self.output_bits)
+        marks = ("", "d" * self.has_dynamic_input, "d" * self.has_dynamic_output)
+        pairs = zip(widths, marks, strict=True)
+        return "/".join("–" if bits is None else f"{bits}{mark}" for bits, mark in pairs)
+
+    @property
+    def has_dynamic_input(self) -> bool:
+        """Whether the range of the input is found at run time."""
+        return self.input_bits is not None and self.input_scale is None
+
+    @property
+    def has_dynamic_output(self) -> bool:
+        """Whether the range of the output is found at run time."""
+        return self.output_bits is not None and self.output_scale is None
 
 
 def layer_report(layer: Layer, fit: Fit) -> LayerReport:
@@ -121,14 +141,14 @@ def _ends(scale: jax.Array) -> tuple[float, float]:
     return float(scales.min()), float(scales.max())
 
 
-def _scale(qparams: QParams | None) -> float | None:
-    return None if qparams is None else float(np.asarray(qparams.scale).mean())
+def _scale(format: ActivationFormat | None) -> float | None:
+    return float(np.asarray(format.scale).mean()) if isinstance(format, QParams) else None
 
 
-def _zero_point(qparams: QParams | None) -> int | None:
-    if qparams is None or qparams.zero_point.ndim:
+def _zero_point(format: ActivationFormat | None) -> int | None:
+    if not isinstance(format, QParams) or format.zero_point.ndim:
         return None
-    return int(qparams.zero_point)
+    return int(format.zero_point)
 
 
 class Report(Sequence[LayerReport]):
@@ -162,6 +182,8 @@ class Report(Sequence[LayerReport]):
     def __str__(self) -> str:
         rows = [_row(layer) for layer in self]
         lines = [table(_HEADER, rows, "<<<<<>>>>", footer=self._total(), most=_WIDTH)]
+        if any(layer.has_dynamic_input or layer.has_dynamic_output for layer in self):
+            lines.append("d: dynamic, the range is found at run time")
         for skip in self.skipped:
             shapes = " and ".join(map(_shape, skip.shapes))
             line = f"in float: {skip.primitive} of {shapes}: {skip.reason}"
@@ -183,12 +205,11 @@ _HEADER = (
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
-    widths = (layer.weight_bits, layer.input_bits, layer.output_bits)
     return (
         layer.name,
         layer.kind,
         _shape(layer.kernel_shape),
-        "/".join("–" if bits is None else str(bits) for bits in widths),
+        layer.widths,
         layer.activation,
         _db(layer.weight_sqnr_db),
         _db(layer.output_sqnr_db),

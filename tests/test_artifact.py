@@ -266,3 +266,20 @@ def test_manifest_is_plain_json(q: qjax.Quantized, saved: Path):
     assert manifest["layers"]["head"]["weights"] == [-3, 3]
     assert manifest["report"][0]["weight_sqnr_db"] is None
     assert manifest["params"][2] == ["first/0", [7, 5], "float32"]
+
+
+def test_ranges_at_run_time_are_saved(tmp_path: Path):
+    """They have no arrays: all of them stands in the manifest."""
+    spec = qjax.QuantSpec(6, False, "per_example", ranges="dynamic", scale="power_of_two")
+    recipe = qjax.recipe(8, **CHEAP | {"inputs": spec, "outputs": spec})
+    q = qjax.quantize(network, make_params(), X, recipe)
+    qjax.save(tmp_path / "model", q)
+    again = qjax.load(tmp_path / "model", network)
+    chex.assert_trees_all_equal(again.params, q.params, strict=True)
+    assert jax.tree.structure(again.params) == jax.tree.structure(q.params)
+    assert again.report == q.report
+    chex.assert_trees_all_equal(
+        again.apply_fn(again.params, X), q.apply_fn(q.params, X), strict=True
+    )
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert not any("inputs" in name or "outputs" in name for name in stored)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+import small
 from jax.sharding import NamedSharding, PartitionSpec
 
 import qjax
@@ -566,3 +567,45 @@ def test_what_a_user_gets_told(change: dict[str, Any], message: str):
 def test_a_recipe_of_another_type_is_refused():
     with pytest.raises(TypeError, match=r"`recipe` must be a qjax.Recipe; got int"):
         qjax.quantize(mlp, PARAMS, X, 8)  # pyright: ignore[reportArgumentType]
+
+
+def test_ranges_per_example_need_an_axis_of_examples():
+    def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+        tokens = x.reshape(-1, 4) @ params["tokens"]
+        return tokens.reshape(x.shape[0], -1) @ params["head"]
+
+    params = {"tokens": jnp.ones((4, 3)), "head": jnp.ones((15, 2))}
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5, 4)), jnp.float32)
+    recipe = qjax.recipe(8, activation_ranges="dynamic", activation_granularity="per_example")
+    message = "layer 'tokens' cannot have granularity per_example: its examples have no axis"
+    with pytest.raises(ValueError, match=message):
+        qjax.quantize(apply_fn, params, x, recipe.naive())
+    tensor = qjax.QuantSpec(8, False, "per_tensor", ranges="dynamic")
+    mixed = dataclasses.replace(recipe.naive(), overrides={"tokens": {"inputs": tensor}})
+    q = qjax.quantize(apply_fn, params, x, mixed)
+    layers = q.params["layers"]
+    assert (layers["tokens"].inputs.axis, layers["head"].inputs.axis) == (None, 0)
+
+
+def test_with_ranges_at_run_time_layers_are_fitted_on_what_they_will_meet():
+    """The refits and GPTQ see the input rounded at the ranges of its batch."""
+    x, params = small.images(), small.make_params()
+    found = {
+        rounding: qjax.quantize(
+            small.apply_fn,
+            params,
+            x,
+            qjax.recipe(3, activation_ranges="dynamic", rounding=rounding, grid_size=8),
+        )
+        for rounding in ("nearest", "gptq")
+    }
+    y = small.apply_fn(params, x)
+    for q in found.values():
+        assert all(r.has_dynamic_input and not r.has_dynamic_output for r in q.report)
+        assert all(r.output_bits is None and r.input_clip is None for r in q.report)
+        assert "3/3d/–" in str(q.report)
+        assert str(q.report).endswith("d: dynamic, the range is found at run time")
+        measured = float(qjax.sqnr_db(y, q.apply_fn(q.params, x)))
+        assert q.report[-1].output_sqnr_db == pytest.approx(measured, abs=0.01)
+    nearest, gptq = (q.report[-1].output_sqnr_db for q in found.values())
+    assert gptq > nearest - 0.5

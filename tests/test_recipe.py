@@ -40,6 +40,10 @@ def test_width_out_of_range_is_refused(bits: Any):
             {"outputs": QuantSpec(scale="power_of_two")},
             "`outputs` with power_of_two scales must have granularity per_tensor; got per_channel",
         ),
+        (
+            {"weights": QuantSpec(granularity="per_tensor", ranges="dynamic")},
+            "`weights` must have static ranges, which are known; got dynamic",
+        ),
         ({"overrides": {"a": {"bit": 4}}}, "`overrides` must be one of bits, .*; got 'bit'"),
         ({"overrides": {"a": {"bits": 0}}}, "`bits` must be an integer from 1 to 16; got 0"),
         ({"overrides": {"a": {"weight_bits": 0}}}, "must be an integer from 1 to 16; got 0"),
@@ -161,3 +165,13 @@ def test_fixed_point_is_of_every_tensor():
     assert recipe != qjax.recipe(8, first_last_bits=6, overrides={"layer1/*": {"bits": 4}})
     with pytest.raises(ValueError, match="`inputs` with power_of_two scales must have granularity"):
         qjax.recipe(8, fixed_point=True, activation_granularity="per_channel")
+
+
+def test_ranges_at_run_time_leave_outputs_in_float_unless_they_have_a_width():
+    recipe = qjax.recipe(8, activation_ranges="dynamic", activation_granularity="per_example")
+    assert recipe.inputs == QuantSpec(8, False, "per_example", ranges="dynamic")
+    assert recipe.outputs is None and recipe.weights == QuantSpec()
+    both = qjax.recipe(8, activation_ranges="dynamic", output_bits=6)
+    assert both.outputs == QuantSpec(6, False, "per_tensor", ranges="dynamic")
+    assert Recipe.from_json(json.loads(json.dumps(both.to_json()))) == both
+    assert "ranges" not in json.dumps(Recipe().to_json())

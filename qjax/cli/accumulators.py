@@ -82,6 +82,11 @@ def _check(arguments: argparse.Namespace, recipe: Recipe) -> None:
         )
     if recipe.weights is None or recipe.inputs is None:
         raise ValueError("integer accumulators need quantized weights and inputs; got float.")
+    if recipe.inputs.is_dynamic:
+        raise ValueError(
+            "how wide accumulators must be depends on the ranges of the inputs; use "
+            "`--activation-ranges` static."
+        )
 
 
 COMMAND = command.question(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qjax.cli.loading import CALIBRATION_SIZE, Loaded, load
-from qjax.formats.spec import ActivationGranularity
+from qjax.formats.spec import ActivationGranularity, ActivationRanges
 from qjax.objectives.table import OBJECTIVES
 from qjax.progress import Progress
 from qjax.recipe import LayerRecipe, OutputPosition, Recipe, recipe
@@ -90,6 +90,13 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "per_tensor",
         "of the scales of inputs and outputs",
     )
+    choose(
+        "--activation-ranges",
+        ActivationRanges,
+        "static",
+        "found on training images or, as the extremes, at run time, which leaves outputs in float "
+        "unless --output-bits is given",
+    )
     choose("--output-position", OutputPosition, Recipe.output_position, "where outputs are rounded")
     choose("--rounding", ROUNDINGS, LayerRecipe().round_with.name, "of the weights")
     add(
@@ -124,11 +131,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     """
     if arguments.recipe is not None:
         return _recipe_of_file(Path(arguments.recipe))
-    if arguments.fixed_point and arguments.activation_granularity != "per_tensor":
-        raise ValueError(
-            "`--fixed-point` needs `--activation-granularity` per_tensor; got "
-            f"{arguments.activation_granularity}."
-        )
+    _check_granularity(arguments)
     fields: dict[str, Any] = {}
     for part, field in _PARTS.items():
         width = getattr(arguments, f"{part}_bits")
@@ -138,6 +141,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         first_last_bits=arguments.first_last_bits,
         activation_granularity=arguments.activation_granularity,
         fixed_point=arguments.fixed_point,
+        activation_ranges=arguments.activation_ranges,
         range_method=arguments.range_method,
         output_position=arguments.output_position,
         rounding=arguments.rounding,
@@ -150,6 +154,25 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         overrides=arguments.override,
         **fields,
     )
+
+
+def _check_granularity(arguments: argparse.Namespace) -> None:
+    """Refuses scales of activations that are finer than other options allow."""
+    ranges, found = arguments.activation_ranges, arguments.activation_granularity
+    allowed = _GRANULARITIES[ranges]
+    if arguments.fixed_point:
+        allowed = tuple(name for name in allowed if name != "per_channel")
+    if found not in allowed:
+        given = f"{'`--fixed-point` and ' * arguments.fixed_point}`--activation-ranges` {ranges}"
+        raise ValueError(
+            f"`--activation-granularity` must be {' or '.join(allowed)} with {given}; got {found}."
+        )
+
+
+_GRANULARITIES: Mapping[str, tuple[str, ...]] = {
+    "static": ("per_tensor", "per_channel"),
+    "dynamic": ("per_tensor", "per_example"),
+}
 
 
 def check_report(arguments: argparse.Namespace) -> None:

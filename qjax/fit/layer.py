@@ -21,9 +21,11 @@ from qjax.fit.ranges import (
     Task,
     activated,
     choose_output,
+    dynamic_output,
     fit_input,
     fit_output_channels,
     output_values,
+    project_batches,
     seen_by,
 )
 from qjax.fit.refit import Goal, lacking, refit
@@ -33,6 +35,7 @@ from qjax.fit.search import Candidates, least, widest
 from qjax.fit.streams import map_batches
 from qjax.formats.affine import QParams, sqnr_db
 from qjax.formats.base import elementwise
+from qjax.formats.dynamic import ActivationFormat
 from qjax.formats.spec import QuantSpec
 from qjax.graph.activation import NONE, Activation
 from qjax.graph.fold import Folded, apply_folded
@@ -181,14 +184,14 @@ class Prepared(NamedTuple):
       target: the output to be had, the layer's share of the float sum z + s where the other one is
         ŝ; None where it is z.
       inputs: qparams of its input; None in float.
-      input_clip: their share of the extremes; None in float.
+      input_clip: their share of the extremes; None in float or if they are found at run time.
       folded: kernel and bias, refitted, in units of the input's scales if it has several.
       hessian: the second moments of the quantized input's patches, None if nothing reads them.
     """
 
     float_output: jax.Array
     target: jax.Array | None
-    inputs: QParams | None
+    inputs: ActivationFormat | None
     input_clip: jax.Array | None
     folded: Folded
     hessian: jax.Array | None
@@ -211,12 +214,12 @@ def prepare(
         s, s_hat = values.shortcut
         target = z + (s - s_hat)
     inputs, clip = fit_input(task, limits, values.x, folded.kernel, known, divides_channels)
-    if inputs is not None and inputs.scale.ndim:  # fitted in units of the codes
+    if isinstance(inputs, QParams) and inputs.scale.ndim:  # fitted in units of the codes
         folded = folded._replace(kernel=fold_input_scales(operation, inputs, folded.kernel))
     x, unscaled = in_units_of_codes(values.x, inputs)
     if not recipe.needs_moments:
         return Prepared(z, target, inputs, clip, folded, None)
-    seen = x if unscaled is None else unscaled.project(x)
+    seen = x if unscaled is None else project_batches(unscaled, x)
     stride = patch_stride(operation, seen, MOMENT_PATCHES)
     moments = observe_stacked(m.moments(operation, stride), seen)
     if recipe.bias_correction:  # the bias takes up the means, the kernel answers for the rest
@@ -229,14 +232,16 @@ def prepare(
     return Prepared(z, target, inputs, clip, folded, moments.hessian)
 
 
-def in_units_of_codes(x: jax.Array, inputs: QParams | None) -> tuple[jax.Array, QParams | None]:
+def in_units_of_codes(
+    x: jax.Array, inputs: ActivationFormat | None
+) -> tuple[jax.Array, ActivationFormat | None]:
     """An input divided by its scales per channel, and the qparams that are left to apply.
 
     Args:
       x: float[batches, ...].
       inputs: qparams of a batch: scalars, or per channel; None in float.
     """
-    if inputs is None or not inputs.scale.ndim:
+    if not isinstance(inputs, QParams) or not inputs.scale.ndim:
         return x, inputs
     return x * inputs.inverse_scale[None], dataclasses.replace(inputs, scale=jnp.ones(()))
 
@@ -334,7 +339,7 @@ def correct(
         layer = dataclasses.replace(layer, bias=bias)
         y = map_batches(partial(apply_linear, operation, layer), x)
     values = None
-    if _has_output_range(recipe) and not task.has_output_channels:
+    if _is_output_searched(recipe) and not task.has_output_channels:
         objective = task.output_objective
         seen = seen_by(task, shortcut is not None)
         added = None if shortcut is None else shortcut[1]
@@ -344,6 +349,11 @@ def correct(
 
 def _has_output_range(recipe: LayerRecipe) -> bool:
     return recipe.outputs is not None and recipe.output_position != "post_activation"
+
+
+def _is_output_searched(recipe: LayerRecipe) -> bool:
+    is_static = recipe.outputs is not None and not recipe.outputs.is_dynamic
+    return is_static and _has_output_range(recipe)
 
 
 def _channel_means(operation: Linear, values: jax.Array) -> jax.Array:
@@ -359,11 +369,13 @@ def _channel_means(operation: Linear, values: jax.Array) -> jax.Array:
 
 def _fit_output(
     task: Task, limits: Any, values: Values, target: jax.Array, corrected: Corrected
-) -> tuple[QParams | None, Any]:
+) -> tuple[ActivationFormat | None, Any]:
     """Chooses the range of a layer's output before the activation; None in float."""
     spec, shortcut = task.recipe.outputs, values.shortcut
     if spec is None or not _has_output_range(task.recipe):
         return None, None
+    if spec.is_dynamic:
+        return dynamic_output(task, limits), None
     if task.has_output_channels:
         added = None if shortcut is None else shortcut[1]
         return fit_output_channels(task, limits, target, corrected.output, added)
@@ -384,22 +396,14 @@ def finish(
     activation: Activation,
     float_output: jax.Array,
     output: jax.Array,
-    outputs: QParams | None,
+    outputs: ActivationFormat | None,
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     """Rounds outputs: (float outputs, quantized outputs, energies); see `Fitted` and `Fit`."""
     if outputs is not None:
-        output = _of_stack(outputs).project(output)
+        output = project_batches(outputs, output)
     moved = [jax.vmap(movement)(values) for values in (float_output, output)]
     shown, shown_hat = (activated(activation, movement, y) for y in (float_output, output))
     axes = tuple(range(1, shown.ndim))
     signal = jnp.sum(jnp.square(shown), axes)
     noise = jnp.sum(jnp.square(shown - shown_hat), axes)
     return moved[0], moved[1], (signal, noise)
-
-
-def _of_stack(qparams: QParams) -> QParams:
-    """Qparams of a batch for stacked batches."""
-    if not qparams.scale.ndim:
-        return qparams
-    scale, zero_point = qparams.scale[None], qparams.zero_point[None]
-    return dataclasses.replace(qparams, scale=scale, zero_point=zero_point)

@@ -5,7 +5,7 @@ unless `Recipe.sequential`) toward the output that the float network has there.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,12 +13,22 @@ import jax
 from jax.extend import core
 
 from qjax.fit.layer import Fit, Values, fit_layer
-from qjax.fit.ranges import OutputValues, Task, choose_output, output_values, task_of
+from qjax.fit.ranges import (
+    OutputValues,
+    Task,
+    choose_output,
+    dynamic_activated,
+    output_values,
+    project_batches,
+    task_of,
+)
 from qjax.fit.search import Candidates
 from qjax.fit.streams import Segment, Streams, cut
 from qjax.formats.affine import QParams
+from qjax.formats.dynamic import ActivationFormat
 from qjax.formats.spec import QuantSpec
 from qjax.graph.activation import NONE, follow_codes
+from qjax.graph.examples import ExampleAxes
 from qjax.graph.fold import Folded
 from qjax.graph.layers import Network, Site
 from qjax.graph.operation import Linear
@@ -76,8 +86,17 @@ class Unit(NamedTuple):
     fit: Callable[[State], None]
 
 
-def units(network: Network, recipe: Recipe) -> tuple[Unit, ...]:
-    """Cuts a network into what is fitted together, in the order of fitting."""
+def units(
+    network: Network, recipe: Recipe, examples: Mapping[str, ExampleAxes] | None = None
+) -> tuple[Unit, ...]:
+    """Cuts a network into what is fitted together, in the order of fitting.
+
+    Args:
+      network: the network.
+      recipe: what to do with it.
+      examples: the axes of the examples by layer, see `calibrate`.
+    """
+    examples = examples or {}
     recipes = recipe.by_layer([site.layer.name for site in network.sites])
     candidates = Candidates(recipe.grid_size, recipe.refinements)
     logits = _logits(network) if recipe.logits else None
@@ -85,12 +104,13 @@ def units(network: Network, recipe: Recipe) -> tuple[Unit, ...]:
     for segment in cut(network):
         match segment.step:
             case Site(layer=layer) as site:
-                task = task_of(site, recipes[layer.name], candidates, site is logits)
-                fit = partial(_fit_site, site, task, recipes[layer.name])
+                own, axes = recipes[layer.name], examples.get(layer.name)
+                task = task_of(site, own, candidates, site is logits, axes)
+                fit = partial(_fit_site, site, task, own)
                 found.append(Unit(segment, layer.name, fit))
             case Activated(site=site):
-                own = recipes[site.layer.name]
-                task = task_of(site, own, candidates, site is logits)
+                own, axes = recipes[site.layer.name], examples.get(site.layer.name)
+                task = task_of(site, own, candidates, site is logits, axes)
                 found.append(Unit(segment, None, partial(_fit_activated, site, task, own)))
     return tuple(found)
 
@@ -102,6 +122,7 @@ def calibrate(
     batches: Sequence[jax.Array],
     recipe: Recipe,
     progress: Progress,
+    examples: Mapping[str, ExampleAxes] | None = None,
 ) -> dict[str, Fit]:
     """Quantizes every layer of a network.
 
@@ -112,6 +133,7 @@ def calibrate(
       batches: the leaves of an input, those of all batches stacked.
       recipe: what to do.
       progress: called with (layer name, layers done, layers).
+      examples: the axes of the examples by layer; needed where ranges are those of examples.
 
     Returns:
       A `Fit` per layer, by name, in dataflow order.
@@ -120,7 +142,7 @@ def calibrate(
     streams = Streams(network, leaves, batches, recipe.sequential)
     state = State(streams, dict(zip(names, folded, strict=True)), {}, {})
     started: list[str] = []
-    for unit in units(network, recipe):
+    for unit in units(network, recipe, examples):
         if unit.name is not None:
             if len(started) > 1:  # one layer may still be computed while the next is compiled
                 jax.block_until_ready(state.fits[started[-2]].energies)
@@ -157,20 +179,21 @@ def _fit_site(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None
     divides = known is None and _divides_channels(recipe.inputs, task.operation, values.x)
     found = fit_layer(task, divides, recipe.limits, values, state.folded[name], known)
     outputs = found.fit.layer.outputs
-    if outputs is not None and not outputs.scale.ndim:
+    if isinstance(outputs, QParams) and not outputs.scale.ndim:
         assert recipe.outputs is not None
-        state.grids[site.output] = Grid(outputs, _kind(recipe.outputs))
+        state.grids[site.output] = Grid(outputs, kind_of(recipe.outputs))
     state.fits[name] = found.fit
     streams.write(site.output, found.float_output, found.output)
 
 
-def _kind(spec: QuantSpec) -> tuple[int, bool, str]:
+def kind_of(spec: QuantSpec) -> tuple[int, bool, str]:
+    """What two specs must share for one grid of codes to be of both."""
     return spec.bits, spec.symmetric, spec.scales.name
 
 
 def _known_grid(spec: QuantSpec | None, grid: Grid | None) -> QParams | None:
     """The grid that an input lies on already, if it is what the recipe asks for."""
-    is_kept = spec is not None and grid is not None and grid.kind == _kind(spec)
+    is_kept = spec is not None and grid is not None and grid.kind == kind_of(spec)
     return grid.qparams if is_kept and grid is not None else None
 
 
@@ -192,19 +215,20 @@ def _fit_activated(site: Site, task: Task, recipe: LayerRecipe, state: State) ->
     if recipe.outputs is None or position == "pre_activation" or is_already_done:
         return
     floats, values = state.streams.read(site.activated)
-    objective = task.output_objective
-    samples = _activated_values(objective, floats, values)
-    spec = task.recipe.outputs
+    objective, limits, spec = task.output_objective, recipe.limits["outputs"], task.recipe.outputs
     assert spec is not None
-    qparams, clip = choose_output(
-        samples,
-        recipe.limits["outputs"],
-        objective=objective,
-        spec=spec,
-        activation=NONE,
-        candidates=task.candidates,
-    )
-    state.grids[site.activated] = Grid(qparams, _kind(recipe.outputs))
+    if spec.is_dynamic:
+        qparams, clip = dynamic_activated(task, limits), None
+    else:
+        qparams, clip = choose_output(
+            _activated_values(objective, floats, values),
+            limits,
+            objective=objective,
+            spec=spec,
+            activation=NONE,
+            candidates=task.candidates,
+        )
+        state.grids[site.activated] = Grid(qparams, kind_of(recipe.outputs))
     state.streams.write(site.activated, floats, _project(qparams, values))
     fit = state.fits[site.layer.name]
     layer = dataclasses.replace(fit.layer, activated=qparams)
@@ -218,5 +242,5 @@ def _activated_values(objective: Objective, floats: jax.Array, values: jax.Array
 
 
 @program()
-def _project(qparams: QParams, values: jax.Array) -> jax.Array:
-    return qparams.project(values)
+def _project(format: ActivationFormat, values: jax.Array) -> jax.Array:
+    return project_batches(format, values)

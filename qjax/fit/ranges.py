@@ -10,20 +10,22 @@ With granularity per_channel, channels that carry little get finer codes than th
 Values are stacked by batch, [batches, examples, ...].
 """
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from qjax.fit.samples import InputSample, OutputSample
 from qjax.fit.sampling import sampled, sampled_channels, sampled_patches
 from qjax.fit.search import Candidates, least, least_by_channel, widest
 from qjax.fit.streams import map_batches
-from qjax.formats.affine import QParams
+from qjax.formats.affine import QParams, with_exact_products
+from qjax.formats.dynamic import EVERYTHING, ActivationFormat, Dynamic, dynamic
 from qjax.formats.spec import QuantSpec
 from qjax.graph.activation import NONE, Activation
+from qjax.graph.examples import ExampleAxes
 from qjax.graph.layers import Movement, Site
 from qjax.graph.operation import (
     Linear,
@@ -50,6 +52,7 @@ class Task(NamedTuple):
       recipe: what to do with it, its widths left out.
       candidates: of each search.
       makes_logits: whether its output is the network's, and to be taken for logits.
+      examples: the axes of the examples; None if no range is that of an example.
     """
 
     operation: Linear
@@ -59,6 +62,7 @@ class Task(NamedTuple):
     recipe: LayerRecipe
     candidates: Candidates
     makes_logits: bool
+    examples: ExampleAxes | None
 
     @property
     def output_objective(self) -> Objective:
@@ -75,13 +79,17 @@ class Task(NamedTuple):
 
 
 def task_of(
-    site: Site, recipe: LayerRecipe, candidates: Candidates, makes_logits: bool = False
+    site: Site,
+    recipe: LayerRecipe,
+    candidates: Candidates,
+    makes_logits: bool = False,
+    examples: ExampleAxes | None = None,
 ) -> Task:
     """The task of fitting a layer."""
     summed = None if site.shortcut is None else site.shortcut.activation.shown
     operation = site.layer.operation
     fields = (operation, site.movement, site.activation, summed)
-    return Task(*fields, recipe.stored, candidates, makes_logits)
+    return Task(*fields, recipe.stored, candidates, makes_logits, examples)
 
 
 def extremes_of(values: jax.Array) -> Range:
@@ -100,7 +108,7 @@ def fit_input(
     kernel: jax.Array,
     known: QParams | None,
     divides_channels: bool,
-) -> tuple[QParams | None, jax.Array | None]:
+) -> tuple[ActivationFormat | None, jax.Array | None]:
     """Chooses the range of a layer's input.
 
     Args:
@@ -112,11 +120,14 @@ def fit_input(
       divides_channels: whether channels are to have scales of their own; none may be negative.
 
     Returns:
-      Qparams, and their scale's share of the scale that the extremes need; None in float.
+      Qparams, and their scale's share of the scale that the extremes need; None in float. A range
+      that is found at run time is none yet.
     """
     spec = task.recipe.inputs
     if spec is None:
         return None, None
+    if spec.is_dynamic:
+        return dynamic(spec, limits, task.examples and task.examples.input), None
     if known is not None:
         return known, jnp.ones(())  # the values are codes of the output before: nothing is lost
     objective, width = task.recipe.objective, jnp.ones(())
@@ -155,6 +166,19 @@ def _channel_widths(
 
 
 # ---- Outputs
+
+
+def dynamic_output(task: Task, limits: Any) -> Dynamic:
+    """The format of an output before the activation that finds its range at run time."""
+    assert task.recipe.outputs is not None
+    bounds = task.activation.bounds if task.summed is None else EVERYTHING
+    return dynamic(task.recipe.outputs, limits, task.examples and task.examples.output, bounds)
+
+
+def dynamic_activated(task: Task, limits: Any) -> Dynamic:
+    """The format of an output after the activation that finds its range at run time."""
+    assert task.recipe.outputs is not None
+    return dynamic(task.recipe.outputs, limits, task.examples and task.examples.activated)
 
 
 class OutputValues(NamedTuple):
@@ -306,14 +330,14 @@ def _channel_extremes(axes: tuple[int, ...], values: jax.Array) -> Range:
     return channels.min(1), channels.max(1)
 
 
-def with_exact_products(qparams: QParams) -> QParams:
-    """Rounds scales to 16 significant bits: times a code of 8 bits they are exact in float32.
-
-    The sum of two such values is rounded once, in whatever way a compiler fuses it, so that every
-    evaluation of a residual sum is the same.
-    """
-    scale = lax.reduce_precision(qparams.scale, 8, 15)
-    return QParams(scale, qparams.zero_point, qparams.qmin, qparams.qmax, qparams.dtype)
+def project_batches(format: ActivationFormat, batches: jax.Array) -> jax.Array:
+    """Rounds values that are stacked by batch, each batch by itself."""
+    if isinstance(format, Dynamic):
+        return jax.vmap(format.project)(batches)
+    if not format.scale.ndim:
+        return format.project(batches)
+    scale, zero_point = format.scale[None], format.zero_point[None]
+    return dataclasses.replace(format, scale=scale, zero_point=zero_point).project(batches)
 
 
 def activated(activation: Activation, movement: Movement, y: jax.Array) -> jax.Array:

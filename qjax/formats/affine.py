@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qjax.formats.base import NumberFormat, Spec
 
@@ -90,6 +91,10 @@ class QParams:
         low, high = (self.scale * (code - self.zero_point).astype(jnp.float32) for code in codes)
         return low, high
 
+    def at(self, x: jax.Array) -> "QParams":
+        """The grid of codes for the values of a tensor: the same for all."""
+        return self
+
     def encode(self, x: jax.Array) -> jax.Array:
         """Maps real values to codes; see `quantize_array`."""
         return quantize_array(x, self)
@@ -151,6 +156,15 @@ def affine_qparams(
     zero_point = jnp.zeros_like(scale) if spec.symmetric else jnp.round(-low / scale)
     zero_point = jnp.clip(zero_point, *(limit.astype(jnp.float32) for limit in (qmin, qmax)))
     return QParams(scale, zero_point.astype(jnp.int32), qmin, qmax, spec.dtype)
+
+
+def with_exact_products(qparams: QParams) -> QParams:
+    """Rounds scales to 16 significant bits: times a code of 8 bits they are exact in float32.
+
+    The sum of two such values is rounded once, in whatever way a compiler fuses it, so that every
+    evaluation of a residual sum is the same.
+    """
+    return dataclasses.replace(qparams, scale=lax.reduce_precision(qparams.scale, 8, 15))
 
 
 AFFINE = NumberFormat("affine", QParams, limits_of, affine_qparams, is_uniform=True)

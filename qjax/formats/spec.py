@@ -13,8 +13,12 @@ from qjax.formats.scales import FREE, SCALES, Scales
 
 T = TypeVar("T")
 
-Granularity = Literal["per_tensor", "per_channel", "per_group"]
-ActivationGranularity = Literal["per_tensor", "per_channel"]
+KernelGranularity = Literal["per_tensor", "per_channel", "per_group"]
+ActivationGranularity = Literal["per_tensor", "per_channel", "per_example"]
+Granularity = Literal["per_tensor", "per_channel", "per_group", "per_example"]
+ActivationRanges = Literal["static", "dynamic"]
+
+_FOUND_AT_RUN_TIME = ("per_tensor", "per_example")
 
 MIN_BITS, MAX_BITS = 1, 16
 
@@ -64,11 +68,14 @@ class QuantSpec:
       symmetric: signed codes −(2^(b−1)−1) … 2^(b−1)−1 around zero_point 0, of at least 2 bits;
         otherwise unsigned codes 0 … 2^b−1 with a zero point.
       granularity: one scale per tensor, per channel (of a kernel: per output channel), or per group
-        of `group_size` input elements of each output channel of a kernel.
+        of `group_size` input elements of each output channel of a kernel; of activations whose
+        ranges are dynamic also one per example.
       group_size: input elements that share a scale; read only when `granularity` is per_group.
       format: what codes stand for: a name in `qjax.formats.spec.FORMATS`, or a `NumberFormat`.
       scale: which scales there are: `free`, or `power_of_two` for fixed point, where unsigned codes
         have no zero point either: a tensor that has values below 0 is signed.
+      ranges: of activations: `static`, chosen on calibration images, or `dynamic`, the extremes of
+        what a tensor holds at run time.
 
     Raises:
       ValueError: a field is outside its range.
@@ -87,6 +94,7 @@ class QuantSpec:
     group_size: int = 32
     format: str | NumberFormat = AFFINE.name
     scale: str | Scales = FREE.name
+    ranges: ActivationRanges = "static"
 
     def __post_init__(self) -> None:
         check_bits("bits", self.bits)
@@ -110,6 +118,22 @@ class QuantSpec:
                 f"`scale` {self.scales.name} is for the format {AFFINE.name}; got "
                 f"{self.family.name}, whose scale must be {FREE.name}."
             )
+        check_choice("ranges", self.ranges, get_args(ActivationRanges))
+        if self.granularity == "per_example" and not self.is_dynamic:
+            raise ValueError(
+                "`granularity` per_example needs `ranges` dynamic; got static, which are known "
+                "before any example: use per_tensor."
+            )
+        if self.is_dynamic and self.granularity not in _FOUND_AT_RUN_TIME:
+            raise ValueError(
+                f"`granularity` must be {' or '.join(_FOUND_AT_RUN_TIME)} where `ranges` are "
+                f"dynamic; got {self.granularity}."
+            )
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether ranges are found at run time."""
+        return self.ranges == "dynamic"
 
     def at(self, bits: int) -> "QuantSpec":
         """The same spec at another width; symmetric codes of one bit are binary.
@@ -180,7 +204,6 @@ class QuantSpec:
     def to_json(self) -> dict[str, Any]:
         """Returns the spec as JSON values."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        methods = {"format": self.family.name, "scale": self.scales.name}
-        usual = {"format": AFFINE.name, "scale": FREE.name}
-        left_out = methods.items() & usual.items()
-        return {k: v for k, v in (fields | methods).items() if (k, v) not in left_out}
+        fields |= {"format": self.family.name, "scale": self.scales.name}
+        usual = {"format": AFFINE.name, "scale": FREE.name, "ranges": "static"}
+        return {k: v for k, v in fields.items() if (k, v) not in usual.items()}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.formats.affine import QParams, quantize_array
+from qjax.formats.dynamic import ActivationFormat
 from qjax.formats.scales import power_of_two_above
 from qjax.graph import jaxpr
 from qjax.integer.lowerings import signed
@@ -45,12 +46,12 @@ class GridKey(NamedTuple):
         return float(np.max(np.asarray(self.scales, np.float32) * above.astype(np.float32)))
 
 
-def grid_key(qparams: QParams | None) -> GridKey | None:
-    """The key of the grid of a tensor, from qparams that are not traced; None in float."""
-    if qparams is None:
+def grid_key(format: ActivationFormat | None) -> GridKey | None:
+    """The key of the grid of a tensor, from a format that is not traced; None if it has no one."""
+    if not isinstance(format, QParams):
         return None
-    scale, zero_point = (np.ravel(leaf) for leaf in (qparams.scale, qparams.zero_point))
-    limits = int(qparams.qmin), int(qparams.qmax)
+    scale, zero_point = (np.ravel(leaf) for leaf in (format.scale, format.zero_point))
+    limits = int(format.qmin), int(format.qmax)
     return GridKey(tuple(map(float, scale)), tuple(map(int, zero_point)), *limits)
 
 

@@ -16,6 +16,9 @@ evaluations give the same codes.
 In float32 whatever the arithmetic: quantizing the network's input, scaling its output, layers that
 have no integer accumulator (weights or input in float, weights per group), and operations that
 integers cannot express (tanh, softmax, products of activations) with what leads to the next codes.
+
+Where the range of a layer's input is found at run time, so is s_x: the layer rounds its real input
+to codes, sums their products in int32 and scales the sum in float32. That takes `float` arithmetic.
 """
 
 import dataclasses
@@ -28,6 +31,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from qjax.formats.affine import QParams
+from qjax.formats.dynamic import Dynamic
 from qjax.formats.spec import in_table
 from qjax.graph.jaxpr import Env
 from qjax.graph.layers import Network, Site
@@ -99,12 +104,36 @@ def integer(
         check_accumulator("accumulator", given)
     chosen = in_table("arithmetic", arithmetic, ARITHMETICS)
     for name, layer in layers.items():
-        if layer.has_integer_accumulator and lowerings.largest(layer) >= lowerings.INT_LIMIT:
+        _check_dynamic(name, layer, chosen, narrow)
+        if _sums_codes(layer) and lowerings.largest(layer) >= lowerings.INT_LIMIT:
             raise ValueError(
                 f"layer {name!r} can reach {lowerings.largest(layer):,} in its accumulator, beyond "
                 "32 bits; use fewer bits for its weights or its inputs."
             )
     return IntegerFunction(q.apply_fn, layers, chosen, methods, narrow)
+
+
+def _sums_codes(layer: QuantizedLayer) -> bool:
+    return layer.has_integer_accumulator or layer.sums_dynamic_codes
+
+
+def _check_dynamic(
+    name: str, layer: QuantizedLayer, arithmetic: Arithmetic, narrow: Mapping[str, Accumulator]
+) -> None:
+    """Refuses what needs the range of a layer's tensors beforehand."""
+    formats = {"input": layer.inputs, "output": layer.outputs or layer.activated}
+    found = [tensor for tensor, format in formats.items() if isinstance(format, Dynamic)]
+    if found and arithmetic.only_integers:
+        raise ValueError(
+            f"`arithmetic` {arithmetic.name} needs ranges that are known beforehand, and layer "
+            f"{name!r} finds that of its {' and '.join(found)} at run time; use float, or quantize "
+            "with static ranges."
+        )
+    if "input" in found and name in narrow:
+        raise ValueError(
+            f"`accumulator` cannot be simulated for layer {name!r}, which finds the range of its "
+            "input at run time; quantize with static ranges."
+        )
 
 
 def _check_names(argument: str, given: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
@@ -165,7 +194,8 @@ class IntegerFunction:
           x: as in a call.
 
         Returns:
-          Integers from qmin to qmax; layers whose output is in float are left out.
+          Integers from qmin to qmax; layers whose output is in float, or has another grid for every
+          input, are left out.
         """
         return self._run(_codes, params, x)
 
@@ -177,8 +207,8 @@ class IntegerFunction:
           x: as in a call.
 
         Returns:
-          int32[...] in the layout of each layer's operation; layers without an integer accumulator
-          are left out.
+          int32[...] in the layout of each layer's operation; layers without an integer accumulator,
+          or whose bias is not part of it as their input's range is found at run time, are left out.
         """
         return self._run(_accumulators, params, x)
 
@@ -211,7 +241,7 @@ class IntegerFunction:
         layer = self.layers[site.layer.name]
         is_sum = layer.has_integer_accumulator and layer.outputs is None
         return LayerPlan(
-            self._lowering(site) if layer.has_integer_accumulator else None,
+            self._lowering(site) if _sums_codes(layer) else None,
             grid_key(layer.grid),
             grid_key(layer.outputs),
             grid_key(layer.activated),
@@ -280,7 +310,7 @@ def _codes(network: Network, plan: Plan, params: Any, biases: Any, x: Any) -> di
         if not isinstance(step, Site):
             return
         outputs = params["layers"][step.layer.name].outputs
-        if outputs is not None:
+        if isinstance(outputs, QParams):
             offset = outputs.qmin - lowerings.signed(outputs).qmin
             codes = env[step.output].codes.astype(jnp.int32) + offset
             found[step.layer.name] = codes.astype(outputs.dtype)

@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from qjax.formats.affine import QParams
+from qjax.formats.dynamic import ActivationFormat, Dynamic
 from qjax.graph.operation import Linear, along_channels, from_output_matrix
 from qjax.run.layer import QuantizedLayer
 
@@ -107,17 +108,29 @@ def worst_case(layer: QuantizedLayer, kernel: np.ndarray | None = None) -> tuple
     Returns:
       (low, high), int64[..., channels].
     """
-    assert layer.grid is not None
     kernel = integer_kernel(layer) if kernel is None else kernel
-    zero_point = int(layer.grid.zero_point)
-    low, high = (int(q) - zero_point for q in (layer.grid.qmin, layer.grid.qmax))
+    low, high = _relative_range(layer.inputs)
     positive, negative = np.maximum(kernel, 0).sum(-2), np.minimum(kernel, 0).sum(-2)
     return positive * low + negative * high, positive * high + negative * low
 
 
+def _relative_range(inputs: ActivationFormat | None) -> tuple[int, int]:
+    """The least and the greatest code that an input can have, less its zero point."""
+    assert inputs is not None
+    qmin, qmax = int(inputs.qmin), int(inputs.qmax)
+    if isinstance(inputs, Dynamic):  # with any zero point
+        return (qmin, qmax) if inputs.spec.symmetric else (qmin - qmax, qmax - qmin)
+    return qmin - int(inputs.zero_point), qmax - int(inputs.zero_point)
+
+
 def largest(layer: QuantizedLayer) -> int:
-    """The greatest magnitude that the accumulator can have, the bias before or after the sum."""
+    """The greatest magnitude that the accumulator can have, the bias before or after the sum.
+
+    Where the range of the input is found at run time, the bias is no part of it.
+    """
     low, high = worst_case(layer)
+    if layer.sums_dynamic_codes:
+        return max(-int(low.min()), int(high.max()))
     bias = np.asarray(layer.bias, np.int64).reshape(low.shape)
     return max(-int((low + np.minimum(bias, 0)).min()), int((high + np.maximum(bias, 0)).max()))
 

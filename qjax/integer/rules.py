@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from qjax.formats.affine import QParams, quantize_array
+from qjax.formats.dynamic import Dynamic
 from qjax.graph import jaxpr
 from qjax.graph.activation import clip_bounds
 from qjax.graph.layers import Site
@@ -45,7 +47,7 @@ from qjax.integer.codes import (
 from qjax.integer.lowerings import Lowering, signed
 from qjax.integer.requantize import Arithmetic
 from qjax.run.interpreter import PrimitiveRule, Rules
-from qjax.run.layer import QuantizedLayer, accumulator_scale, apply_linear
+from qjax.run.layer import QuantizedLayer, accumulator_scale, apply_linear, by_example
 from qjax.run.signs import count_signs
 
 Record = Callable[[str, jax.Array], None]
@@ -109,7 +111,12 @@ def integer_rules(
         name = site.layer.name
         planned = plans[name]
         if planned.lowering is None:
-            return _layer_in_float(site, layer, planned, value, arithmetic)
+            x = real_value(value, site.input)
+            y = apply_linear(site.layer.operation, layer, x, count_signs)
+            return _real_output(site, layer, planned, y, arithmetic)
+        if layer.sums_dynamic_codes:
+            y = _sum_dynamic_codes(site, layer, planned.lowering, real_value(value, site.input))
+            return _real_output(site, layer, planned, y, arithmetic)
         assert layer.grid is not None and planned.inputs is not None
         x = to_grid(value, layer.grid, planned.inputs, arithmetic)
         acc = _accumulate(site, layer, planned, biases[name], x)
@@ -119,9 +126,14 @@ def integer_rules(
 
     def activated_rule(site: Site, layer: QuantizedLayer, value: Any) -> Any:
         key = plans[site.layer.name].activated
-        if layer.activated is None or key is None:
-            return value
-        return to_grid(value, layer.activated, key, arithmetic)
+        match layer.activated:
+            case None:
+                return value
+            case Dynamic() as format:
+                return format.project(real_value(value, site.activated))
+            case grid:
+                assert key is not None
+                return to_grid(value, grid, key, arithmetic)
 
     return Rules(layer_rule, activated_rule, primitive_rules(arithmetic), real_value)
 
@@ -129,15 +141,42 @@ def integer_rules(
 # ---- Layers
 
 
-def _layer_in_float(
-    site: Site, layer: QuantizedLayer, plan: LayerPlan, value: Any, arithmetic: Arithmetic
+def _real_output(
+    site: Site, layer: QuantizedLayer, plan: LayerPlan, y: jax.Array, arithmetic: Arithmetic
 ) -> Codes | jax.Array:
-    """Evaluates a layer without an integer accumulator, up to its pre-activation output."""
-    x = real_value(value, site.input)
-    y = site.movement(apply_linear(site.layer.operation, layer, x, count_signs))
-    if layer.outputs is None or plan.outputs is None:
-        return y
-    return to_grid(y, layer.outputs, plan.outputs, arithmetic)
+    """Rounds real outputs of a layer's operation as the layer says."""
+    match layer.outputs:
+        case None:
+            return site.movement(y)
+        case Dynamic() as format:
+            return site.movement(format.project(y))
+        case grid:
+            assert plan.outputs is not None
+            return to_grid(site.movement(y), grid, plan.outputs, arithmetic)
+
+
+def _sum_dynamic_codes(
+    site: Site, layer: QuantizedLayer, lowering: Lowering, x: jax.Array
+) -> jax.Array:
+    """Finds the range of an input and evaluates the layer on its codes, up to real outputs.
+
+    acc = Σ q_w·(q_x − z_x) in int32 and y = s_w·s_x·(acc + q_b), the integers q_b in float32, as
+    fake quantization computes it: see `qjax.run.layer.at_input`.
+    """
+    operation = site.layer.operation
+
+    def outputs(at: QuantizedLayer, x: jax.Array) -> jax.Array:
+        assert isinstance(at.inputs, QParams)
+        inputs = signed(at.inputs)
+        without_bias = dataclasses.replace(at, bias=jnp.zeros(at.bias.shape, jnp.int32))
+        folded = lowerings.folded_bias(without_bias)
+        operands = lowerings.operands(operation, without_bias, folded, lowering)
+        codes = quantize_array(x, inputs)
+        acc = lowerings.accumulate(operation, operands, codes, inputs.zero_point, lowering)
+        acc = acc.astype(jnp.float32) + along_channels(operation, at.bias, acc.ndim)
+        return acc * along_channels(operation, accumulator_scale(operation, at), acc.ndim)
+
+    return by_example(operation, layer, outputs, x)
 
 
 def _accumulate(
@@ -175,6 +214,8 @@ def _output(
     operation = site.layer.operation
     scale = accumulator_scale(operation, layer)
     unit = along_channels(operation, scale, acc.ndim)
+    if isinstance(layer.outputs, Dynamic):
+        return site.movement(layer.outputs.project(acc.astype(jnp.float32) * unit))
     if layer.outputs is not None and plan.outputs is not None:
         qparams = signed(layer.outputs)
         codes = arithmetic.to_codes(acc, unit * qparams.inverse_scale, qparams)

@@ -237,7 +237,6 @@ def _table(facts: Facts) -> str:
     rows = []
     for index, (record, layer) in enumerate(zip(facts.records, facts.layers, strict=True)):
         widths = (record.weight_bits, record.input_bits, record.output_bits)
-        bits = "/".join("–" if width is None else str(width) for width in widths)
         decibels = (layer.weights, layer.inputs, layer.outputs, layer.accumulated)
         alone = facts.sensitivity.get(record.name, math.inf)
         shape = "×".join(map(str, record.kernel_shape))
@@ -246,7 +245,7 @@ def _table(facts: Facts) -> str:
             (str(index), record.name),
             (record.kind, record.kind),
             (str(math.prod(record.kernel_shape)), shape),
-            (str(sum(width or 32 for width in widths)), bits),
+            (str(sum(width or 32 for width in widths)), record.widths),
             (record.activation, record.activation),
             *((_value(v), _db(v, "")) for v in (*decibels, alone)),
             *((str(v), f"{v:,}") for v in counts),

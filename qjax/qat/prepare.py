@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from qjax.fit.layerwise import Grid
+from qjax.fit.layerwise import Grid, kind_of
 from qjax.formats.affine import QParams
 from qjax.formats.binary import BINARY, Signs
+from qjax.formats.scales import FREE
 from qjax.formats.spec import in_table
 from qjax.graph.activation import follow_codes
 from qjax.graph.fold import Folded, fold
@@ -153,6 +154,18 @@ def _check(name: str, recipe: LayerRecipe) -> None:
                 f"layer {name!r} has {field} {spec.granularity}, which cannot be trained; use "
                 "activation_granularity='per_tensor'."
             )
+        if spec is not None and spec.is_dynamic:
+            raise ValueError(
+                f"layer {name!r} has {field} of dynamic ranges, which have no step to train; use "
+                "static ranges."
+            )
+    for field in ("weights", "inputs", "outputs"):
+        spec = getattr(recipe, field)
+        if spec is not None and spec.scales is not FREE:
+            raise ValueError(
+                f"layer {name!r} has {field} with scales {spec.scales.name}, which training would "
+                f"leave; use scale={FREE.name!r}."
+            )
 
 
 def _is_binary(recipe: LayerRecipe) -> bool:
@@ -226,7 +239,7 @@ def _sources(
     def record(var: core.Var, name: str, qparams: QParams | None) -> None:
         spec = recipes[name].outputs
         if qparams is not None and spec is not None:
-            grids[var] = name, Grid(qparams, (spec.bits, spec.symmetric))
+            grids[var] = name, Grid(qparams, kind_of(spec))
 
     for step in schedule(network):
         match step:
@@ -234,7 +247,7 @@ def _sources(
                 inputs = recipes[described.name].inputs
                 source = grids.get(step.input)
                 if inputs is not None and source is not None and not has_signs[described.name]:
-                    if source[1].width == (inputs.bits, inputs.symmetric):
+                    if source[1].kind == kind_of(inputs):
                         found[described.name] = source[0]
                 record(step.output, described.name, layers[described.name].outputs)
             case Activated(site=site):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.formats.affine import QParams
 from qjax.graph import jaxpr
 from qjax.graph.jaxpr import Env
 from qjax.graph.layers import Network, find_layers, shapes_of
@@ -59,7 +60,8 @@ class QuantizedFunction:
           x: as in a call.
 
         Returns:
-          Integers from qmin to qmax; layers whose output is in float are left out.
+          Integers from qmin to qmax; layers whose output is in float, or has another grid for every
+          input, are left out.
         """
         return self._run("codes", _codes, params, x)
 
@@ -149,5 +151,5 @@ def _codes(
     return {
         name: layer.outputs.encode(env[outputs[name]])
         for name, layer in params["layers"].items()
-        if layer.outputs is not None
+        if isinstance(layer.outputs, QParams)
     }

@@ -1,6 +1,7 @@
 """One quantized layer: its codes, and its evaluation in float arithmetic on codes."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax import lax
 from qjax.formats.affine import QParams, float_codes, round_codes
 from qjax.formats.base import elementwise, expand_groups
 from qjax.formats.binary import Signs
+from qjax.formats.dynamic import Dynamic
 from qjax.graph.operation import (
     Linear,
     along_channels,
@@ -29,18 +31,20 @@ class QuantizedLayer:
       bias: [groups * channels]: int32 at scale s_w·s_x where the accumulator is an integer, else
         float32 in real units.
       weights: `Format` of the kernel, [groups or 1, patch groups, channels or 1]; None in float.
-      inputs: of the layer's input: scalars, or a scale per channel of the rank of the input, with
-        zero point 0 (the kernel is then that of the codes, w·s_x); or `Signs`.
-      outputs: of its output before the activation: scalars, or per channel of the output's rank.
-      activated: of its output after the activation, scalars.
+      inputs: of the layer's input: `QParams`, scalars, or a scale per channel of the rank of the
+        input, with zero point 0. The kernel is then that of the codes, w·s_x. Or `Dynamic`, see
+        `at_input`, or `Signs`. None in float.
+      outputs: of its output before the activation: `QParams`, scalars or per channel of the
+        output's rank, or `Dynamic`.
+      activated: of its output after the activation: `QParams`, scalars, or `Dynamic`.
     """
 
     kernel: jax.Array
     bias: jax.Array
     weights: Any
     inputs: Any
-    outputs: QParams | None
-    activated: QParams | None
+    outputs: Any
+    activated: Any
 
     @property
     def grid(self) -> QParams | None:
@@ -49,8 +53,16 @@ class QuantizedLayer:
 
     @property
     def has_integer_accumulator(self) -> bool:
-        """Whether the layer is a sum of products of codes, times one scale per output channel."""
+        """Whether the layer is a sum of products of codes, times one scale per output channel.
+
+        That scale is known, and the bias is at it.
+        """
         return self.grid is not None and self.has_scale_per_sum
+
+    @property
+    def sums_dynamic_codes(self) -> bool:
+        """Whether it is such a sum once the range of its input is found."""
+        return isinstance(self.inputs, Dynamic) and self.has_scale_per_sum
 
     @property
     def is_per_group(self) -> bool:
@@ -144,6 +156,70 @@ def quantize_bias(operation: Linear, layer: QuantizedLayer, bias: jax.Array) -> 
     return jnp.clip(codes, -limit, limit).astype(jnp.int32)
 
 
+def at_input(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> QuantizedLayer:
+    """The layer as it is for one tensor: the range of its input found, its bias at that scale.
+
+    The bias is an integer in float32, q_b = round(b / (s_w·s_x)), which a small range of the input
+    may take beyond int32.
+
+    Args:
+      operation: the linear operation.
+      layer: its parameters.
+      x: float[...], its input; all of it shares a range, whatever the granularity.
+
+    Returns:
+      The layer itself unless its input is `Dynamic`.
+    """
+    if not isinstance(layer.inputs, Dynamic):
+        return layer
+    inputs = dataclasses.replace(layer.inputs, axis=None).at(x)
+    found = dataclasses.replace(layer, inputs=inputs)
+    if not found.has_integer_accumulator:
+        return found
+    inverse = 1 / accumulator_scale(operation, found)
+    return dataclasses.replace(found, bias=jnp.round(layer.bias * inverse))
+
+
+def by_example(
+    operation: Linear,
+    layer: QuantizedLayer,
+    function: Callable[[QuantizedLayer, jax.Array], jax.Array],
+    x: jax.Array,
+) -> jax.Array:
+    """Applies a layer to the whole of an input, or to one example after the other.
+
+    Args:
+      operation: the linear operation.
+      layer: its parameters, the input `Dynamic`.
+      function: of (the layer as it is for a tensor, that tensor): an output of the operation.
+      x: float[...], the input.
+    """
+    assert isinstance(layer.inputs, Dynamic)
+    axis = layer.inputs.axis
+    if axis is None:
+        return function(at_input(operation, layer, x), x)
+    to = _output_axis(operation, axis, x)
+
+    def of_one(example: jax.Array) -> jax.Array:
+        example = jnp.expand_dims(example, axis)
+        return jnp.squeeze(function(at_input(operation, layer, example), example), to)
+
+    return jax.vmap(of_one, axis, to)(x)
+
+
+def _output_axis(operation: Linear, axis: int, x: jax.Array) -> int:
+    """Where an axis of the input stands in the output: what grows with it."""
+
+    def output_shape(size: int) -> tuple[int, ...]:
+        shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+        given = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, operation.kernel_shape))
+        return jax.eval_shape(operation.apply, *given).shape
+
+    grown = zip(output_shape(1), output_shape(2), strict=True)
+    [found] = (position for position, (one, two) in enumerate(grown) if one != two)
+    return found
+
+
 def apply_linear(
     operation: Linear, layer: QuantizedLayer, x: jax.Array, add_up: SumOfSigns = sum_of_signs
 ) -> jax.Array:
@@ -165,6 +241,8 @@ def apply_linear(
     References:
       Jacob et al., 2018, arXiv:1712.05877, eq. 3.
     """
+    if isinstance(layer.inputs, Dynamic):
+        return by_example(operation, layer, lambda at, x: apply_linear(operation, at, x), x)
     acc, scale = _accumulate(operation, layer, x, add_up)
     if layer.has_integer_accumulator:
         return acc * scale
@@ -183,6 +261,7 @@ def _accumulate(
     operation: Linear, layer: QuantizedLayer, x: jax.Array, add_up: SumOfSigns = sum_of_signs
 ) -> tuple[jax.Array, jax.Array]:
     """Sums the products, and an integer bias: (sum, the real value of one unit of it)."""
+    assert not isinstance(layer.inputs, Dynamic)
     if isinstance(layer.inputs, Signs):
         left, centered = center(operation, layer.inputs, x)
         acc = add_up(left, layer.kernel, centered).astype(jnp.float32)
@@ -212,7 +291,7 @@ def apply_layer(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.A
     """
     if layer.outputs is None:
         return apply_linear(operation, layer, x)
-    if not layer.has_integer_accumulator:
+    if not layer.has_integer_accumulator or isinstance(layer.outputs, Dynamic):
         return layer.outputs.project(apply_linear(operation, layer, x))
     acc, scale = _accumulate(operation, layer, x)
     codes = round_codes(acc * (scale * layer.outputs.inverse_scale), layer.outputs)

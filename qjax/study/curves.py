@@ -90,7 +90,7 @@ def layer_curves(
       layer: the layer.
       folded: its float kernel and bias, see `tap.float_layers`.
       x: the input that the float network gives it on calibration images.
-      recipe: the formats; what it leaves in float has no curves.
+      recipe: the formats; what it leaves in float, or to run time, has no curves.
 
     Returns:
       `Curves` of what the recipe quantizes, in the order weights, input, output.
@@ -100,10 +100,10 @@ def layer_curves(
         stride = patch_stride(layer.operation, x[None], MOMENT_PATCHES)
         measured = _weight_curves(layer.operation, stride, recipe.weights, folded.kernel, x)
         found.append(_curves("weights", recipe.weights, measured))
-    if recipe.inputs is not None:
+    if recipe.inputs is not None and not recipe.inputs.is_dynamic:
         measured = _input_curves(layer.operation, recipe.inputs, folded.kernel, x)
         found.append(_curves("input", recipe.inputs, measured))
-    if recipe.outputs is not None:
+    if recipe.outputs is not None and not recipe.outputs.is_dynamic:
         activation = ACTIVATIONS.get(layer.activation, NONE)
         measured = _output_curves(layer.operation, activation, recipe.outputs, folded, x)
         found.append(_curves("output", recipe.outputs, measured))

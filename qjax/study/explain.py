@@ -166,6 +166,8 @@ def _input_codes(trace: LayerTrace) -> ExplainedStep | None:
             f"\n{inputs.scale.size} scales s_x from {scale.min():.4g} to {scale.max():.4g}, "
             "folded into the kernel"
         )
+    if trace.is_dynamic:
+        note += "\nthe range is that of this input, found at run time"
     return ExplainedStep(
         "input codes",
         f"q_x = clip(round(x / {divisor}) + {zero_point}, {_limits(inputs)})",

@@ -19,6 +19,7 @@ import numpy as np
 
 from qjax.formats.affine import QParams, quantize_array
 from qjax.formats.binary import Signs
+from qjax.formats.dynamic import ActivationFormat, Dynamic
 from qjax.graph.layers import Site, find_layers, shapes_of
 from qjax.graph.operation import Linear, by_channel, output_matrix
 from qjax.integer.requantize import SHIFT, fixed_point, multiply_shift
@@ -26,6 +27,7 @@ from qjax.quantize import Quantized
 from qjax.run.layer import (
     QuantizedLayer,
     accumulator_scale,
+    at_input,
     dequantized_bias,
     dequantized_kernel,
     fold_input_scales,
@@ -129,7 +131,8 @@ class LayerTrace:
 
     Attributes:
       site: the layer and where it stands.
-      layer: its parameters.
+      layer: its parameters, ranges that are found at run time being those of this input.
+      is_dynamic: whether the range of its input is.
       is_float_network: whether the reference is the float network.
       activation: the name of the activation.
       activation_range: what the activation clips its argument to; None where it does not clip.
@@ -166,6 +169,7 @@ class LayerTrace:
 
     site: Site
     layer: QuantizedLayer
+    is_dynamic: bool
     is_float_network: bool
     activation: str
     activation_range: tuple[float, float] | None
@@ -238,6 +242,9 @@ def trace_layer(site: Site, layer: QuantizedLayer, actual: Tap, reference: Refer
       A `LayerTrace`.
     """
     operation = site.layer.operation
+    is_dynamic = isinstance(layer.inputs, Dynamic)
+    _check_examples(site, layer, actual.input)
+    layer = at_input(operation, layer, actual.input)
     activation, activation_range = _activation(site)
 
     float_patches = _patches(operation, reference.input)
@@ -262,6 +269,7 @@ def trace_layer(site: Site, layer: QuantizedLayer, actual: Tap, reference: Refer
     input_range = None if layer.grid is None else _relative_range(layer.grid)
 
     requantized, outputs, result = None, None, real
+    layer = dataclasses.replace(layer, outputs=_found(layer.outputs, real))
     if layer.outputs is not None:
         if acc is not None:
             requantized = _requantize(acc, unit, _grid(operation, layer.outputs)[0])
@@ -269,10 +277,12 @@ def trace_layer(site: Site, layer: QuantizedLayer, actual: Tap, reference: Refer
         result = outputs.real
     activated, activated_outputs = _clip(result, activation_range), None
     if layer.activated is not None and activated is not None:
+        layer = dataclasses.replace(layer, activated=_found(layer.activated, activated))
         activated_outputs = _round_activated(operation, layer.activated, activated)
     return LayerTrace(
         site=site,
         layer=layer,
+        is_dynamic=is_dynamic,
         is_float_network=reference.is_float_network,
         activation=activation,
         activation_range=activation_range,
@@ -302,6 +312,26 @@ def trace_layer(site: Site, layer: QuantizedLayer, actual: Tap, reference: Refer
         activated=activated,
         activated_outputs=activated_outputs,
     )
+
+
+# ---- Ranges that are found at run time
+
+
+def _check_examples(site: Site, layer: QuantizedLayer, x: jax.Array) -> None:
+    axes = [f.axis for f in (layer.inputs, layer.outputs) if isinstance(f, Dynamic)]
+    examples = max((x.shape[axis] for axis in axes if axis is not None), default=1)
+    if examples > 1:
+        raise ValueError(
+            f"`x` must hold one example, since every example has ranges of its own in layer "
+            f"{site.layer.name!r}; got {examples}."
+        )
+
+
+def _found(format: ActivationFormat | None, values: np.ndarray) -> QParams | None:
+    """The grid of all of these values."""
+    if isinstance(format, Dynamic):
+        return dataclasses.replace(format, axis=None).at(jnp.asarray(values, jnp.float32))
+    return format
 
 
 # ---- Activation

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from qjax.formats.affine import QParams, fake_quant, sqnr_db
+from qjax.formats.affine import sqnr_db
 from qjax.formats.base import expand_groups
+from qjax.formats.binary import Signs
+from qjax.formats.dynamic import ActivationFormat
 from qjax.graph.layers import Network, Site, find_layers, shapes_of
 from qjax.quantize import Quantized
 from qjax.run.layer import QuantizedLayer, fold_input_scales, scaled_kernel
@@ -108,17 +110,18 @@ def _layer_quality(
     weights, kernel_histogram = _kernel_quality(layer, kernel)
     y, y_hat = _rounded_output(site, layer, given)
     outputs = layer.activated or layer.outputs
+    inputs = None if isinstance(layer.inputs, Signs) else layer.inputs
     histograms = {
         "weights": kernel_histogram,
-        "input": _histogram(given.input, layer.grid),
+        "input": _histogram(given.input, inputs),
         "output": _histogram(y, outputs),
     }
     x = given.input
-    inputs = math.inf if layer.grid is None else sqnr_db(x, fake_quant(x, layer.grid))
+    rounded = math.inf if inputs is None else sqnr_db(x, inputs.project(x))
     return LayerQuality(
         site.layer.name,
         weights,
-        float(inputs),
+        float(rounded),
         float(sqnr_db(y, y_hat)),
         float(sqnr_db(given.activated, taken.activated)),
         histograms,
@@ -128,11 +131,11 @@ def _layer_quality(
 def _rounded_output(site: Site, layer: QuantizedLayer, given: Tap) -> tuple[jax.Array, jax.Array]:
     """The float output after the activation (before, if its form is unknown), exact and rounded."""
     activate = site.activation.shown.function
-    y_hat = given.output if layer.outputs is None else fake_quant(given.output, layer.outputs)
+    y_hat = given.output if layer.outputs is None else layer.outputs.project(given.output)
     y, y_hat = activate(given.output), activate(y_hat)
     if layer.activated is None or not site.activation.is_pointwise:
         return y, y_hat
-    return y, fake_quant(y_hat, layer.activated)
+    return y, layer.activated.project(y_hat)
 
 
 def _kernel_quality(layer: QuantizedLayer, kernel: jax.Array) -> tuple[float, Histogram]:
@@ -151,10 +154,10 @@ def _kernel_quality(layer: QuantizedLayer, kernel: jax.Array) -> tuple[float, Hi
     return sqnr, _counts(np.asarray(kernel) / scale / largest, (low, high))
 
 
-def _histogram(values: jax.Array, qparams: QParams | None) -> Histogram:
-    if qparams is None:
+def _histogram(values: jax.Array, format: ActivationFormat | None) -> Histogram:
+    if format is None:
         return _counts(np.asarray(values), None)
-    low, high = qparams.range
+    low, high = format.at(values).range
     return _counts(np.asarray(values), (float(low.min()), float(high.max())))
 
 

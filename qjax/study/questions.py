@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from qjax.formats.scales import SCALES
-from qjax.formats.spec import MAX_BITS, Granularity, QuantSpec
+from qjax.formats.spec import MAX_BITS, KernelGranularity, QuantSpec
 from qjax.objectives.errors import MSE, OUTPUT_MSE
 from qjax.objectives.table import OBJECTIVES
 from qjax.progress import Progress
@@ -228,7 +228,7 @@ def _activation_bits(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
 
 def _granularity(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
     for bits in widths:
-        for granularity in get_args(Granularity):
+        for granularity in get_args(KernelGranularity):
             for size in GROUP_SIZES if granularity == "per_group" else (0,):
                 changes: dict[str, Any] = {"granularity": granularity}
                 changes |= {"group_size": size} if size else {}

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.formats.affine import QParams, fake_quant, sqnr_db
+from qjax.formats.affine import QParams, sqnr_db
+from qjax.formats.dynamic import ActivationFormat, Dynamic
 from qjax.graph.layers import Site, find_layers, shapes_of
 from qjax.graph.operation import along_channels
 from qjax.progress import Progress
@@ -50,9 +51,9 @@ class Simulated:
 
     kernel: jax.Array
     bias: jax.Array
-    inputs: QParams | None
-    outputs: QParams | None
-    activated: QParams | None
+    inputs: ActivationFormat | None
+    outputs: ActivationFormat | None
+    activated: ActivationFormat | None
 
 
 def measure_sensitivities(
@@ -169,8 +170,8 @@ def _simulated_activated(site: Site, layer: Simulated, y: jax.Array) -> jax.Arra
     return _on_grid(y, layer.activated)
 
 
-def _on_grid(x: jax.Array, qparams: QParams | None) -> jax.Array:
-    return x if qparams is None else fake_quant(x, qparams)
+def _on_grid(x: jax.Array, format: ActivationFormat | None) -> jax.Array:
+    return x if format is None else format.project(x)
 
 
 SIMULATED = Rules(_simulated_layer, _simulated_activated, {}, real_value)
@@ -196,18 +197,22 @@ def _simulated(exact: Simulated, layer: QuantizedLayer) -> Simulated:
     return Simulated(exact.kernel, layer.bias, *grids)
 
 
-def _fine(qparams: QParams | None) -> QParams | None:
+def _fine(qparams: ActivationFormat | None) -> ActivationFormat | None:
     if qparams is None:
         return None
+    if isinstance(qparams, Dynamic):
+        least = -FINE_CODES // 2 if qparams.spec.symmetric else 0
+        limits = {"qmin": np.int32(least), "qmax": np.int32(least + FINE_CODES)}
+        return dataclasses.replace(qparams, **limits)
     codes = float(qparams.qmax) - float(qparams.qmin)
     scale = qparams.scale * (codes * (2 * FINE_RANGE / FINE_CODES))
     limit = np.int32(FINE_CODES // 2)
     return QParams(scale, jnp.zeros_like(qparams.zero_point), -limit, limit, _STORED)
 
 
-def _stored_alike(qparams: QParams | None) -> QParams | None:
+def _stored_alike(format: ActivationFormat | None) -> ActivationFormat | None:
     """The same grid, its codes stored as the fine ones would be, so that they share a program."""
-    return None if qparams is None else dataclasses.replace(qparams, dtype=_STORED)
+    return dataclasses.replace(format, dtype=_STORED) if isinstance(format, QParams) else format
 
 
 _STORED = np.dtype(np.int32)

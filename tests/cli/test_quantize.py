@@ -13,6 +13,7 @@ from cli.tiny import Model, apply_fn, make_params, quantize
 import pretrained
 import qjax
 from pretrained import datasets
+from qjax.cli.main import main
 
 
 def test_quantize(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -96,7 +97,17 @@ def test_bars_on_a_terminal_unless_quiet(
         ),
         (
             ["--fixed-point", "--activation-granularity", "per_channel"],
-            "`--fixed-point` needs `--activation-granularity` per_tensor; got per_channel",
+            "must be per_tensor with `--fixed-point` and `--activation-ranges` static; got per_ch",
+        ),
+        (
+            ["--activation-ranges", "dynamic", "--activation-granularity", "per_channel"],
+            "`--activation-granularity` must be per_tensor or per_example with "
+            "`--activation-ranges` dynamic; got per_channel",
+        ),
+        (
+            ["--activation-granularity", "per_example"],
+            "`--activation-granularity` must be per_tensor or per_channel with "
+            "`--activation-ranges` static; got per_example",
         ),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--report", "/nowhere/report.html"], "`--report` must name a file in an existing folder"),
@@ -172,3 +183,16 @@ def test_fixed_point_is_asked_for_and_saved(tmp_path: Path, capsys: pytest.Captu
     scales = [layer["output_scale"] for layer in result["layers"]]
     assert [np.frexp(scale)[0] for scale in scales] == [0.5, 0.5]
     assert qjax.load(tmp_path, apply_fn).report.recipe.weights.scale == "power_of_two"
+
+
+def test_ranges_at_run_time_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--activation-ranges", "dynamic", "--activation-granularity", "per_example"]
+    page = tmp_path / "page.html"
+    command = ["quantize", "--model", "tiny", "--range-method", "absmax", "--sweeps", "0"]
+    given = [*command, *options, "--out", str(tmp_path / "model"), "--report", str(page)]
+    assert main([*given, "--cost", "bits"]) == 0
+    stdout = capsys.readouterr().out
+    assert "8/8d/–" in stdout and "d: dynamic, the range is found at run time" in stdout
+    assert "8/8d/–" in page.read_text()
+    layers = qjax.load(tmp_path / "model", apply_fn).params["layers"]
+    assert {layer.inputs.axis for layer in layers.values()} == {0}

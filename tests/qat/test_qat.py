@@ -170,6 +170,10 @@ def test_params_that_are_no_floats_stay_as_they_are():
     np.testing.assert_allclose(q.apply_fn(q.params, x), f(trainable, x), rtol=1e-5, atol=1e-5)
 
 
+DYNAMIC = dataclasses.replace(
+    qjax.recipe(8),
+    inputs=qjax.QuantSpec(symmetric=False, granularity="per_tensor", ranges="dynamic"),
+)
 CHANNELS = qjax.recipe(8, activation_granularity="per_channel")
 
 
@@ -179,6 +183,8 @@ CHANNELS = qjax.recipe(8, activation_granularity="per_channel")
         ("adam", None, "`method` must be one of lsq, ste, .*; got 'adam'"),
         ("xnor", qjax.recipe(8), "xnor trains kernels of one bit, and the recipe has none"),
         ("xnor", BINARY, "'conv' has inputs of 8 bits. Use input_bits=1, or the method binary_w"),
+        ("lsq", qjax.recipe(8, fixed_point=True), "weights with scales power_of_two, which train"),
+        ("lsq", DYNAMIC, "has inputs of dynamic ranges, which have no step to train"),
         ("lsq", CHANNELS, "has inputs per_channel, which cannot be trained"),
     ],
 )

@@ -1,6 +1,7 @@
 """The explanation of a layer: its numbers are those of integer arithmetic done by hand."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -165,3 +166,19 @@ def test_fixed_point_names_its_formats_and_its_shifts():
     assert found["requantization"].note.endswith(": a shift, and no product")
     free = steps(qjax.explain(small.quantized(), "conv", small.images()[:1], small.make_params()))
     assert not any("fixed point" in step.note for step in free.values())
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_example"])
+def test_a_range_at_run_time_is_that_of_the_input(granularity: str):
+    formats = {"activation_ranges": "dynamic", "activation_granularity": granularity}
+    q, x = small.quantized(**formats, output_bits=8), small.images()
+    found = steps(qjax.explain(q, "conv", x[:1], small.make_params()))
+    low, high = min(x[0].min(), 0), max(x[0].max(), 0)
+    scale = float(re.findall(r"x / ([0-9.e-]+)\)", found["input codes"].equation)[0])
+    assert scale == pytest.approx((high - low) / 255, rel=1e-4)
+    assert "the range is that of this input, found at run time" in found["input codes"].note
+    assert found["accumulator"].number == "int32"
+    assert "equal to the network's own code in 100.00%" in found["zero point and clamp"].note
+    if granularity == "per_example":
+        with pytest.raises(ValueError, match="`x` must hold one example, .* 'conv'; got 2"):
+            qjax.explain(q, "conv", x[:2], small.make_params())

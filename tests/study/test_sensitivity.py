@@ -65,3 +65,22 @@ def test_only_what_the_recipe_quantizes_is_measured():
     nothing = qjax.recipe(weights=None, inputs=None, outputs=None)
     with pytest.raises(ValueError, match="quantizes neither weights nor activations"):
         measure_sensitivities(network, PARAMS, IMAGES, nothing)
+
+
+def test_ranges_at_run_time_are_measured_too():
+    formats = {"activation_ranges": "dynamic", "activation_granularity": "per_example"}
+    recipe = qjax.recipe(8, **formats)
+    found = measure_sensitivities(network, PARAMS, IMAGES, recipe, WIDTHS)
+    reference = network(PARAMS, IMAGES)
+    for item in found:
+        if item.part == "weights":
+            continue
+        other = "second" if item.layer == "first" else "first"
+        for width in WIDTHS:
+            own = qjax.recipe(width, **formats, overrides={other: {"inputs": None}}).naive()
+            alone = dataclasses.replace(own, weights=None)
+            q = qjax.quantize(network, PARAMS, IMAGES, alone)
+            error = jnp.sum((q.apply_fn(q.params, IMAGES) - reference) ** 2)
+            # A bias is corrected for the mean error, which is small here.
+            expected = float(error / jnp.sum(reference**2))
+            np.testing.assert_allclose(item.errors[width], expected, rtol=5e-2)
