@@ -30,7 +30,7 @@ from safetensors import numpy as safetensors
 from qjax.formats.affine import QParams
 from qjax.formats.binary import Signs
 from qjax.formats.dynamic import Dynamic
-from qjax.formats.packing import pack_codes, unpack_codes
+from qjax.formats.packing import pack_codes, spacing, unpack_codes
 from qjax.formats.spec import FORMATS
 from qjax.graph.layers import Skipped
 from qjax.graph.naming import path_names
@@ -265,7 +265,7 @@ def _storable_layer(layer: QuantizedLayer) -> dict[str, Any]:
     """
     kernel, format = layer.kernel, layer.weights
     if format is not None:
-        kernel = pack_codes(kernel, format.lowest, format.bits, format.spacing)
+        kernel = pack_codes(kernel, format.lowest, format.bits, spacing(format))
     formats = {field: _arrays_of(getattr(layer, field)) for field in _FORMATS}
     return {"kernel": kernel, "bias": layer.bias} | formats
 
@@ -315,7 +315,7 @@ def _restored_layer(stored: Mapping[str, Any], described: Mapping[str, Any]) -> 
     if format is not None:
         shape = described["kernel_shape"]
         kernel = unpack_codes(
-            kernel, int(format.lowest), format.bits, format.dtype, shape, format.spacing
+            kernel, int(format.lowest), format.bits, format.dtype, shape, spacing(format)
         )
     return QuantizedLayer(kernel, stored["bias"], **formats)
 

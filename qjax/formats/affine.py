@@ -46,7 +46,6 @@ class QParams:
 
     name: ClassVar[str] = "affine"
     is_uniform: ClassVar[bool] = True
-    spacing: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.dtype is None:

@@ -23,12 +23,10 @@ class Format(Protocol):
       name: of its family in `FORMATS`.
       is_uniform: whether real = scale · (code − zero_point), so that sums of products of codes are
         integers times one scale.
-      spacing: the difference between neighbouring codes.
     """
 
     name: ClassVar[str]
     is_uniform: ClassVar[bool]
-    spacing: ClassVar[int]
 
     @property
     def bits(self) -> int:

@@ -180,11 +180,11 @@ def _fastest(
 
 def _measured(operation: Linear, layer: QuantizedLayer, platform: str) -> Method:
     """The table: measured on Zen 3 with `scripts/benchmark.py lowerings`."""
-    assert layer.weights is not None and layer.grid is not None
+    assert layer.weights is not None and layer.inputs is not None
     if platform != "cpu":
         return INT8
     groups, patch, channels = operation.matrix_shape
-    widest = max(layer.weights.bits, layer.grid.bits)
+    widest = max(layer.weights.bits, layer.inputs.bits)
     if groups > 1 or widest > 8 or not layer.weights.is_signed:
         return FLOAT32
     if operation.is_product:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from qjax.formats.packing import pack_codes, unpack_codes
+from qjax.formats.packing import pack_codes, spacing, unpack_codes
 from qjax.run.layer import QuantizedLayer
 
 
@@ -50,7 +50,7 @@ def pack(params: Any) -> Any:
         if layer.weights is None or isinstance(layer.kernel, PackedCodes):
             return layer
         bits = layer.weights.bits
-        stream = pack_codes(layer.kernel, layer.weights.lowest, bits, layer.weights.spacing)
+        stream = pack_codes(layer.kernel, layer.weights.lowest, bits, spacing(layer.weights))
         kernel: Any = PackedCodes(stream, layer.kernel.shape, bits)
         return dataclasses.replace(layer, kernel=kernel)
 
@@ -77,7 +77,7 @@ def unpack(params: Any) -> Any:
             packed.bits,
             format.dtype,
             packed.shape,
-            format.spacing,
+            spacing(format),
         )
         return dataclasses.replace(layer, kernel=kernel)
 

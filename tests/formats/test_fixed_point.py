@@ -89,8 +89,8 @@ def test_under_jit_the_format_has_to_be_given():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([1.0], 1), "`bits` must be an integer from 2 to 16; got 1"),
-        (([1.0], 8.0), "`bits` must be an integer from 2 to 16; got 8.0"),
+        (([1.0], 0), "`bits` must be an integer from 1 to 16; got 0"),
+        (([1.0], 8.0), "`bits` must be an integer from 1 to 16; got 8.0"),
         (([np.inf],), "`x` must be finite; found NaN or infinity"),
         (([np.nan, 1.0],), "`x` must be finite; found NaN or infinity"),
     ],
