@@ -11,6 +11,7 @@ import numpy as np
 
 from qjax.fit.layer import Fit
 from qjax.formats.affine import QParams
+from qjax.formats.binary import Signs
 from qjax.formats.dynamic import ActivationFormat
 from qjax.graph.layers import Layer, Skipped
 from qjax.recipe import Recipe
@@ -82,7 +83,8 @@ class LayerReport:
     @property
     def has_dynamic_input(self) -> bool:
         """Whether the range of the input is found at run time."""
-        return self.input_bits is not None and self.input_scale is None
+        found = self.input_scale, self.input_zero_point
+        return self.input_bits is not None and found == (None, None)
 
     @property
     def has_dynamic_output(self) -> bool:
@@ -108,7 +110,7 @@ def layer_report(layer: Layer, fit: Fit) -> LayerReport:
         output_bits=outputs and outputs.bits,
         weight_scale=None if weights is None else _ends(weights.step),
         input_scale=_scale(quantized.grid),
-        input_zero_point=_zero_point(quantized.grid),
+        input_zero_point=0 if isinstance(quantized.inputs, Signs) else _zero_point(quantized.grid),
         output_scale=_scale(outputs),
         output_zero_point=_zero_point(outputs),
         weight_sqnr_db=float(fit.weight_sqnr_db),

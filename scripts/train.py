@@ -74,10 +74,10 @@ def _add_quantized(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--first-last-bits",
-        type=int,
+        type=lambda text: None if text == "same" else int(text),
         default=finetuning.ENDS,
-        metavar="N",
-        help="width in the first and last layer (%(default)s)",
+        metavar="N|same",
+        help="width in the first and last layer (%(default)s), or same as in the others",
     )
     add("--weights-only", action="store_true", help="leave inputs and outputs in float")
     add("--epochs", type=float, default=1.0, metavar="N", help="(%(default)s)")
@@ -140,8 +140,9 @@ def bars(name: str) -> Iterator[Show]:
         task = bar.add_task(name, total=None, loss=float("nan"))
 
         def show(entry: training.Entry) -> None:
+            loss = f"loss {entry.loss:.4f}, " if entry.epoch else ""
             bar.console.print(
-                f"{name} epoch {entry.epoch:g}: loss {entry.loss:.4f}, "
+                f"{name} epoch {entry.epoch:g}: {loss}"
                 f"accuracy {entry.accuracy:.2f} %, {entry.seconds:.0f} s",
                 highlight=False,
             )

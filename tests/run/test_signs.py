@@ -123,4 +123,5 @@ def test_the_report_counts_a_bit_per_weight_and_its_shifts():
     [record] = q.report
     # codes, a scale and a zero point per channel, shifts per input, biases
     assert record.bytes_quantized == 64 * 16 // 8 + 16 * 8 + 64 * 4 + 16 * 4
+    assert not record.has_dynamic_input and "1/1/–" in str(q.report)
     assert qjax.cost(q)[0].bit_operations == 64 * 16
