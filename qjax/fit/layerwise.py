@@ -175,7 +175,7 @@ def _fit_site(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None
     if site.shortcut is not None and not site.movement and streams.holds(site.shortcut.value):
         shortcut = streams.read(site.shortcut.value)
     values = Values(*streams.read(site.input), shortcut)
-    known = _known_grid(recipe.inputs, state.grids.get(site.input))
+    known = known_grid(recipe.inputs, state.grids.get(site.input))
     divides = known is None and _divides_channels(recipe.inputs, task.operation, values.x)
     found = fit_layer(task, divides, recipe.limits, values, state.folded[name], known)
     outputs = found.fit.layer.outputs
@@ -191,7 +191,7 @@ def kind_of(spec: QuantSpec) -> tuple[int, bool, str]:
     return spec.bits, spec.symmetric, spec.scales.name
 
 
-def _known_grid(spec: QuantSpec | None, grid: Grid | None) -> QParams | None:
+def known_grid(spec: QuantSpec | None, grid: Grid | None) -> QParams | None:
     """The grid that an input lies on already, if it is what the recipe asks for."""
     is_kept = spec is not None and grid is not None and grid.kind == kind_of(spec)
     return grid.qparams if is_kept and grid is not None else None

@@ -124,6 +124,16 @@ def limits_of(spec: Spec) -> Limits:
     return np.int32(0), np.int32(2**spec.bits - 1)
 
 
+def with_zero(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The least range that holds [low, high] and 0, float32."""
+    return jnp.minimum(low, 0).astype(jnp.float32), jnp.maximum(high, 0).astype(jnp.float32)
+
+
+def usable_scale(scale: jax.Array) -> jax.Array:
+    """A scale, or 1 where it is 0 or too small to divide by."""
+    return jnp.where(scale > jnp.finfo(jnp.float32).tiny, scale, jnp.ones_like(scale))
+
+
 def affine_qparams(
     low: jax.Array, high: jax.Array, spec: Spec, limits: Limits | None = None
 ) -> QParams:
@@ -146,12 +156,10 @@ def affine_qparams(
       Jacob et al., 2018, arXiv:1712.05877, section 2.1 and eq. 12.
     """
     qmin, qmax = (jnp.asarray(limit) for limit in limits or limits_of(spec))
-    low = jnp.minimum(low, 0).astype(jnp.float32)
-    high = jnp.maximum(high, 0).astype(jnp.float32)
+    low, high = with_zero(low, high)
     width = jnp.maximum(-low, high) if spec.symmetric else high - low
     steps = qmax if spec.symmetric else qmax - qmin
-    scale = width / steps.astype(jnp.float32)
-    scale = jnp.where(scale > jnp.finfo(jnp.float32).tiny, scale, jnp.ones_like(scale))
+    scale = usable_scale(width / steps.astype(jnp.float32))
     zero_point = jnp.zeros_like(scale) if spec.symmetric else jnp.round(-low / scale)
     zero_point = jnp.clip(zero_point, *(limit.astype(jnp.float32) for limit in (qmin, qmax)))
     return QParams(scale, zero_point.astype(jnp.int32), qmin, qmax, spec.dtype)
@@ -177,8 +185,20 @@ def _check_rank(x: jax.Array, qparams: QParams) -> None:
         )
 
 
-def _round_straight_through(x: jax.Array) -> jax.Array:
-    return x + jax.lax.stop_gradient(jnp.round(x) - x)
+@jax.custom_jvp
+def straight_through(value: jax.Array, like: jax.Array) -> jax.Array:
+    """`value`, with the gradient of `like`.
+
+    References:
+      Bengio et al., 2013, arXiv:1308.3432 (straight-through estimator).
+    """
+    del like
+    return value
+
+
+@straight_through.defjvp
+def _gradient_of_like(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return primals[0], tangents[1]
 
 
 def float_codes(x: jax.Array, qparams: QParams) -> jax.Array:
@@ -211,7 +231,8 @@ def round_codes(codes: jax.Array, qparams: QParams) -> jax.Array:
       float32[...], integers from qmin − zero_point to qmax − zero_point.
     """
     low, high = relative_limits(qparams)
-    return _round_straight_through(jnp.clip(codes, low, high))
+    clipped = jnp.clip(codes, low, high)
+    return straight_through(jnp.round(clipped), clipped)
 
 
 def relative_limits(qparams: QParams) -> tuple[jax.Array, jax.Array]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.formats.affine import QParams
+from qjax.formats.affine import QParams, affine_qparams, straight_through
 from qjax.formats.base import NumberFormat
 
 
@@ -82,25 +82,10 @@ def signs(x: jax.Array) -> jax.Array:
     return jnp.where(x >= 0, jnp.ones_like(x), -jnp.ones_like(x))
 
 
-@jax.custom_jvp
-def straight_through(value: jax.Array, like: jax.Array) -> jax.Array:
-    """`value`, with the gradient of `like`."""
-    del like
-    return value
-
-
-@straight_through.defjvp
-def _gradient_of_like(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return primals[0], tangents[1]
-
-
 def _cover(low: jax.Array, high: jax.Array, spec: Any, limits: Any) -> Binary:
     """Magnitudes as great as the greatest value: searches shrink them."""
-    del spec
-    qmin, qmax = limits
-    width = jnp.maximum(-low, high).astype(jnp.float32)
-    scale = jnp.where(width > jnp.finfo(jnp.float32).tiny, width, jnp.ones_like(width))
-    return Binary(scale, jnp.zeros_like(scale, jnp.int32), qmin, qmax, np.dtype(np.int8))
+    covering = affine_qparams(low, high, spec, limits)
+    return Binary(**vars(covering))
 
 
 BINARY = NumberFormat(

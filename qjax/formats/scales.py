@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.formats.affine import Limits, QParams, affine_qparams, limits_of
+from qjax.formats.affine import (
+    Limits,
+    QParams,
+    affine_qparams,
+    limits_of,
+    usable_scale,
+    with_zero,
+)
 from qjax.formats.base import Spec
 
 _EXPONENT_STEP = 2**23  # of the bits of a float32 from one exponent to the next
@@ -101,12 +108,10 @@ def fixed_point_qparams(
         free = affine_qparams(low, high, spec, limits)
         return dataclasses.replace(free, scale=power_of_two_above(free.scale))
     qmin, qmax = (jnp.asarray(limit) for limit in limits or limits_of(spec))
-    low = jnp.minimum(low, 0).astype(jnp.float32)
-    high = jnp.maximum(high, 0).astype(jnp.float32)
+    low, high = with_zero(low, high)
     zero_point = jnp.where(low < 0, (qmax + 1) // 2, 0)
     below, above = (codes.astype(jnp.float32) for codes in (zero_point, qmax - zero_point))
-    needed = jnp.maximum(-low / jnp.maximum(below, 1), high / above)
-    needed = jnp.where(needed > jnp.finfo(jnp.float32).tiny, needed, jnp.ones_like(needed))
+    needed = usable_scale(jnp.maximum(-low / jnp.maximum(below, 1), high / above))
     return QParams(power_of_two_above(needed), zero_point, qmin, qmax, spec.dtype)
 
 

@@ -11,13 +11,12 @@ from qjax.fit.layer import Fit
 from qjax.formats.affine import sqnr_db
 from qjax.formats.base import elementwise
 from qjax.formats.binary import Signs
-from qjax.graph.layers import Site, shapes_of
+from qjax.graph.layers import Site
 from qjax.graph.operation import Linear
 from qjax.qat.function import STEPS, Frame, TrainableFunction
 from qjax.qat.kernels import Params
 from qjax.quantize import Quantized
 from qjax.report import Report, layer_report
-from qjax.run.function import QuantizedFunction
 from qjax.run.layer import QuantizedLayer, quantize_bias
 from qjax.run.tap import Tap, tapped
 
@@ -42,7 +41,7 @@ def finish(apply_fn: TrainableFunction, params: Mapping[str, Any], x: Any) -> Qu
                 f"`params` must be finite; {jax.tree_util.keystr(path)} holds NaN or infinity. "
                 "Train with a lower learning rate."
             )
-    network = apply_fn.network(x)
+    network = apply_fn.function.network(x)
     layers: dict[str, QuantizedLayer] = {}
     for site in network.sites:
         name = site.layer.name
@@ -52,16 +51,15 @@ def finish(apply_fn: TrainableFunction, params: Mapping[str, Any], x: Any) -> Qu
         name: QuantizedLayer(layer["kernel"], layer["bias"], None, None, None, None)
         for name, layer in params["layers"].items()
     }
-    rest = {**params.get("rest", {}), **apply_fn.constants}
+    rest = {**params["rest"], **apply_fn.constants}
     quantized = {"layers": layers, "rest": rest}
-    run = tapped(apply_fn.apply_fn, apply_fn.params, x)
+    function = apply_fn.function
+    run = tapped(function.apply_fn, function.params, x)
     taps = run({"layers": latent, "rest": rest}, x)[1], run(quantized, x)[1]
     records = [
         layer_report(site.layer, _fit(site, params["layers"], layers, *taps))
         for site in network.sites
     ]
-    shapes = {name: frame.shape for name, frame in apply_fn.frames.items()}
-    function = QuantizedFunction(apply_fn.apply_fn, shapes_of(apply_fn.params), shapes)
     return Quantized(function, quantized, Report(records, apply_fn.recipe, network.skipped))
 
 
@@ -76,7 +74,10 @@ def _finish(
     }
     codes = params["kernel"]
     if frame.weights is not None:
-        codes, formats["weights"] = frame.training.finish(params, formats["weights"])
+        format = formats["weights"]
+        codes = frame.training.encode(params, format)
+        scale = frame.training.scale(params, format)
+        formats["weights"] = dataclasses.replace(format, scale=scale)
     if isinstance(frame.inputs, Signs):
         formats["inputs"] = Signs(params["shift"])
     if frame.source is not None:

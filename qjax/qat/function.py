@@ -1,7 +1,7 @@
 """A network that is trained while it computes with quantized values: a pure function."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax.formats.binary import Signs, signs, straight_through
-from qjax.graph.layers import Network, Site, find_layers, shapes_of
+from qjax.formats.affine import straight_through
+from qjax.formats.binary import Signs, signs
+from qjax.graph.layers import Network, Site
 from qjax.graph.operation import Linear, along_channels
 from qjax.graph.schedule import schedule
 from qjax.qat.kernels import KernelTraining, Params
@@ -19,7 +20,7 @@ from qjax.qat.methods import Method
 from qjax.qat.steps import learned_step, quantize_gradient
 from qjax.recipe import Recipe
 from qjax.run.fake import real_value
-from qjax.run.function import bind, outputs_of
+from qjax.run.function import QuantizedFunction, bind, outputs_of
 from qjax.run.interpreter import Rules, evaluate
 from qjax.run.signs import center, magnitudes
 
@@ -41,7 +42,6 @@ class Frame(NamedTuple):
       activated: of its output after the activation.
       source: the layer whose codes its input is already, None for none.
       training: of its kernel.
-      shape: of its kernel as the network has it.
       width: of an input of signs: the deviation up to which gradients pass the sign.
     """
 
@@ -51,7 +51,6 @@ class Frame(NamedTuple):
     activated: Any
     source: str | None
     training: KernelTraining
-    shape: tuple[int, ...]
     width: float = 1.0
 
 
@@ -60,16 +59,14 @@ class TrainableFunction:
     """A network with its layers quantized as they are evaluated: call it with params and an input.
 
     Attributes:
-      apply_fn: the original function.
-      params: the shapes of its params, as `jax.ShapeDtypeStruct`.
+      function: the quantized network that training starts from.
       recipe: of quantization.
       method: of training.
       frames: what stays fixed of each layer, by name, in dataflow order.
       constants: leaves of the original params that are read and cannot be trained, by path.
     """
 
-    apply_fn: Callable[[Any, Any], Any]
-    params: Any
+    function: QuantizedFunction
     recipe: Recipe
     method: Method
     frames: Mapping[str, Frame]
@@ -85,8 +82,11 @@ class TrainableFunction:
 
         Returns:
           What the original function returns.
+
+        Raises:
+          ValueError: the function has other layers at this input's shape than were quantized.
         """
-        network = self.network(x)
+        network = self.function.network(x)
         program = network.program(("training", self), partial(self._run, network))
         return program(params, x, key)
 
@@ -100,22 +100,6 @@ class TrainableFunction:
             for name, layer in params["layers"].items()
         }
         return {**params, "layers": layers}
-
-    def network(self, x: Any) -> Network:
-        """The network as it is traced at an input's shape.
-
-        Raises:
-          ValueError: the function has other layers at this input's shape than were prepared.
-        """
-        network = find_layers(self.apply_fn, self.params, shapes_of(x))
-        shapes = {site.layer.name: site.layer.kernel_shape for site in network.sites}
-        expected = {name: frame.shape for name, frame in self.frames.items()}
-        if shapes != expected:
-            raise ValueError(
-                "`x` leads `apply_fn` through other layers than were prepared: expected "
-                f"{expected}, got {shapes}; call qjax.qat.prepare with an input of this shape."
-            )
-        return network
 
     def _run(self, network: Network, params: Mapping[str, Any], x: Any, key: Any) -> Any:
         keys: dict[str, Any] = dict.fromkeys(self.frames)
@@ -136,7 +120,7 @@ class TrainableFunction:
             return self._projected(self.frames[site.layer.name], layer, "activated", y)
 
         rules = Rules(layer_rule, activated_rule, {}, real_value)
-        env = bind(network, {**params.get("rest", {}), **self.constants}, x)
+        env = bind(network, {**params["rest"], **self.constants}, x)
         evaluate(schedule(network), env, params["layers"], rules)
         return outputs_of(network, env, rules)
 

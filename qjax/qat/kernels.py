@@ -4,7 +4,6 @@ Gradients reach the latent kernel in float; what the network computes with is ma
 call.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qjax.formats.affine import straight_through, usable_scale
 from qjax.formats.base import elementwise
-from qjax.formats.binary import signs, straight_through
+from qjax.formats.binary import signs
 
 Params = dict[str, jax.Array]
 
@@ -28,7 +28,7 @@ class KernelTraining(NamedTuple):
       forward: of (arrays, format with the step of the moment, key or None): the kernel that the
         network computes with.
       scale: of (arrays, format): the magnitude of a unit of the codes.
-      finish: of (arrays, format): codes and their format.
+      encode: of (arrays, format): the codes.
       constrain: of arrays: the arrays after an update.
     """
 
@@ -36,7 +36,7 @@ class KernelTraining(NamedTuple):
     start: Callable[[jax.Array, jax.Array, Any], Params]
     forward: Callable[[Params, Any, Any], jax.Array]
     scale: Callable[[Params, Any], jax.Array]
-    finish: Callable[[Params, Any], tuple[jax.Array, Any]]
+    encode: Callable[[Params, Any], jax.Array]
     constrain: Callable[[Params], Params]
 
 
@@ -59,9 +59,9 @@ def _project(params: Params, format: Any, key: Any) -> jax.Array:
     return elementwise(format, kernel.shape[1]).project(kernel)
 
 
-def _encode(params: Params, format: Any) -> tuple[jax.Array, Any]:
+def _encode(params: Params, format: Any) -> jax.Array:
     kernel = params["kernel"]
-    return elementwise(format, kernel.shape[1]).encode(kernel), format
+    return elementwise(format, kernel.shape[1]).encode(kernel)
 
 
 def _step(params: Params, format: Any) -> jax.Array:
@@ -114,12 +114,11 @@ def _connect(is_stochastic: bool, params: Params, format: Any, key: Any) -> jax.
 
 def _slope(params: Params, format: Any) -> jax.Array:
     del format
-    return _positive(jnp.abs(params["slope"]))
+    return usable_scale(jnp.abs(params["slope"]))
 
 
-def _connected(params: Params, format: Any) -> tuple[jax.Array, Any]:
-    codes = signs(params["kernel"]) * signs(params["slope"])
-    return codes.astype(jnp.int8), dataclasses.replace(format, scale=_slope(params, format))
+def _connected(params: Params, format: Any) -> jax.Array:
+    return (signs(params["kernel"]) * signs(params["slope"])).astype(format.dtype)
 
 
 def _clip_kernel(params: Params) -> Params:
@@ -179,12 +178,11 @@ def _scaled(params: Params, format: Any, key: Any) -> jax.Array:
 
 
 def _mean_scale(params: Params, format: Any) -> jax.Array:
-    return _positive(_mean_magnitude(params["kernel"], format))
+    return usable_scale(_mean_magnitude(params["kernel"], format))
 
 
-def _scaled_codes(params: Params, format: Any) -> tuple[jax.Array, Any]:
-    codes = signs(params["kernel"]).astype(jnp.int8)
-    return codes, dataclasses.replace(format, scale=_mean_scale(params, format))
+def _scaled_codes(params: Params, format: Any) -> jax.Array:
+    return format.encode(params["kernel"])
 
 
 SCALED = KernelTraining(
@@ -199,7 +197,3 @@ def _shared_axes(format: Any) -> tuple[int, ...]:
 
 def _mean_magnitude(kernel: jax.Array, format: Any) -> jax.Array:
     return jnp.mean(jnp.abs(kernel), _shared_axes(format), keepdims=True)
-
-
-def _positive(scale: jax.Array) -> jax.Array:
-    return jnp.where(scale > 0, scale, 1.0)

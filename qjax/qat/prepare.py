@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from qjax.fit.layerwise import Grid, kind_of
+from qjax.fit.layerwise import Grid, kind_of, known_grid
 from qjax.formats.affine import QParams
 from qjax.formats.binary import BINARY, Signs
 from qjax.formats.scales import FREE
 from qjax.formats.spec import in_table
 from qjax.graph.activation import follow_codes
 from qjax.graph.fold import Folded, fold
-from qjax.graph.layers import Network, Site, shapes_of
+from qjax.graph.layers import Network, Site, find_layers, shapes_of
 from qjax.graph.operation import by_channel, scale_input_channels
 from qjax.graph.schedule import Activated, schedule
 from qjax.progress import Progress
@@ -98,18 +98,20 @@ def prepare(
     if recipe is not None and bits is not None:
         raise ValueError("`recipe` and `bits` were both given; give one of them.")
     recipe = make_recipe(8 if bits is None else bits) if recipe is None else recipe
-    q = quantize(apply_fn, params, x, recipe, progress=progress)
-    network = q.apply_fn.network(x)
+    network = find_layers(apply_fn, params, shapes_of(x))
     recipes = recipe.by_layer([site.layer.name for site in network.sites])
+    has_signs = {name: chosen.binarizes_inputs and _is_binary(own) for name, own in recipes.items()}
     for name, own in recipes.items():
         _check(name, own)
+        if has_signs[name]:
+            _check_signs(name, own)
     if chosen.needs_binary and not any(_is_binary(own) for own in recipes.values()):
         raise ValueError(
             f"`method` {chosen.name} trains kernels of one bit, and the recipe has none; use "
             "weight_bits=1, or the method lsq."
         )
-    has_signs = {name: chosen.binarizes_inputs and _is_binary(own) for name, own in recipes.items()}
-    taps = _taps(q, params, x, [name for name, found in has_signs.items() if found])
+    q = quantize(apply_fn, params, x, recipe, progress=progress)
+    taps = _taps(network, q, params, x, [name for name, found in has_signs.items() if found])
     sources = _sources(network, recipes, q.params["layers"], has_signs)
     folded = dict(zip(recipes, fold(network, jax.tree.leaves(params)), strict=True))
     frames, layers = {}, {}
@@ -124,10 +126,8 @@ def prepare(
             activated=layer.activated,
             source=sources.get(name),
             training=training,
-            shape=site.layer.kernel_shape,
         )
         if has_signs[name]:
-            _check_signs(name, recipes[name])
             frames[name], layers[name] = _start_with_signs(
                 site, frames[name], folded[name], layer, taps[name].input
             )
@@ -136,7 +136,7 @@ def prepare(
     is_float = {k: jnp.issubdtype(v.dtype, jnp.floating) for k, v in q.params["rest"].items()}
     rest = {path: leaf for path, leaf in q.params["rest"].items() if is_float[path]}
     constants = {path: leaf for path, leaf in q.params["rest"].items() if not is_float[path]}
-    function = TrainableFunction(apply_fn, shapes_of(params), recipe, chosen, frames, constants)
+    function = TrainableFunction(q.apply_fn, recipe, chosen, frames, constants)
     return Trainable(function, {"layers": layers, "rest": rest})
 
 
@@ -196,11 +196,12 @@ def _check_signs(name: str, recipe: LayerRecipe) -> None:
         )
 
 
-def _taps(q: Quantized, params: Any, x: Any, names: Sequence[str]) -> dict[str, Tap]:
+def _taps(
+    network: Network, q: Quantized, params: Any, x: Any, names: Sequence[str]
+) -> dict[str, Tap]:
     """What the layers of these names read and write in the float network."""
     if not names:
         return {}
-    network = q.apply_fn.network(x)
     run = tapped(q.apply_fn.apply_fn, q.apply_fn.params, x, names)
     return run(float_layers(network, params), x)[1]
 
@@ -246,8 +247,8 @@ def _sources(
             case Site(layer=described):
                 inputs = recipes[described.name].inputs
                 source = grids.get(step.input)
-                if inputs is not None and source is not None and not has_signs[described.name]:
-                    if source[1].kind == kind_of(inputs):
+                if source is not None and not has_signs[described.name]:
+                    if known_grid(inputs, source[1]) is not None:
                         found[described.name] = source[0]
                 record(step.output, described.name, layers[described.name].outputs)
             case Activated(site=site):

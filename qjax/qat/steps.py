@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.formats.spec import QuantSpec
+
 
 @jax.custom_vjp
 def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
@@ -39,10 +41,7 @@ def _with_rounded_gradient(x: Any, bits: int) -> Any:
 
 
 def _rounded_gradient(bits: int, _: Any, gradient: jax.Array) -> tuple[jax.Array]:
-    levels = 2.0 ** (bits - 1) - 1
-    greatest = jnp.max(jnp.abs(gradient))
-    step = jnp.where(greatest > 0, greatest / levels, 1.0)
-    return (step * jnp.round(gradient / step),)
+    return (QuantSpec(bits).cover(gradient.min(), gradient.max()).project(gradient),)
 
 
 _with_rounded_gradient.defvjp(lambda x, bits: (x, None), _rounded_gradient)

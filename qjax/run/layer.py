@@ -48,7 +48,7 @@ class QuantizedLayer:
 
     @property
     def grid(self) -> QParams | None:
-        """The grid of codes of its input; None in float, and for an input of signs."""
+        """The grid of codes of its input; None in float, for signs and for a range of run time."""
         return self.inputs if isinstance(self.inputs, QParams) else None
 
     @property
