@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -57,8 +57,13 @@ class History(NamedTuple):
 def write(file: Path, recipe: Recipe, state: State, history: History) -> None:
     """Writes `file` whole or not at all."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    tensors = {name: np.asarray(leaf) for name, leaf in flatten_dict(fields, sep="/").items()}
-    metadata = {"recipe": fingerprint(recipe), "history": json.dumps(history)}
+    leaves = flatten_dict(fields, keep_empty_nodes=True, sep="/")
+    tensors = {name: np.asarray(leaf) for name, leaf in leaves.items() if leaf is not empty_node}
+    metadata = {
+        "recipe": fingerprint(recipe),
+        "history": json.dumps(history),
+        "empty": json.dumps(sorted(leaves.keys() - tensors.keys())),
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}")
     save_file(tensors, temporary, metadata)
@@ -74,14 +79,15 @@ def read(file: Path, recipe: Recipe) -> tuple[State, History]:
     with safe_open(file, "np") as f:
         metadata = f.metadata()
         flat = {name: jnp.asarray(f.get_tensor(name)) for name in f.keys()}
-    if metadata.get("recipe") != fingerprint(recipe):
+    if metadata.get("recipe") != fingerprint(recipe) or "empty" not in metadata:
         raise ValueError(
             f"`state_file` {file} holds another version of the recipe {recipe.name!r}: delete it "
             "(`--restart`) to train from the start, or restore the recipe."
         )
     log, losses, seconds = json.loads(metadata["history"])
     history = History(tuple(Entry(*entry) for entry in log), tuple(losses), seconds)
-    return State(**{"batch_stats": {}, **unflatten_dict(flat, sep="/")}), history
+    flat |= dict.fromkeys(json.loads(metadata["empty"]), empty_node)
+    return State(**unflatten_dict(flat, sep="/")), history
 
 
 def fingerprint(recipe: Recipe) -> str:

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,6 +22,7 @@ from pretrained.recipes import RECIPES, Recipe
 from qjax.qat import METHODS, TrainableFunction
 
 CALIBRATION_SIZE = 1024
+BATCH_SIZE = 64
 ENDS = 8  # bits of the first and of the last layer
 
 # By dataset: how far images are shifted, whether they are mirrored.
@@ -82,9 +82,7 @@ def fine_tuning(
     recipe: qjax.Recipe,
     epochs: float,
     learning_rate: float | None = None,
-    batch_size: int = 64,
     seed: int = 0,
-    name: str = "",
 ) -> FineTuning:
     """Returns the recipe that trains a pretrained model further, quantized.
 
@@ -94,19 +92,17 @@ def fine_tuning(
       recipe: of its quantization.
       epochs: passes over the training split, or a part of one.
       learning_rate: the peak; by default the method's own.
-      batch_size: images per step.
       seed: of the draw of calibration images, the order and the augmentation.
-      name: of the run.
     """
     shift, flip = AUGMENTATION.get(loaded.dataset, (0, False))
     rate = LEARNING_RATE.get(method, DEFAULT_LEARNING_RATE)
     return FineTuning(
-        name=name or f"{loaded.name}-{method}",
+        name=f"{loaded.name}-{method}",
         dataset=loaded.dataset,
         model=None,  # pyright: ignore  # `init_from` says it
         preprocessing=loaded.preprocess,
         epochs=epochs,  # pyright: ignore
-        batch_size=batch_size,
+        batch_size=BATCH_SIZE,
         learning_rate=rate if learning_rate is None else learning_rate,
         weight_decay=1e-4,
         shift=shift,
@@ -219,15 +215,8 @@ class QuantizationAware:
 
     def predict(self, variables: Any, images: jax.Array) -> jax.Array:
         """See `Trainee`."""
-        return _predict(self.function, self.preprocess, variables, images)
+        return training.predict(self.function, self.preprocess, variables, images)
 
     def quantized(self, variables: Any) -> qjax.Quantized:
         """The trained network with its codes."""
         return qjax.qat.finish(self.function, variables, self.images)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _predict(
-    function: Callable[..., Any], preprocess: Preprocessing, variables: Any, images: jax.Array
-) -> jax.Array:
-    return function(variables, preprocess(images)).argmax(axis=-1)

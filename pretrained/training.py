@@ -23,6 +23,7 @@ from pretrained.checkpoint import Entry, History, State
 from pretrained.datasets import Dataset
 from pretrained.fast_convolution import conv_general_dilated
 from pretrained.models import LeNet5
+from pretrained.preprocessing import Preprocessing
 from pretrained.recipes import Recipe
 from pretrained.resnet import BATCH_NORM_MOMENTUM, ResNet
 
@@ -108,7 +109,10 @@ def train(
     chosen: Trainee = FromScratch(recipe) if trainee is None else trainee
     epoch_steps = len(data.images) / recipe.batch_size
     chunks = max(1, round(recipe.epochs * epoch_steps / CHUNK))
-    images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
+    images = jnp.asarray(data.images)
+    key = jax.random.key(recipe.seed)
+    mirrored = jax.random.bernoulli(key, shape=images.shape[:1]) if recipe.flip else None
+    examples = Examples(images, jnp.asarray(data.labels), mirrored)
     if state_file.exists():
         state, history = checkpoint.read(state_file, recipe)
     else:
@@ -118,9 +122,9 @@ def train(
         start = time.perf_counter() - history.seconds
         rows, epochs = _order(recipe, len(images), chunk)
         size = next((s for until, s in recipe.sizes if chunk < until * chunks), images.shape[1])
-        run: Any = _run_chunk if chosen.scans else _run_steps
+        run = _run_chunk if chosen.scans else _run_steps
         schedule = Schedule(recipe, chunks * CHUNK, size)
-        state, losses = run(chosen, schedule, state, images, labels, rows, epochs)
+        state, losses = run(chosen, schedule, examples, state, (rows, epochs))
         history = History(
             history.log, (*history.losses, float(losses.mean())), time.perf_counter() - start
         )
@@ -151,11 +155,12 @@ def evaluate(trainee: Trainee, variables: Any, data: Dataset, batch_size: int = 
     return 100 * hits / len(data.images)
 
 
-@partial(jax.jit, static_argnums=0)
-def _predict(recipe: Recipe, variables: Any, images: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=(0, 1))
+def predict(
+    apply_fn: Callable[..., Any], preprocess: Preprocessing, variables: Any, images: jax.Array
+) -> jax.Array:
     """The most likely class of every image uint8[N, H, W, C]."""
-    logits: Any = recipe.model.apply(variables, recipe.preprocessing(images))
-    return logits.argmax(axis=-1)
+    return apply_fn(variables, preprocess(images)).argmax(axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +196,7 @@ class FromScratch:
 
     def predict(self, variables: Any, images: jax.Array) -> jax.Array:
         """See `Trainee`."""
-        return _predict(self.recipe, variables, images)
+        return predict(self.recipe.model.apply, self.recipe.preprocessing, variables, images)
 
 
 def initial_state(params: Any, batch_stats: Any) -> State:
@@ -247,67 +252,62 @@ class Schedule(NamedTuple):
     size: int
 
 
-Batch = tuple[jax.Array, jax.Array]  # rows int32[B] of the training images, and their epochs
+class Examples(NamedTuple):
+    """The training split on the device.
+
+    Attributes:
+      images: uint8[N, H, W, C].
+      labels: int32[N].
+      mirrored: bool[N], those that are mirrored in the first epoch; None if none ever are.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    mirrored: jax.Array | None
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+Batch = tuple[Any, Any]  # rows int32[B] of the examples, and the epochs that they belong to
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _run_chunk(
-    trainee: Trainee,
-    schedule: Schedule,
-    state: State,
-    images: jax.Array,
-    labels: jax.Array,
-    rows: jax.Array,
-    epochs: jax.Array,
+    trainee: Trainee, schedule: Schedule, examples: Examples, state: State, batches: Batch
 ) -> tuple[State, jax.Array]:
-    """Runs a step for every row of `rows` int32[CHUNK, B]; also returns losses float[CHUNK]."""
-    step = partial(_step, trainee, schedule, images, labels)
-    return lax.scan(step, state, (rows, epochs))
+    """Runs a step for every one of `batches` [CHUNK, B]; also returns losses float[CHUNK]."""
+    return lax.scan(partial(_step, trainee, schedule, examples), state, batches)
 
 
 def _run_steps(
-    trainee: Trainee,
-    schedule: Schedule,
-    state: State,
-    images: jax.Array,
-    labels: jax.Array,
-    rows: jax.Array,
-    epochs: jax.Array,
+    trainee: Trainee, schedule: Schedule, examples: Examples, state: State, batches: Batch
 ) -> tuple[State, jax.Array]:
     """Does what `_run_chunk` does, by a program for a step.
 
     XLA differentiates convolutions far more slowly inside of a `lax.scan` on a CPU.
     """
     losses = []
-    for batch in zip(rows, epochs, strict=True):
-        state, loss = _run_step(trainee, schedule, images, labels, state, batch)
+    for batch in zip(*batches, strict=True):
+        state, loss = _run_step(trainee, schedule, examples, state, batch)
         losses.append(loss)
     return state, jnp.stack(losses)
 
 
 def _step(
-    trainee: Trainee,
-    schedule: Schedule,
-    images: jax.Array,
-    labels: jax.Array,
-    state: State,
-    batch: Batch,
+    trainee: Trainee, schedule: Schedule, examples: Examples, state: State, batch: Batch
 ) -> tuple[State, jax.Array]:
     recipe, steps, size = schedule
     rows, epochs = batch
-    key = jax.random.key(recipe.seed)
-    shift_key = jax.random.fold_in(key, state.step)
-    x = augmentation.shift(shift_key, images[rows], recipe.shift)
-    if recipe.flip:
-        mirrored_first = jax.random.bernoulli(key, shape=images.shape[:1])
-        x = augmentation.mirror(x, mirrored_first[rows] ^ (epochs % 2 == 1))
+    key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+    x = augmentation.shift(key, examples.images[rows], recipe.shift)
+    if examples.mirrored is not None:
+        x = augmentation.mirror(x, examples.mirrored[rows] ^ (epochs % 2 == 1))
     x = recipe.preprocessing(x)
     x = jax.image.resize(x, (x.shape[0], size, size, x.shape[3]), "linear")
 
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-        draw = jax.random.fold_in(shift_key, 1)
+        draw = jax.random.fold_in(key, 1)
         logits, batch_stats = trainee.forward(params, state.batch_stats, x, draw)
-        return cross_entropy(logits, labels[rows], recipe.label_smoothing), batch_stats
+        labels = examples.labels[rows]
+        return cross_entropy(logits, labels, recipe.label_smoothing), batch_stats
 
     (loss, batch_stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     rate = learning_rate(recipe, steps, state.step)
@@ -333,7 +333,7 @@ def _step(
     ), loss
 
 
-_run_step = partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)(_step)
+_run_step = partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)(_step)
 
 
 def training_pass(model: nn.Module, variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:
