@@ -7,6 +7,7 @@ values in every forward pass. Batch norm is folded in.
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -140,11 +141,13 @@ class Result(NamedTuple):
     Attributes:
       q: the quantized network.
       start: top-1 in percent before training, on the test images.
+      quantizing_seconds: of quantizing it, compilation among them.
       trained: the log, the seconds of training.
     """
 
     q: qjax.Quantized
     start: float
+    quantizing_seconds: float
     trained: training.Trained
 
 
@@ -168,11 +171,13 @@ def train(
       on_progress: called after every chunk.
       on_entry: called with every new line of the log; the first is that of the start.
     """
+    before = time.perf_counter()
     trainee = prepare(loaded, recipe, data)
+    seconds = time.perf_counter() - before
     start = training.evaluate(trainee, trainee.params, held_out)
     on_entry(training.Entry(0.0, float("nan"), start, 0.0))
     trained = training.train(recipe, data, held_out, state_file, on_progress, on_entry, trainee)
-    return Result(trainee.quantized(trained.variables), start, trained)
+    return Result(trainee.quantized(trained.variables), start, seconds, trained)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ ORDER = (
     "study.questions",
     *("page.document", "page.svg", "page.quantization", "page.study"),
     *("cli.compilation_cache", "cli.loading", "cli.arguments", "cli.command", "cli.widths"),
-    *("cli.quantize", "cli.explain", "cli.accumulators", "cli.study", "cli.main"),
+    *("cli.quantize", "cli.explain", "cli.accumulators", "cli.training", "cli.study", "cli.main"),
 )
 # All that the library and its command line may load, apart from the standard library.
 PACKAGES = {"jax", "numpy", "pretrained", "qjax", "rich", "safetensors"}

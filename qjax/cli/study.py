@@ -4,7 +4,7 @@ import argparse
 import textwrap
 from functools import partial
 
-from qjax.cli import command
+from qjax.cli import command, training
 from qjax.cli.loading import Loaded
 from qjax.page.document import write
 from qjax.page.study import render_study
@@ -17,17 +17,20 @@ from qjax.study.questions import QUESTIONS, study
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what only this command takes."""
     add = parser.add_argument_group("what to study").add_argument
-    questions = "; ".join(f"{name}: {question.text}" for name, question in QUESTIONS.items())
-    add("name", choices=QUESTIONS, metavar="NAME", help=questions)
+    texts = {name: question.text for name, question in QUESTIONS.items()}
+    texts |= {training.NAME: training.QUESTION}
+    questions = "; ".join(f"{name}: {text}" for name, text in texts.items())
+    add("name", choices=texts, metavar="NAME", help=questions)
     add(
         "--widths",
         type=int,
         nargs="+",
         metavar="N",
         help="widths in bits (2 to 16 for weight-bits and activation-bits, 8 6 4 for "
-        "fixed-point, else 8 4)",
+        "fixed-point, 8 4 3 2 1 for training, else 8 4)",
     )
     add("--report", metavar="FILE", help="write a page to look at: study.html")
+    training.add_arguments(parser)
 
 
 def answer(
@@ -41,6 +44,17 @@ def answer(
     Returns:
       The table to print.
     """
+    return ANSWERS.get(arguments.name, _ask)(arguments, loaded, recipe, progress)
+
+
+def _ask(
+    arguments: argparse.Namespace,
+    loaded: Loaded,
+    recipe: Recipe,
+    progress: Progress,
+) -> str:
+    """Answers one of `QUESTIONS`."""
+    training.refuse_arguments(arguments)
     model, calibration, test = loaded
     measure = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
     result = study(
@@ -62,6 +76,8 @@ def answer(
         write(arguments.report, render_study(result, f"{model.name}: {note}"))
     return f"{result}\n\n{textwrap.fill(note, 80)}"
 
+
+ANSWERS = {training.NAME: training.answer}
 
 COMMAND = command.question(
     "study", "answer a question by quantizing in several ways", add_arguments, answer

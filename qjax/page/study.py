@@ -1,6 +1,6 @@
 """A study as a self-contained page: its table with a bar for every accuracy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from qjax.page.document import document
@@ -18,23 +18,53 @@ def render_study(study: Study, note: str) -> str:
       One HTML document that loads nothing.
     """
     head, *rows = cells(study.header, study.rows, study.float_top1)
-    top1 = len(study.header)  # the column behind the labels
-    lines = "\n".join(_line("td", row, top1, _bar(row[top1])) for row in rows)
+    return render_table(study.name, study.question, note, head, rows, [len(study.header)])
+
+
+def render_table(
+    name: str,
+    question: str,
+    note: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    accuracies: Sequence[int],
+) -> str:
+    """Writes a page of one table.
+
+    Args:
+      name: its title.
+      question: its heading.
+      note: what the numbers are, plain text.
+      header: a cell for every column.
+      rows: as many cells each.
+      accuracies: the columns that start with a percentage, which a bar follows.
+
+    Returns:
+      One HTML document that loads nothing.
+    """
+    lines = "\n".join(_line("td", row, accuracies, _bar) for row in rows)
     body = (
-        f"<h1>{escape(study.question)}</h1>\n<p>{escape(note)}</p>\n"
-        f'<div class="scroll"><table class="study"><thead>{_line("th", head, top1, "")}</thead>\n'
+        f"<h1>{escape(question)}</h1>\n<p>{escape(note)}</p>\n"
+        '<div class="scroll"><table class="study"><thead>'
+        f"{_line('th', header, accuracies, lambda text: '')}</thead>\n"
         f"<tbody>\n{lines}\n</tbody></table></div>"
     )
-    return document(study.name, body)
+    return document(name, body)
 
 
-def _line(tag: str, texts: Sequence[str], top1: int, bar: str) -> str:
-    """A row of the table, the bar behind the column `top1`."""
-    found = [f"<{tag}>{escape(text)}</{tag}>" for text in texts]
-    found.insert(top1 + 1, f'<{tag} class="whole">{bar}</{tag}>')
+def _line(
+    tag: str, texts: Sequence[str], accuracies: Sequence[int], bar: Callable[[str], str]
+) -> str:
+    """A row of the table, a bar after every accuracy."""
+    found = []
+    for column, text in enumerate(texts):
+        found.append(f"<{tag}>{escape(text)}</{tag}>")
+        if column in accuracies:
+            found.append(f'<{tag} class="whole">{bar(text)}</{tag}>')
     return f"<tr>{''.join(found)}</tr>"
 
 
-def _bar(percent: str) -> str:
-    """A bar whose whole length is 100 %."""
+def _bar(text: str) -> str:
+    """A bar whose whole length is 100 %, for a text that starts with a percentage."""
+    percent = text.partition(" ")[0] or 0
     return f'<div><div class="part" style="width: {percent}%"></div></div>'

@@ -9,6 +9,7 @@ import pytest
 
 import pretrained
 from pretrained import datasets
+from pretrained.preprocessing import Preprocessing
 from qjax.cli.main import main
 
 CHEAP = ["--range-method", "absmax", "--no-bias-correction", "--input-bits", "float"]
@@ -40,7 +41,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Model]:
     rng = np.random.default_rng(0)
     sizes = {"train": 40, "test": 300}
     images = {split: rng.integers(0, 255, (n, 4, 4, 1), np.uint8) for split, n in sizes.items()}
-    tiny = Model("tiny", apply_fn, make_params(), lambda x: np.float32(x) / 255, "noise")
+    pixels = Preprocessing(255.0, (0.0,), (1.0,))
+    tiny = Model("tiny", apply_fn, make_params(), pixels, "noise")
     models = {"tiny": tiny}
     load_model, load_dataset = pretrained.load, datasets.load
 
@@ -49,7 +51,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Model]:
             return load_dataset(name, split)
         x = tiny.preprocess(images[split])
         labels = np.array(apply_fn(tiny.params, x).argmax(-1), np.int32)
-        labels[: len(labels) // 4] = 10  # a quarter is wrong
+        wrong = slice(len(labels) // 4)
+        labels[wrong] = (labels[wrong] + 1) % 10
         return datasets.Dataset(images[split], labels, name)
 
     monkeypatch.setattr(pretrained, "load", lambda name: models.get(name) or load_model(name))

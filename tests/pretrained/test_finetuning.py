@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small
 
-from pretrained import Pretrained, finetuning, training
+from pretrained import Pretrained, comparison, finetuning, training
 from pretrained.datasets import Dataset
 from pretrained.preprocessing import Preprocessing
 
@@ -88,3 +88,41 @@ def test_the_formats_of_a_method(method: str, widths: list):
     assert [(middle.weights.family.name, middle.inputs.bits, middle.outputs.bits)] == widths
     alone = finetuning.quantization("lsq", 3, weights_only=True)
     assert alone.inputs is None and alone.outputs is None
+
+
+def test_comparison_measures_both_and_keeps_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wanted = [comparison.Case(4, "lsq", seed) for seed in (0, 1)]
+    seen = []
+
+    def compare(cases: list[comparison.Case]) -> dict[comparison.Case, comparison.Outcome]:
+        return comparison.measure(
+            LOADED, cases, 2, 8, DATA, HELD_OUT, tmp_path, lambda *item: seen.append(item)
+        )
+
+    first = compare(wanted[:1])
+    quantization = finetuning.quantization("lsq", 4, 8)
+    own = finetuning.fine_tuning(LOADED, "lsq", quantization, 2)
+    alone = finetuning.train(LOADED, own, DATA, HELD_OUT, tmp_path / "alone")
+    outcome = first[wanted[0]]
+    assert outcome.post_training == alone.start
+    assert outcome.trained == alone.trained.log[-1].accuracy
+    assert outcome.bytes == sum(record.bytes_quantized for record in alone.q.report)
+    assert outcome.quantizing_seconds > 0 and outcome.training_seconds > 0
+    assert seen[-1][1:] == (0, 1) and "step 50 of 50" in seen[-1][0]
+
+    both = compare(wanted)
+    assert both[wanted[0]] == outcome
+    trained = []
+    monkeypatch.setattr(finetuning, "train", lambda *a, **k: trained.append(a))
+    assert compare(wanted) == both and not trained
+
+
+def test_comparison_shows_means_over_seeds():
+    found = {
+        comparison.Case(2, "lsq", seed): comparison.Outcome(90 + seed, 95 + seed, 3, 10, 1234)
+        for seed in (0, 1, 2)
+    }
+    (row,) = comparison.rows(found, 8)
+    assert row == ("2", "2/2/2", "lsq", "91.00 ± 1.00", "96.00 ± 1.00", "3", "10", "1,234")
