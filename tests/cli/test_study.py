@@ -30,21 +30,7 @@ def test_study_draws_a_page(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-TRAINING = [
-    "study",
-    "training",
-    "--model",
-    "deep",
-    "--widths",
-    "3",
-    "1",
-    "--seeds",
-    "0",
-    "1",
-    "--methods",
-    "lsq",
-    "xnor",
-]
+TRAINING = "study training --model deep --widths 3 1 --seeds 0 1 --methods lsq xnor".split()
 
 
 def apply_deep(params: Any, x: jax.Array) -> jax.Array:
