@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "qjax"
 # Folders and modules in the order of the pipeline: each may import only what stands before
 # it. A new module is given its place here.
 ORDER = (
-    *("programs", "progress", "table"),
+    *("programs", "progress", "pytree", "table"),
     *("formats.base", "formats.affine", "formats.binary", "formats.packing", "formats.scales"),
     *("formats.spec", "formats.fixed_point", "formats.dynamic"),
     *("objectives.base", "objectives.errors", "objectives.divergence", "objectives.table"),

@@ -9,11 +9,12 @@ import numpy as np
 from jax import lax
 
 from qjax.formats.base import NumberFormat, Spec
+from qjax.pytree import pytree
 
 Limits = tuple[Any, Any]  # the smallest and the largest code, int32 scalars
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class QParams:
     """The affine map between codes and real values: a `Format`.

@@ -9,9 +9,10 @@ import numpy as np
 
 from qjax.formats.affine import QParams, affine_qparams, straight_through
 from qjax.formats.base import NumberFormat
+from qjax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Binary(QParams):
     """Values ±scale, with codes ±1 and zero point 0; there is no 0.
@@ -56,7 +57,7 @@ class Binary(QParams):
         return (self.scale * straight_through(signs(inside), inside)).astype(x.dtype)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Signs:
     """Inputs of a layer as signs: of every patch, sign(x − t) times the mean of |x − t|.

@@ -16,12 +16,13 @@ import numpy as np
 
 from qjax.formats.affine import QParams, with_exact_products
 from qjax.formats.spec import QuantSpec
+from qjax.pytree import pytree
 
 Bounds = tuple[float, float]
 EVERYTHING: Bounds = (-math.inf, math.inf)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Dynamic:
     """A range of its own for every tensor, or for every example in it.

@@ -18,6 +18,7 @@ from jax.core import Tracer
 
 from qjax.formats.affine import QParams, dequantize, quantize_array
 from qjax.formats.spec import check_bits
+from qjax.pytree import pytree
 
 
 class QFormat(NamedTuple):
@@ -49,7 +50,7 @@ class QFormat(NamedTuple):
         return QParams(scale, jnp.int32(0), low, low + 2**self.bits - 1)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class FixedPoint:
     """An array of fixed-point numbers.

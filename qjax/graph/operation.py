@@ -246,21 +246,19 @@ class Convolution:
         ]
         offsets = [np.arange(n) * step for n, step in zip(window, self.rhs_dilation, strict=True)]
         # Rows of x as [examples * space, channels]: one per position, and the reach of the window.
-        area = math.prod(sizes)
-        examples = np.arange(x.shape[0])[:, None] * area
+        examples = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * math.prod(sizes)
         rows = (examples + _flat_places(starts, sizes)).reshape(-1)[::stride]
-        places = jnp.asarray(rows, jnp.int32)[:, None] + jnp.asarray(
-            _flat_places(offsets, sizes), jnp.int32
-        )
+        places = rows[:, None] + _flat_places(offsets, sizes)
         patches = x.reshape(-1, channels).at[places].get(mode="promise_in_bounds")
-        split = patches.reshape(len(rows), -1, self.groups, channels // self.groups)
-        return split.transpose(0, 2, 1, 3).reshape(len(rows), self.groups, -1)
+        split = patches.reshape(rows.shape[0], -1, self.groups, channels // self.groups)
+        return split.transpose(0, 2, 1, 3).reshape(rows.shape[0], self.groups, -1)
 
 
 def _flat_places(places: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
     """The places that are the product of those on each axis, counted over all axes, [1, n]."""
     grids = np.meshgrid(*places, indexing="ij")
-    return np.ravel_multi_index([grid.ravel() for grid in grids], sizes)[None]
+    places = np.ravel_multi_index([grid.ravel() for grid in grids], sizes)
+    return places.astype(np.int32)[None]
 
 
 @dataclasses.dataclass(frozen=True)

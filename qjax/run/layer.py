@@ -18,10 +18,11 @@ from qjax.graph.operation import (
     by_channel,
     scale_input_channels,
 )
+from qjax.pytree import pytree
 from qjax.run.signs import SumOfSigns, center, magnitudes, sum_of_signs
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class QuantizedLayer:
     """The parameters of one layer, its affine chain folded in.

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 
 from qjax.formats.packing import pack_codes, spacing, unpack_codes
+from qjax.pytree import pytree
 from qjax.run.layer import QuantizedLayer
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class PackedCodes:
     """The codes of a kernel as a stream.
