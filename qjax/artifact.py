@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -115,7 +116,8 @@ def load(
     """Reads a quantized network that `save` wrote.
 
     Args:
-      path: the directory.
+      path: the directory; or "user/model", the name of one in the Hugging Face Hub, which is
+        downloaded (needs huggingface_hub) unless there is a directory of that name.
       apply_fn: the function that was quantized.
       params: the float params, or their shapes as `jax.ShapeDtypeStruct`; their values are not
         read. Needed where they are no nested dicts, lists and tuples (Equinox, Flax NNX).
@@ -126,8 +128,9 @@ def load(
     Raises:
       ValueError: `path` is no artifact, or one that is damaged or of a newer format; `params` is
         missing or not what was quantized.
+      ImportError: `path` is a name in the Hugging Face Hub, and huggingface_hub is not installed.
     """
-    path = Path(path)
+    path = _located(path)
     manifest, data = _read(path)
     stored = safetensors.load(data)
     arrays = {
@@ -437,6 +440,23 @@ def _check_params(expected: Sequence[Any], given: Sequence[Any]) -> None:
 
 
 # ---- Files
+
+
+def _located(path: str | os.PathLike) -> Path:
+    """The directory of an artifact, downloaded where it is a name in the Hugging Face Hub."""
+    if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        return Path(path)
+    here = f"`path` {path} is no directory here"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ImportError(
+            f"{here}; to read it from the Hugging Face Hub, pip install huggingface_hub."
+        ) from error
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=[MANIFEST, ARRAYS]))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{here}, and not to be had from the Hugging Face Hub: {error}") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:

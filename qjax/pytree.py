@@ -61,6 +61,6 @@ def _restored(declared: Any, value: Any) -> Any:
     """The inverse of `_plain` for a field of a declared type."""
     if isinstance(value, list):
         return tuple(_restored(None, item) for item in value)
-    if isinstance(value, dict) and dataclasses.is_dataclass(declared):
-        return declared(**value)
-    return np.dtype(value["dtype"]) if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    return np.dtype(value["dtype"]) if "dtype" in value else declared(**value)

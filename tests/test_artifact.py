@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import chex
 import equinox as eqx
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 import pytest
 from flax import nnx
+from jax import export
 from models import CASES
 from safetensors.numpy import load_file
 
@@ -283,3 +287,49 @@ def test_ranges_at_run_time_are_saved(tmp_path: Path):
     )
     stored = load_file(tmp_path / "model" / "model.safetensors")
     assert not any("inputs" in name or "outputs" in name for name in stored)
+
+
+def test_a_name_in_the_hugging_face_hub(q: qjax.Quantized, saved: Path, monkeypatch):
+    """There is no network here: what is asked for is checked, and what comes back is loaded."""
+    asked = {}
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked[name] = sorted(allow_patterns)
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert_same(qjax.load("someone/a-model.v1", network), q, X)
+    assert asked == {"someone/a-model.v1": sorted(FILES)}
+    monkeypatch.chdir(saved.parent.parent)
+    local = str(saved.relative_to(saved.parent.parent))
+    assert_same(qjax.load(local, network), q, X)
+    assert local not in asked
+
+
+def test_a_hub_that_cannot_be_read(monkeypatch):
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        raise FileNotFoundError("no such model")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match="`path` a/b is no directory here, and .* no such model"):
+        qjax.load("a/b", network)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="`path` a/b .*; .* pip install huggingface_hub"):
+        qjax.load("a/b", network)
+
+
+@pytest.mark.parametrize("hold", [lambda params: params, qjax.pack])
+def test_orbax_keeps_codes_and_static_fields(q: qjax.Quantized, tmp_path: Path, hold: Any):
+    params = hold(q.params)
+    exported = export.export(jax.jit(lambda params: params["layers"]["head"].bias))(params)
+    written = exported.serialize()
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "params", params)
+    # As another process does it, which has the exported function and nothing else.
+    read = export.deserialize(written)
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in read.in_avals]
+    (like,), _ = jax.tree.unflatten(read.in_tree, shapes)
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "params", like)
+    chex.assert_trees_all_equal(restored, params, strict=True)
+    assert jax.tree.structure(restored) == jax.tree.structure(params)

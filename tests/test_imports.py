@@ -36,7 +36,7 @@ ORDER = (
     *("cli.quantize", "cli.explain", "cli.accumulators", "cli.training", "cli.study", "cli.main"),
 )
 # All that the library and its command line may load, apart from the standard library.
-PACKAGES = {"jax", "numpy", "pretrained", "qjax", "rich", "safetensors"}
+PACKAGES = {"huggingface_hub", "jax", "numpy", "pretrained", "qjax", "rich", "safetensors"}
 PATHS = [path.relative_to(PACKAGE).with_suffix("") for path in sorted(PACKAGE.rglob("*.py"))]
 MODULES = {
     ".".join(path.parts): PACKAGE / f"{path}.py" for path in PATHS if not path.stem.startswith("__")

@@ -257,8 +257,8 @@ class Convolution:
 def _flat_places(places: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
     """The places that are the product of those on each axis, counted over all axes, [1, n]."""
     grids = np.meshgrid(*places, indexing="ij")
-    places = np.ravel_multi_index([grid.ravel() for grid in grids], sizes)
-    return places.astype(np.int32)[None]
+    flat = np.ravel_multi_index([grid.ravel() for grid in grids], sizes)
+    return flat.astype(np.int32)[None]
 
 
 @dataclasses.dataclass(frozen=True)
