@@ -1,9 +1,13 @@
-"""A progress bar on standard error."""
+"""Progress on standard error: a bar on a terminal, now and then a line in a log."""
 
 import contextlib
+import sys
+import time
 from collections.abc import Callable, Iterator
 
 Progress = Callable[[str, int, int], None]
+
+PERIOD = 10.0  # seconds from one line to the next
 
 
 @contextlib.contextmanager
@@ -40,3 +44,41 @@ def progress_bar(stage: str) -> Iterator[Progress]:
             bar.update(task, item=item, completed=done, total=total)
 
         yield update
+
+
+@contextlib.contextmanager
+def progress_lines(
+    stage: str, period: float = PERIOD, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Progress]:
+    """Writes a line every ten seconds while the context is open; short work writes none.
+
+    Args:
+      stage: what is under way.
+      period: seconds from one line to the next.
+      clock: tells the seconds.
+
+    Yields:
+      A function of (what is being done, how much is done, how much there is).
+
+    Example:
+      >>> with contextlib.redirect_stderr(sys.stdout), progress_lines(
+      ...     "quantizing", clock=iter([0.0, 5.0, 12.0]).__next__
+      ... ) as progress:
+      ...     progress("conv1", 1, 22)
+      ...     progress("conv2", 4, 22)
+      quantizing   18 %, 4 of 22, 54 s left: conv2
+    """
+    start = last = clock()
+
+    def update(item: str, done: int, total: int) -> None:
+        nonlocal last
+        now = clock()
+        if now - last < period:
+            return
+        last = now
+        left = f", {(now - start) * (total - done) / done:.0f} s left" if done else ""
+        share = f"{100 * done / total:.0f} %, {done} of {total}{left}"
+        sys.stderr.write(f"{stage:<12} {share}: {item}\n")
+        sys.stderr.flush()
+
+    yield update

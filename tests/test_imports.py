@@ -32,7 +32,15 @@ ORDER = (
     *("study.curves", "study.layer_trace", "study.explain", "study.accumulators"),
     "study.questions",
     *("page.document", "page.svg", "page.quantization", "page.study"),
-    *("cli.compilation_cache", "cli.loading", "cli.arguments", "cli.command", "cli.widths"),
+    *(
+        "cli.signals",
+        "cli.output",
+        "cli.compilation_cache",
+        "cli.loading",
+        "cli.arguments",
+        "cli.command",
+        "cli.widths",
+    ),
     *("cli.quantize", "cli.explain", "cli.accumulators", "cli.training", "cli.study", "cli.main"),
 )
 # All that the library and its command line may load, apart from the standard library.

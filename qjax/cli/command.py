@@ -4,11 +4,13 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
+from qjax.cli import signals
 from qjax.cli.arguments import add_model, add_recipe, check_report, load_model, read_recipe
 from qjax.cli.loading import Loaded
-from qjax.progress import Progress, progress_bar
+from qjax.progress import Progress, progress_bar, progress_lines
 from qjax.recipe import Recipe
 
 Stage = Callable[[str], contextlib.AbstractContextManager[Progress]]
@@ -70,14 +72,30 @@ def question(
 
 def add_quiet(add: Callable[..., Any]) -> None:
     """Declares whether `stages` shows bars, by a parser's or a group's `add_argument`."""
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--quiet", action="store_true", help="no progress")
 
 
 def stages(arguments: argparse.Namespace) -> Stage:
-    """How stages of work are shown: by a bar each on a terminal, unless `--quiet`."""
-    return _no_bar if arguments.quiet or not sys.stderr.isatty() else progress_bar
+    """How stages of work are shown: by a bar on a terminal, else by lines; `--quiet`: not at all.
+
+    Every step of progress is a place where a signal ends the command.
+    """
+    shown = progress_bar if sys.stderr.isatty() else progress_lines
+    return partial(_stoppable, _unseen if arguments.quiet else shown)
 
 
 @contextlib.contextmanager
-def _no_bar(stage: str) -> Iterator[Progress]:
+def _stoppable(shown: Stage, stage: str) -> Iterator[Progress]:
+    with shown(stage) as progress:
+
+        def update(item: str, done: int, total: int) -> None:
+            signals.check()
+            progress(item, done, total)
+
+        yield update
+
+
+@contextlib.contextmanager
+def _unseen(stage: str) -> Iterator[Progress]:
+    del stage
     yield lambda item, done, total: None

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from qjax.cli import accumulators, compilation_cache, explain, quantize, study
+from qjax.cli.output import patient
+from qjax.cli.signals import Stopped, stopping
 
 COMMANDS = (quantize.COMMAND, explain.COMMAND, accumulators.COMMAND, study.COMMAND)
 
@@ -17,12 +19,17 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: its arguments; by default those of the process.
 
     Returns:
-      The exit code: 0, or 2 for bad input, with the reason on standard error.
+      The exit code: 0; 2 for bad input, with the reason on standard error; 130 after Ctrl-C and
+      143 after SIGTERM.
     """
     try:
-        arguments = _parser().parse_args(argv)
-        with compilation_cache.caching(arguments):
-            arguments.run(arguments)
+        with stopping(), patient():
+            arguments = _parser().parse_args(argv)
+            with compilation_cache.caching(arguments):
+                arguments.run(arguments)
+    except Stopped as stopped:
+        print(f"qjax: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except (ValueError, OSError, ImportError) as error:
         print(f"qjax: error: {error}", file=sys.stderr)
         return 2

@@ -70,14 +70,16 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"\n{cost(q, model=arguments.cost)}\n")
     if arguments.out is not None:
         print(f"saved        {arguments.out}")
-    if arguments.report is not None:
-        with stage("measuring") as progress:
-            sizes = result["bytes_float"], result["bytes_quantized"]
-            facts = quantization.gather(q, *loaded, sizes, progress)
-        write(arguments.report, quantization.render(facts))
-        print(f"page         {arguments.report}")
-    if arguments.json:
-        print(json.dumps(result, allow_nan=False))
+    try:
+        if arguments.report is not None:
+            with stage("measuring") as progress:
+                sizes = result["bytes_float"], result["bytes_quantized"]
+                facts = quantization.gather(q, *loaded, sizes, progress)
+            write(arguments.report, quantization.render(facts))
+            print(f"page         {arguments.report}")
+    finally:  # a page that fails costs the page alone
+        if arguments.json:
+            print(json.dumps(result, allow_nan=False))
 
 
 def _quantized(
