@@ -31,7 +31,7 @@ from safetensors import numpy as safetensors
 from qjax.formats.affine import QParams
 from qjax.formats.binary import Signs
 from qjax.formats.dynamic import Dynamic
-from qjax.formats.packing import pack_codes, spacing, unpack_codes
+from qjax.formats.packing import pack_kernel, unpack_kernel
 from qjax.formats.spec import FORMATS
 from qjax.graph.layers import Skipped
 from qjax.graph.naming import path_names
@@ -268,7 +268,7 @@ def _storable_layer(layer: QuantizedLayer) -> dict[str, Any]:
     """
     kernel, format = layer.kernel, layer.weights
     if format is not None:
-        kernel = pack_codes(kernel, format.lowest, format.bits, spacing(format))
+        kernel = pack_kernel(kernel, format)
     formats = {field: _arrays_of(getattr(layer, field)) for field in _FORMATS}
     return {"kernel": kernel, "bias": layer.bias} | formats
 
@@ -316,10 +316,7 @@ def _restored_layer(stored: Mapping[str, Any], described: Mapping[str, Any]) -> 
     formats = {field: _restored_format(stored[field], described[field]) for field in _FORMATS}
     kernel, format = stored["kernel"], formats["weights"]
     if format is not None:
-        shape = described["kernel_shape"]
-        kernel = unpack_codes(
-            kernel, int(format.lowest), format.bits, format.dtype, shape, spacing(format)
-        )
+        kernel = unpack_kernel(kernel, format, format.bits, described["kernel_shape"])
     return QuantizedLayer(kernel, stored["bias"], **formats)
 
 
@@ -334,8 +331,8 @@ def _restored_format(arrays: Mapping[str, Any] | None, described: Any) -> Any:
     if described["format"] in _INPUTS:
         return _INPUTS[described["format"]](**arrays)
     if "limits" in described:
-        family = FORMATS[described["format"]].type
-        return family(arrays["scale"], arrays["zero_point"], *described["limits"])
+        limits = dict(zip(_LIMITS, described["limits"], strict=True))
+        return FORMATS[described["format"]].type(**arrays, **limits)
     fields = _array_fields(FORMATS[described["format"]].type)
     static = {k: v for k, v in described.items() if k not in ("format", "lowest", "bits")}
     return FORMATS[described["format"]].type(**{f: arrays[f] for f in fields}, **static)

@@ -5,9 +5,11 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from qjax.formats.binary import BINARY
+from qjax.formats.affine import AFFINE
+from qjax.formats.base import NumberFormat
 from qjax.formats.scales import FREE, POWER_OF_TWO
 from qjax.formats.spec import (
+    FORMATS,
     ActivationGranularity,
     ActivationRanges,
     QuantSpec,
@@ -79,10 +81,10 @@ class LayerRecipe:
                 self._check_activations(argument, spec)
 
     def _check_activations(self, argument: str, spec: QuantSpec) -> None:
-        if not spec.family.is_uniform or spec.family is BINARY:
+        if spec.family.type is not AFFINE.type:
             raise ValueError(
                 f"`{argument}` must have a uniform format; got {spec.family.name}, which is for "
-                "weights."
+                f"weights. Use format={AFFINE.name!r} for activations."
             )
         if spec.granularity == "per_group":
             raise ValueError(
@@ -147,6 +149,7 @@ class LayerRecipe:
 
 
 _WIDTHS = {"weight_bits": "weights", "input_bits": "inputs", "output_bits": "outputs"}
+_WIDTHS_OF_WEIGHTS = {"bits", "weight_bits"}
 _LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerRecipe))
 
 
@@ -166,7 +169,8 @@ class Recipe(LayerRecipe):
       refinements: passes after the first, each around the best candidate so far.
       overrides: `{"Conv_0": {"bits": 8}, "*fc*": {"weights": None}}`: a glob on layer names and the
         fields that differ there. Keys are the fields of `LayerRecipe`, `weight_bits`, `input_bits`,
-        `output_bits` (None: float), and `bits` for all three that are not in float. The patterns
+        `output_bits` (None: float), `bits` for all three that are not in float, and the format
+        `weight_format` of weights that are not. The patterns
         `@first` and `@last` stand for the first and the last layer. Later patterns win.
 
     Raises:
@@ -268,17 +272,20 @@ def _recipe_fields() -> tuple[dataclasses.Field, ...]:
 
 def _override(base: LayerRecipe, fields: Mapping[str, Any]) -> LayerRecipe:
     changes = {}
+    formats = dict.fromkeys(_WIDTHS.values()) | {"weights": fields.get("weight_format")}
+    if formats["weights"] is not None and not _WIDTHS_OF_WEIGHTS & fields.keys():
+        fields = {"weight_bits": base.weights and base.weights.bits} | dict(fields)
     for key, value in fields.items():
         if key == "bits":
-            for target in _WIDTHS.values():
+            for target, format in formats.items():
                 if getattr(base, target) is not None:
-                    changes[target] = getattr(base, target).at(value)
+                    changes[target] = getattr(base, target).at(value, format)
         elif key in _WIDTHS:
-            spec = getattr(base, _WIDTHS[key]) or getattr(LayerRecipe(), _WIDTHS[key])
-            changed = None if value is None else spec.at(value)
-            changes[_WIDTHS[key]] = changed
-        else:
-            check_choice("overrides", key, ("bits", *_WIDTHS, *_LAYER_FIELDS))
+            target = _WIDTHS[key]
+            spec = getattr(base, target) or getattr(LayerRecipe(), target)
+            changes[target] = None if value is None else spec.at(value, formats[target])
+        elif key != "weight_format":
+            check_choice("overrides", key, ("bits", "weight_format", *_WIDTHS, *_LAYER_FIELDS))
             changes[key] = value
     return dataclasses.replace(base, **changes)
 
@@ -292,6 +299,7 @@ def recipe(
     activation_granularity: ActivationGranularity = "per_tensor",
     fixed_point: bool = False,
     activation_ranges: ActivationRanges = "static",
+    weight_format: str | NumberFormat = AFFINE.name,
     **recipe_fields: Any,
 ) -> Recipe:
     """Builds a `Recipe` from bit widths.
@@ -307,6 +315,7 @@ def recipe(
       fixed_point: make every scale a power of two.
       activation_ranges: of the layer inputs and outputs. `dynamic` leaves the outputs in float
         unless `output_bits` asks for them: their codes are known only when all of an output is.
+      weight_format: what the codes of weights stand for, see `QuantSpec.format`.
       **recipe_fields: further fields of `Recipe`, e.g. `inputs=None`.
 
     Returns:
@@ -324,11 +333,13 @@ def recipe(
     widths = {"weight_bits": weight_bits, "input_bits": input_bits, "output_bits": output_bits}
     specs = {}
     check_bits("bits", bits)
+    in_table("weight_format", weight_format, FORMATS)
+    formats = {"weights": weight_format}
     for argument, width in widths.items():
         target = _WIDTHS[argument]
         width = bits if width is None else width
         check_bits(argument, width)
-        spec = getattr(LayerRecipe(), target).at(width)
+        spec = getattr(LayerRecipe(), target).at(width, formats.get(target))
         scales = POWER_OF_TWO if fixed_point else FREE
         specs[target] = dataclasses.replace(spec, scale=scales.name)
     for target in ("inputs", "outputs"):

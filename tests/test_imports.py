@@ -12,7 +12,9 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "qjax"
 # it. A new module is given its place here.
 ORDER = (
     *("programs", "progress", "pytree", "table"),
-    *("formats.base", "formats.affine", "formats.binary", "formats.packing", "formats.scales"),
+    *("formats.base", "formats.affine", "formats.binary", "formats.codebook", "formats.multiples"),
+    *("formats.apot", "formats.kmeans", "formats.nf4", "formats.power_of_two", "formats.quantile"),
+    *("formats.packing", "formats.scales"),
     *("formats.spec", "formats.fixed_point", "formats.dynamic"),
     *("objectives.base", "objectives.errors", "objectives.divergence", "objectives.table"),
     *("rounding.base", "rounding.metric", "rounding.nearest", "rounding.gptq", "rounding.sweeps"),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qjax.cli.loading import CALIBRATION_SIZE, Loaded, load
-from qjax.formats.spec import ActivationGranularity, ActivationRanges
+from qjax.formats.affine import AFFINE
+from qjax.formats.spec import FORMATS, ActivationGranularity, ActivationRanges
 from qjax.objectives.table import OBJECTIVES
 from qjax.progress import Progress
 from qjax.recipe import LayerRecipe, OutputPosition, Recipe, recipe
@@ -98,6 +99,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "unless --output-bits is given",
     )
     choose("--output-position", OutputPosition, Recipe.output_position, "where outputs are rounded")
+    choose("--weight-format", FORMATS, AFFINE.name, "what the codes of the weights stand for")
     choose("--rounding", ROUNDINGS, LayerRecipe().round_with.name, "of the weights")
     add(
         "--sweeps",
@@ -142,6 +144,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         activation_granularity=arguments.activation_granularity,
         fixed_point=arguments.fixed_point,
         activation_ranges=arguments.activation_ranges,
+        weight_format=arguments.weight_format,
         range_method=arguments.range_method,
         output_position=arguments.output_position,
         rounding=arguments.rounding,

@@ -290,12 +290,14 @@ def round_kernel(
     """
     sample = KernelSample(kernel, spec, hessian)
     format = least(objective, sample, spec, candidates, limits)
+    if spec.family.fit is not None:
+        format = spec.family.fit(sample.values, sample.importance, format)
     covering = widest(objective, sample, spec, limits)
     codes, format = rounding.round(Problem(kernel, format, hessian))
     if sweeps:
         assert hessian is not None
-        ratio = spec.scales.nearest_ratio
-        codes, format = coordinate_sweeps(codes, kernel, hessian, format, sweeps, ratio)
+        ratio, refit = spec.scales.nearest_ratio, spec.family.refit
+        codes, format = coordinate_sweeps(codes, kernel, hessian, format, sweeps, ratio, refit)
     values = elementwise(format, kernel.shape[1]).decode(codes)
     return Rounded(codes, format, sqnr_db(kernel, values), jnp.mean(format.step / covering.step))
 

@@ -15,6 +15,7 @@ from qjax.formats.spec import QuantSpec
 from qjax.graph.activation import NONE, Activation
 from qjax.objectives.base import Range
 from qjax.objectives.divergence import HISTOGRAM_BINS, without_spike_at_zero
+from qjax.rounding.metric import damped
 
 
 def patch_groups(patch: int, spec: QuantSpec) -> int:
@@ -130,6 +131,18 @@ class KernelSample:
         metric = diagonal_blocks(self.hessian, self._groups)
         losses = kernel_loss(values_hat - self.values, metric)[:, :, None]
         return losses if self._axes == 2 else jnp.sum(losses, keepdims=True)
+
+    @property
+    def importance(self) -> jax.Array:
+        """E[x_k²] of each element's input over their mean: [groups, patch groups, size, 1].
+
+        It is damped as H is for rounding, 1 without moments, and 0 for padding.
+        """
+        weights = jnp.ones((self.kernel.shape[0], self.kernel.shape[1], 1))
+        if self.hessian is not None:
+            diagonal = jnp.diagonal(damped(self.hessian), axis1=1, axis2=2)
+            weights = (diagonal / jnp.mean(diagonal, axis=1, keepdims=True))[..., None]
+        return split_patch(weights, self._groups)
 
     def distribution(self) -> tuple[jax.Array, jax.Array]:
         """Not for a scale alone, which has too few values."""

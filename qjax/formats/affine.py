@@ -45,7 +45,7 @@ class QParams:
     qmax: Any
     dtype: Any = dataclasses.field(default=None, metadata={"static": True})
 
-    name: ClassVar[str] = "affine"
+    name: ClassVar[str] = "uniform"
     is_uniform: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -175,7 +175,7 @@ def with_exact_products(qparams: QParams) -> QParams:
     return dataclasses.replace(qparams, scale=lax.reduce_precision(qparams.scale, 8, 15))
 
 
-AFFINE = NumberFormat("affine", QParams, limits_of, affine_qparams, is_uniform=True)
+AFFINE = NumberFormat(QParams.name, QParams, limits_of, affine_qparams, is_uniform=True)
 
 
 def _check_rank(x: jax.Array, qparams: QParams) -> None:

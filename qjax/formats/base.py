@@ -95,6 +95,10 @@ class NumberFormat(NamedTuple):
       cover: of (low, high, spec, limits): the format that covers [low, high], arrays of one shape.
       is_uniform: see `Format`.
       widths: the bits that its codes can have.
+      fit: of (values, weights, format): a better format for a kernel's values than the one that the
+        search of its range found, see `qjax.formats.kmeans.lloyd`; None to keep that.
+      refit: of (values, kernel, metric, format): the values with the same codes in the best format
+        for these, and that format, see `qjax.formats.kmeans.refit`; None to fit the scale alone.
     """
 
     name: str
@@ -103,6 +107,8 @@ class NumberFormat(NamedTuple):
     cover: Callable[..., Any]
     is_uniform: bool
     widths: range = range(1, 17)
+    fit: Callable[..., Any] | None = None
+    refit: Callable[..., Any] | None = None
 
 
 def expand_groups(leaf: jax.Array, patch: int) -> jax.Array:

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.formats.multiples import Multiples
+
 
 def pack_codes(codes: jax.Array, lowest: int | jax.Array, bits: int, step: int = 1) -> jax.Array:
     """Joins codes to one stream of bits.
@@ -32,6 +34,35 @@ def pack_codes(codes: jax.Array, lowest: int | jax.Array, bits: int, step: int =
 def spacing(format: Any) -> int:
     """The difference between neighbouring codes of a format: 1 unless it says another."""
     return getattr(format, "spacing", 1)
+
+
+def pack_kernel(codes: jax.Array, format: Any) -> jax.Array:
+    """Joins codes to one stream of bits, those of `Multiples` as positions in their table.
+
+    Args:
+      codes: of any shape.
+      format: their `Format`, not traced.
+
+    Returns:
+      uint8[ceil(codes.size · bits / 8)].
+    """
+    if isinstance(format, Multiples):
+        return pack_codes(format.positions(codes), 0, format.bits)
+    return pack_codes(codes, format.lowest, format.bits, spacing(format))
+
+
+def unpack_kernel(stream: jax.Array, format: Any, bits: int, shape: Sequence[int]) -> jax.Array:
+    """Cuts a stream of bits into codes; the inverse of `pack_kernel`.
+
+    Args:
+      stream: uint8[bytes].
+      format: the `Format` of the codes.
+      bits: its width, which is not known where the format is traced.
+      shape: of the codes.
+    """
+    if isinstance(format, Multiples):
+        return format.at_positions(unpack_codes(stream, 0, bits, jnp.int32, shape))
+    return unpack_codes(stream, format.lowest, bits, format.dtype, shape, spacing(format))
 
 
 def unpack_codes(

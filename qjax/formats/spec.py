@@ -7,8 +7,13 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 
 from qjax.formats.affine import AFFINE, limits_of, storage_type
+from qjax.formats.apot import ADDITIVE_POWERS
 from qjax.formats.base import NumberFormat
 from qjax.formats.binary import BINARY
+from qjax.formats.kmeans import KMEANS
+from qjax.formats.nf4 import NORMAL_FLOAT
+from qjax.formats.power_of_two import POWERS
+from qjax.formats.quantile import QUANTILE
 from qjax.formats.scales import FREE, SCALES, Scales
 
 T = TypeVar("T")
@@ -22,7 +27,10 @@ _FOUND_AT_RUN_TIME = ("per_tensor", "per_example")
 
 MIN_BITS, MAX_BITS = 1, 16
 
-FORMATS: dict[str, NumberFormat] = {format.name: format for format in (AFFINE, BINARY)}
+FORMATS: dict[str, NumberFormat] = {
+    format.name: format
+    for format in (AFFINE, BINARY, KMEANS, POWERS, ADDITIVE_POWERS, NORMAL_FLOAT, QUANTILE)
+}
 
 
 def check_choice(argument: str, value: object, choices: Any) -> None:
@@ -103,9 +111,10 @@ class QuantSpec:
             raise ValueError(f"`group_size` must be at least 1; got {self.group_size}.")
         widths = in_table("format", self.format, FORMATS).widths
         if self.bits not in widths:
+            allowed = f"from {widths[0]} to {widths[-1]}" if len(widths) > 1 else f"{widths[0]}"
             raise ValueError(
-                f"`bits` must be from {widths[0]} to {widths[-1]} in the format "
-                f"{self.family.name}; got {self.bits}."
+                f"`bits` must be {allowed} in the format {self.family.name}; got {self.bits}. Use "
+                f"another width, or format={AFFINE.name!r}."
             )
         if self.bits == 1 and self.symmetric and self.family is AFFINE:
             raise ValueError(
@@ -135,15 +144,23 @@ class QuantSpec:
         """Whether ranges are found at run time."""
         return self.ranges == "dynamic"
 
-    def at(self, bits: int) -> "QuantSpec":
-        """The same spec at another width; symmetric codes of one bit are binary.
+    def at(self, bits: int, format: str | NumberFormat | None = None) -> "QuantSpec":
+        """The same spec at another width; symmetric uniform codes of one bit are binary.
+
+        Args:
+          bits: the width.
+          format: another format as well.
 
         Example:
           >>> QuantSpec(8).at(1).format, QuantSpec(8).at(1).at(4).format
-          ('binary', 'affine')
+          ('binary', 'uniform')
+          >>> QuantSpec(8).at(3, "kmeans").format
+          'kmeans'
         """
         own = AFFINE if self.family is BINARY else self.format
-        format = BINARY.name if bits == 1 and self.symmetric else own
+        own = own if format is None else format
+        is_affine = in_table("format", own, FORMATS) is AFFINE
+        format = BINARY.name if bits == 1 and self.symmetric and is_affine else own
         name = format if isinstance(format, str) else format.name
         return dataclasses.replace(self, bits=bits, format=name if name in FORMATS else format)
 

@@ -73,7 +73,8 @@ def integer(
 
     Raises:
       ValueError: an unknown arithmetic, lowering or layer name; an accumulator that does not fit 32
-        bits. When called: a `float32` lowering that would not be exact.
+        bits; weights whose values are no integers times a scale. When called: a `float32` lowering
+        that would not be exact.
 
     Example:
       >>> import jax.numpy as jnp, qjax
@@ -104,6 +105,7 @@ def integer(
         check_accumulator("accumulator", given)
     chosen = in_table("arithmetic", arithmetic, ARITHMETICS)
     for name, layer in layers.items():
+        _check_weights(name, layer)
         _check_dynamic(name, layer, chosen, narrow)
         if _sums_codes(layer) and lowerings.largest(layer) >= lowerings.INT_LIMIT:
             raise ValueError(
@@ -115,6 +117,16 @@ def integer(
 
 def _sums_codes(layer: QuantizedLayer) -> bool:
     return layer.has_integer_accumulator or layer.sums_dynamic_codes
+
+
+def _check_weights(name: str, layer: QuantizedLayer) -> None:
+    """Refuses kernels whose values are no integers times a scale."""
+    if layer.weights is not None and not layer.weights.is_uniform:
+        raise ValueError(
+            f"layer {name!r} has weights in the format {layer.weights.name}, whose values are no "
+            "integers times a scale; use `q.apply_fn`, or quantize with weight_format='uniform', "
+            "'power_of_two' or 'apot'."
+        )
 
 
 def _check_dynamic(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from qjax.fit.layerwise import Grid, kind_of, known_grid
-from qjax.formats.affine import QParams
+from qjax.formats.affine import AFFINE, QParams
 from qjax.formats.binary import BINARY, Signs
 from qjax.formats.scales import FREE
 from qjax.formats.spec import in_table
@@ -142,10 +142,10 @@ def prepare(
 
 def _check(name: str, recipe: LayerRecipe) -> None:
     """Refuses formats whose steps cannot be trained."""
-    if recipe.weights is not None and not recipe.weights.family.is_uniform:
+    if recipe.weights is not None and recipe.weights.family not in (AFFINE, BINARY):
         raise ValueError(
             f"layer {name!r} has weights in the format {recipe.weights.family.name}, which has no "
-            "step to train; use a uniform format."
+            f"step to train; use the format {AFFINE.name}."
         )
     for field in ("inputs", "outputs"):
         spec = getattr(recipe, field)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from qjax.formats.packing import pack_codes, spacing, unpack_codes
+from qjax.formats.packing import pack_kernel, unpack_kernel
 from qjax.pytree import pytree
 from qjax.run.layer import QuantizedLayer
 
@@ -51,7 +51,7 @@ def pack(params: Any) -> Any:
         if layer.weights is None or isinstance(layer.kernel, PackedCodes):
             return layer
         bits = layer.weights.bits
-        stream = pack_codes(layer.kernel, layer.weights.lowest, bits, spacing(layer.weights))
+        stream = pack_kernel(layer.kernel, layer.weights)
         kernel: Any = PackedCodes(stream, layer.kernel.shape, bits)
         return dataclasses.replace(layer, kernel=kernel)
 
@@ -72,14 +72,7 @@ def unpack(params: Any) -> Any:
         if not isinstance(layer.kernel, PackedCodes):
             return layer
         packed, format = layer.kernel, layer.weights
-        kernel = unpack_codes(
-            packed.stream,
-            format.lowest,
-            packed.bits,
-            format.dtype,
-            packed.shape,
-            spacing(format),
-        )
+        kernel = unpack_kernel(packed.stream, format, packed.bits, packed.shape)
         return dataclasses.replace(layer, kernel=kernel)
 
     return params | {"layers": {name: unpacked(layer) for name, layer in params["layers"].items()}}

@@ -15,6 +15,7 @@ from qjax.formats.affine import QParams
 from qjax.formats.base import Format
 from qjax.formats.binary import Signs
 from qjax.formats.fixed_point import q_formats
+from qjax.formats.multiples import Multiples
 from qjax.integer.accumulator import signed_width
 from qjax.quantize import Quantized
 from qjax.study.layer_trace import LayerTrace, measure_layer
@@ -221,7 +222,7 @@ def _kernel_codes(trace: LayerTrace) -> ExplainedStep | None:
     scales, s = np.asarray(weights.step), shown(weights.step)
     w = "w·s_x" if layer.folds_input_scales else "w"
     first = " (the first group's scale)" if layer.is_per_group else ""
-    if weights.is_uniform:
+    if weights.is_uniform and not isinstance(weights, Multiples):
         z, low, high = shown(weights.zero_point), int(weights.qmin), int(weights.qmax)
         equation = f"q_w ≈ {w} / {s:.6g} + {z:.0f} in {low} … {high}{first}"
     else:

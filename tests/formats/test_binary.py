@@ -63,7 +63,7 @@ def test_a_symmetric_width_of_one_bit_is_binary():
     mixed = qjax.recipe(1, first_last_bits=8, overrides={"b": {"weight_bits": 2}})
     found = [layer.weights for layer in mixed.by_layer(["a", "b", "c", "d"]).values()]
     assert [spec.bits for spec in found if spec] == [8, 2, 1, 8]
-    assert [spec.family.name for spec in found if spec] == ["affine"] * 2 + ["binary", "affine"]
+    assert [spec.family.name for spec in found if spec] == ["uniform"] * 2 + ["binary", "uniform"]
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_other_settings_have_another_state():
 @pytest.mark.parametrize(
     ("method", "widths"),
     [
-        ("lsq", [("affine", 3, 3)]),
+        ("lsq", [("uniform", 3, 3)]),
         ("binary_connect", [("binary", 3, 3)]),
         ("binary_weights", [("binary", 3, 3)]),
         ("xnor", [("binary", 1, 3)]),
