@@ -36,7 +36,7 @@ HELD_OUT = 2000  # training images
 WIDTHS = (8, 6, 5, 4, 3, 2)
 FORMATS = {"W6A6": (6, 6), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8)}
 FORMATS |= {"W4A4": (4, 4), "W3A3": (3, 3)}
-FLOAT = "float"
+FLOAT, UNIFORM = "float", "uniform"
 PUBLIC = "resnet20-cifar10.torch.safetensors"
 
 
@@ -48,12 +48,14 @@ class Table(NamedTuple):
       rows: names of the rows.
       recipes: by (row, column), in the order of the columns.
       in_readme: the models that README shows; all by default.
+      is_long: whether a column is a block of lines, which show what was measured.
     """
 
     title: str
     rows: Sequence[str]
     recipes: dict[tuple[str, str], qjax.Recipe]
     in_readme: Sequence[str] = ()
+    is_long: bool = False
 
 
 def tables() -> dict[str, Table]:
@@ -112,7 +114,22 @@ def tables() -> dict[str, Table]:
         for row, changes in steps.items():
             recipe = dataclasses.replace(recipe, **changes)
             ablation[row, column] = recipe
+    weights: dict[str, Any] = {"inputs": None, "outputs": None}
+    kernels: dict[str, dict[str, Any]] = {
+        UNIFORM: {},
+        "uniform, asymmetric": {"symmetric": False},
+        "kmeans": {"format": "kmeans"},
+        "kmeans per tensor": {"format": "kmeans", "granularity": "per_tensor"},
+        **{name: {"format": name} for name in ("power_of_two", "apot", "quantile", "nf4")},
+    }
+    codebooks = {
+        (row, f"{bits} bits"): qjax.recipe(8, weights=qjax.QuantSpec(bits, **fields), **weights)
+        for bits in (3, 4, 2)
+        for row, fields in kernels.items()
+        if row != "nf4" or bits == 4
+    }
     return {
+        "codebooks": Table("Formats of weights", list(kernels), codebooks, is_long=True),
         "ablation": Table(
             "What each ingredient adds to those above it (the default: all but the last two)",
             list(steps),
@@ -234,6 +251,11 @@ def measure_missing(name: str, table: Table, arguments: argparse.Namespace, path
                 calibration = model.preprocess(images[drawn])
                 q = qjax.quantize(model.apply_fn, model.params, calibration, recipe)
                 line |= {"calibration_images": used, "seconds": time.perf_counter() - start}
+                line |= {
+                    "weight_db": [record.weight_sqnr_db for record in q.report],
+                    "output_db": [record.output_sqnr_db for record in q.report],
+                    "bytes": sum(record.bytes_quantized for record in q.report),
+                }
                 line["error"] = logits_error(model, q, model.preprocess(images[others]))
                 line["top1"] = accuracy(q.apply_fn, q.params)
             line["test_images"] = len(test.images)
@@ -273,6 +295,8 @@ Measured by `{command}`: top-1 in percent on all test images, and in brackets th
 def rows_of_markdown(table: Table, lines: Sequence[dict[str, Any]], with_error: bool) -> str:
     """The table, all models in one."""
     columns = list(dict.fromkeys(column for _, column in table.recipes))
+    if table.is_long:
+        return long_rows(table, lines, columns)
     text = [
         f"| | float | draws | | {' | '.join(columns)} |",
         f"|---|---|---|---|{'---|' * len(columns)}",
@@ -287,6 +311,36 @@ def rows_of_markdown(table: Table, lines: Sequence[dict[str, Any]], with_error: 
             if any(cells):
                 text.append(f"| {head} | {row} | {' | '.join(cells)} |")
                 head = " | | "
+    return "\n".join(text)
+
+
+def long_rows(table: Table, lines: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """A line for each row of each column, decibels as medians over the layers.
+
+    The gain is the median over the layers of what the output has more than with uniform weights.
+    """
+    text = [
+        "| | float | | | weights dB | output dB | gain dB | top-1 | logits' error | bytes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in dict.fromkeys(line["model"] for line in lines):
+        mine = {(line["row"], line["column"]): line for line in lines if line["model"] == model}
+        head = f"{model} | {mine[FLOAT, FLOAT]['top1']:.2f}"
+        for column in sorted(columns, reverse=True):
+            label = column
+            for row in table.rows:
+                if (line := mine.get((row, column))) is None:
+                    continue
+                pairs = zip(line["output_db"], mine[UNIFORM, column]["output_db"], strict=True)
+                gains = [ours - theirs for ours, theirs in pairs]
+                weights_db, output_db, gain = map(
+                    statistics.median, (line["weight_db"], line["output_db"], gains)
+                )
+                text.append(
+                    f"| {head} | {label} | {row} | {weights_db:.1f} | {output_db:.1f} | {gain:+.1f}"
+                    f" | {line['top1']:.2f} | {line['error']:.1e} | {line['bytes']:,} |"
+                )
+                head, label = " | ", ""
     return "\n".join(text)
 
 

@@ -29,7 +29,7 @@ class NF4(Codebook):
 
     Example:
       >>> import jax.numpy as jnp
-      >>> nf4 = NF4(jnp.float32(2.0), jnp.float32(LEVELS))
+      >>> nf4 = NF4(jnp.float32(2.0), jnp.asarray(LEVELS))
       >>> nf4.bits, nf4.encode(jnp.array([-9.0, 0.0, 0.5])).tolist()
       (4, [0, 7, 10])
       >>> print(nf4.project(jnp.array([-9.0, 0.0, 0.5])))
@@ -44,7 +44,7 @@ class NF4(Codebook):
 
 def _levels(spec: Spec) -> np.ndarray:
     del spec
-    return np.float32(LEVELS)
+    return np.asarray(LEVELS, np.float32)
 
 
 NORMAL_FLOAT = fixed_codebook(NF4, _levels, widths=range(4, 5))

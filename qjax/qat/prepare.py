@@ -142,7 +142,7 @@ def prepare(
 
 def _check(name: str, recipe: LayerRecipe) -> None:
     """Refuses formats whose steps cannot be trained."""
-    if recipe.weights is not None and recipe.weights.family not in (AFFINE, BINARY):
+    if recipe.weights is not None and recipe.weights.family.type not in (AFFINE.type, BINARY.type):
         raise ValueError(
             f"layer {name!r} has weights in the format {recipe.weights.family.name}, which has no "
             f"step to train; use the format {AFFINE.name}."
