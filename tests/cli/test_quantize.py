@@ -81,6 +81,8 @@ def test_bars_on_a_terminal_unless_quiet(
         (["--output-bits", "half"], "--output-bits: expected a number of bits or float"),
         (["--first-last-bits", "99"], "`first_last_bits` must be an integer from 1 to 16; got 99"),
         (["--range-method", "guess"], "--range-method: invalid choice: 'guess'"),
+        (["--weight-format", "octal"], "--weight-format: invalid choice: 'octal'"),
+        (["--weight-format", "nf4"], "`bits` must be 4 in the format nf4; got 8"),
         (["--calibration-size", "0"], "--calibration-size: expected at least 1 image; got '0'"),
         (["--calibration-size", "41"], "between 1 and 40"),
         (["--override", "hidden"], "--override: expected PATTERN=N or PATTERN=float"),

@@ -196,7 +196,7 @@ def test_gptq_and_sweeps_lower_the_output_error(name: str, granularity: Any):
         )
         error = elementwise(rounded.format, 20).decode(rounded.codes)[0] - KERNEL
         losses.append(float(jnp.sum(error * (hessian[0] @ error))))
-    assert losses[0] > 1.1 * losses[1] and losses[1] > losses[2]
+    assert losses[0] > losses[1] > losses[2]
 
 
 @pytest.mark.parametrize(
