@@ -36,7 +36,7 @@ def normal_quantiles(bits: int) -> np.ndarray:
 
     Example:
       >>> print(normal_quantiles(3).round(3))
-      [-1.    -0.521 -0.239  0.     0.175  0.365  0.603  1.   ]
+      [-1.    -0.535 -0.247  0.     0.183  0.382  0.623  1.   ]
 
     References:
       Dettmers et al., 2023, arXiv:2305.14314, section 3 and appendix E.

@@ -70,7 +70,7 @@ def test_a_symmetric_width_of_one_bit_is_binary():
     ("fields", "message"),
     [
         ({"bits": 1}, "`bits` must be at least 2 for symmetric codes; got 1. For one bit"),
-        ({"bits": 2, "format": "binary"}, "`bits` must be from 1 to 1 in the format binary; got 2"),
+        ({"bits": 2, "format": "binary"}, "`bits` must be 1 in the format binary; got 2"),
     ],
 )
 def test_other_widths_are_refused(fields: dict, message: str):
