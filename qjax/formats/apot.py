@@ -4,12 +4,11 @@ import dataclasses
 import itertools
 from typing import ClassVar
 
-import jax
-
 from qjax.formats.multiples import Multiples, multiples
+from qjax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class APoT(Multiples):
     """Values 0 and ±scale times sums of different powers of two."""

@@ -17,13 +17,14 @@ from jax import lax
 from qjax.formats.affine import straight_through, usable_scale
 from qjax.formats.base import NumberFormat, Spec
 from qjax.formats.codebook import WIDTHS, levels_at, nearest_level
+from qjax.pytree import pytree
 
 ROUNDS = 30  # of Lloyd's iteration
 _RIDGE = 1e-3  # of the mean of the diagonal, toward the table so far
 _REFIT_BYTES = 2**27  # what the channels that are refitted at the same time may take
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class KMeans:
     """A `Format` whose codes are positions in a table of its own for every scale.

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import numpy as np
 
 from qjax.formats.base import Spec
 from qjax.formats.codebook import Codebook, fixed_codebook
+from qjax.pytree import pytree
 
 # Dettmers et al., 2023, arXiv:2305.14314, appendix E.
 LEVELS = (
@@ -18,7 +18,7 @@ LEVELS = (
 )
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class NF4(Codebook):
     """The codebook of NormalFloat at 4 bits.

@@ -3,14 +3,13 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
-
 from qjax.formats.multiples import Multiples, multiples
+from qjax.pytree import pytree
 
 MOST = 15  # powers, the greatest code being 2^14 in int16
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class PowerOfTwo(Multiples):
     """Values 0 and ±scale·2^k."""

@@ -4,14 +4,14 @@ import dataclasses
 from statistics import NormalDist
 from typing import ClassVar
 
-import jax
 import numpy as np
 
 from qjax.formats.base import Spec
 from qjax.formats.codebook import Codebook, fixed_codebook
+from qjax.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Quantile(Codebook):
     """A codebook of quantiles of the normal distribution, see `normal_quantiles`."""

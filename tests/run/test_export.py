@@ -44,12 +44,19 @@ def dynamic() -> qjax.Quantized:
     return small.quantized(inputs=spec, outputs=spec)
 
 
+def codebook(name: str) -> Exported:
+    q = small.quantized(weights=qjax.QuantSpec(4, format=name))
+    return Exported(q.apply_fn, q.params)
+
+
 NETWORKS: dict[str, Callable[[], Exported]] = {
     "fake": lambda: Exported(small.quantized().apply_fn, small.quantized().params),
     "integer": lambda: Exported(qjax.integer(small.quantized()), small.quantized().params),
     "packed": packed,
     "dynamic": lambda: Exported(qjax.integer(dynamic()), dynamic().params),
     "signs": signs,
+    "kmeans": lambda: codebook("kmeans"),
+    "apot": lambda: codebook("apot"),
 }
 
 READER = """
