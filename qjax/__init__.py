@@ -2,6 +2,7 @@
 
 from qjax import qat
 from qjax.artifact import load, save
+from qjax.export.function import to_onnx
 from qjax.formats.affine import QParams, dequantize, fake_quant, quantize_array, sqnr_db
 from qjax.formats.fixed_point import FixedPoint, to_fixed_point
 from qjax.formats.spec import QuantSpec
@@ -43,6 +44,7 @@ __all__ = [
     "save",
     "sqnr_db",
     "to_fixed_point",
+    "to_onnx",
     "top1",
     "trace",
     "unpack",

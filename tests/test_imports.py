@@ -19,7 +19,7 @@ ORDER = (
     *("objectives.base", "objectives.errors", "objectives.divergence", "objectives.table"),
     *("rounding.base", "rounding.metric", "rounding.nearest", "rounding.gptq", "rounding.sweeps"),
     "rounding.table",
-    "recipe",
+    *("targets", "recipe"),
     *("graph.jaxpr", "graph.operation", "graph.naming", "graph.chain", "graph.activation"),
     *("graph.layers", "graph.fold", "graph.schedule", "graph.examples"),
     *("run.interpreter", "run.signs", "run.layer", "run.packed", "run.fake", "run.function"),
@@ -29,6 +29,8 @@ ORDER = (
     *("report", "quantize", "artifact"),
     *("integer.accumulator", "integer.requantize", "integer.lowerings", "integer.codes"),
     *("integer.rules", "integer.function"),
+    *("export.nodes", "export.sizes", "export.writer", "export.primitives", "export.layers"),
+    *("export.model", "export.function"),
     *("qat.steps", "qat.kernels", "qat.methods", "qat.function", "qat.prepare", "qat.finish"),
     *("study.accuracy", "study.quality", "study.cost", "study.sensitivity", "study.allocate"),
     *("study.curves", "study.layer_trace", "study.explain", "study.accumulators"),
@@ -46,7 +48,7 @@ ORDER = (
     *("cli.quantize", "cli.explain", "cli.accumulators", "cli.training", "cli.study", "cli.main"),
 )
 # All that the library and its command line may load, apart from the standard library.
-PACKAGES = {"huggingface_hub", "jax", "numpy", "pretrained", "qjax", "rich", "safetensors"}
+PACKAGES = {"huggingface_hub", "jax", "numpy", "onnx", "pretrained", "qjax", "rich", "safetensors"}
 PATHS = [path.relative_to(PACKAGE).with_suffix("") for path in sorted(PACKAGE.rglob("*.py"))]
 MODULES = {
     ".".join(path.parts): PACKAGE / f"{path}.py" for path in PATHS if not path.stem.startswith("__")

@@ -1,0 +1,85 @@
+"""Runtimes that run quantized networks, and what each of them can run on integers."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from qjax.formats.spec import QuantSpec
+
+
+class Target(NamedTuple):
+    """A runtime for quantized networks.
+
+    Attributes:
+      name: in `TARGETS`.
+      label: its own name.
+      symmetric: whether the codes of activations are signed, around 0.
+      granularities: that the codes of activations may have.
+      clips_first: whether it clips in float before it rounds; otherwise an activation is rounded as
+        the layer leaves it, so that layer and rounding become one operation.
+      min_bits: of the weights of a layer that runs on integers.
+      max_bits: of codes that run on integers.
+    """
+
+    name: str
+    label: str
+    symmetric: bool = False
+    granularities: tuple[str, ...] = ("per_tensor",)
+    clips_first: bool = False
+    min_bits: int = 5
+    max_bits: int = 8
+
+    @property
+    def activations(self) -> Mapping[str, Any]:
+        """The fields of `QuantSpec` that inputs and outputs have for it."""
+        return {"symmetric": self.symmetric}
+
+    def check(self, argument: str, spec: QuantSpec | None) -> None:
+        """Refuses a format that the target cannot run.
+
+        Args:
+          argument: weights, inputs or outputs.
+          spec: the format, None for float.
+
+        Raises:
+          ValueError: it is wider than the target's integers, or of another kind.
+        """
+        if spec is None:
+            return
+        if spec.bits > self.max_bits:
+            raise ValueError(
+                f"`{argument}` must have at most {self.max_bits} bits for {self.label}; got "
+                f"{spec.bits}, which it would run in float."
+            )
+        if argument == "weights":
+            if not spec.symmetric or not spec.family.is_uniform or spec.bits == 1:
+                raise ValueError(
+                    f"`weights` must be symmetric codes of at least 2 bits for {self.label}; got "
+                    f"{'symmetric' if spec.symmetric else 'asymmetric'} ones of {spec.bits} bits "
+                    f"in the format {spec.family.name}."
+                )
+            return
+        if spec.is_dynamic:
+            raise ValueError(
+                f"`{argument}` must have static ranges for {self.label}; got dynamic, which are "
+                "found at run time."
+            )
+        if spec.granularity not in self.granularities:
+            raise ValueError(
+                f"`{argument}` must have granularity {' or '.join(self.granularities)} for "
+                f"{self.label}; got {spec.granularity}."
+            )
+        if self.symmetric and not spec.symmetric:
+            raise ValueError(
+                f"`{argument}` must be symmetric for {self.label}, whose zero points are 0; got "
+                f"asymmetric. Quantize with qjax.recipe(target={self.name!r})."
+            )
+
+
+ONNXRUNTIME = Target("onnxruntime", "ONNX Runtime")
+OPENVINO = Target("openvino", "OpenVINO")
+TENSORRT = Target("tensorrt", "TensorRT", symmetric=True, clips_first=True)
+LITERT = Target("litert", "LiteRT")
+
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (ONNXRUNTIME, OPENVINO, TENSORRT, LITERT)
+}
