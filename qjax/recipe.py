@@ -21,6 +21,7 @@ from qjax.objectives.base import Objective
 from qjax.objectives.table import OBJECTIVES
 from qjax.rounding.base import MOMENTS, Rounding
 from qjax.rounding.table import ROUNDINGS
+from qjax.targets import TARGETS, Target
 
 OutputPosition = Literal["pre_activation", "post_activation", "both"]
 
@@ -225,6 +226,17 @@ class Recipe(LayerRecipe):
                 recipes[name] = _override(recipes[name], fields)
         return recipes
 
+    def check_target(self, target: Target) -> None:
+        """Refuses what a target cannot run on integers.
+
+        Raises:
+          ValueError: a format is none of the target's, here or in an override.
+        """
+        base = self._base()
+        for recipe in (base, *(_override(base, fields) for _, fields in self._overrides())):
+            for argument in _WIDTHS.values():
+                target.check(argument, getattr(recipe, argument))
+
     def naive(self) -> "Recipe":
         """The same formats with ranges from the extremes, nearest rounding and no correction."""
         return dataclasses.replace(
@@ -300,6 +312,7 @@ def recipe(
     fixed_point: bool = False,
     activation_ranges: ActivationRanges = "static",
     weight_format: str | NumberFormat = AFFINE.name,
+    target: str | Target | None = None,
     **recipe_fields: Any,
 ) -> Recipe:
     """Builds a `Recipe` from bit widths.
@@ -316,13 +329,16 @@ def recipe(
       activation_ranges: of the layer inputs and outputs. `dynamic` leaves the outputs in float
         unless `output_bits` asks for them: their codes are known only when all of an output is.
       weight_format: what the codes of weights stand for, see `QuantSpec.format`.
+      target: what is to run the network, a name in `qjax.targets.TARGETS` or a `Target`: inputs and
+        outputs get the codes that it takes, and what it cannot run on integers is refused.
       **recipe_fields: further fields of `Recipe`, e.g. `inputs=None`.
 
     Returns:
       A validated `Recipe`.
 
     Raises:
-      ValueError: a width is outside 1 to 16, or a field is outside its choices.
+      ValueError: a width is outside 1 to 16, a field is outside its choices, or the target cannot
+        run what is asked for.
 
     Example:
       >>> mixed = recipe(8, weight_bits=4, first_last_bits=8)
@@ -332,6 +348,7 @@ def recipe(
     """
     widths = {"weight_bits": weight_bits, "input_bits": input_bits, "output_bits": output_bits}
     specs = {}
+    runtime = None if target is None else in_table("target", target, TARGETS)
     check_bits("bits", bits)
     in_table("weight_format", weight_format, FORMATS)
     formats = {"weights": weight_format}
@@ -344,6 +361,7 @@ def recipe(
         specs[target] = dataclasses.replace(spec, scale=scales.name)
     for target in ("inputs", "outputs"):
         finer = {"granularity": activation_granularity, "ranges": activation_ranges}
+        finer |= {} if runtime is None else runtime.activations
         specs[target] = dataclasses.replace(specs[target], **finer)
     if activation_ranges == "dynamic" and output_bits is None:
         specs["outputs"] = None
@@ -353,4 +371,7 @@ def recipe(
         check_bits("first_last_bits", first_last_bits)
         ends = {end: {"bits": first_last_bits} for end in ("@first", "@last")}
         overrides = [*ends.items(), *overrides]
-    return Recipe(**specs | recipe_fields, overrides=overrides)
+    made = Recipe(**specs | recipe_fields, overrides=overrides)
+    if runtime is not None:
+        made.check_target(runtime)
+    return made

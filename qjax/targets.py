@@ -18,6 +18,7 @@ class Target(NamedTuple):
         the layer leaves it, so that layer and rounding become one operation.
       min_bits: of the weights of a layer that runs on integers.
       max_bits: of codes that run on integers.
+      reads_onnx: whether it takes ONNX models.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Target(NamedTuple):
     clips_first: bool = False
     min_bits: int = 5
     max_bits: int = 8
+    reads_onnx: bool = True
 
     @property
     def activations(self) -> Mapping[str, Any]:
@@ -78,7 +80,7 @@ class Target(NamedTuple):
 ONNXRUNTIME = Target("onnxruntime", "ONNX Runtime")
 OPENVINO = Target("openvino", "OpenVINO")
 TENSORRT = Target("tensorrt", "TensorRT", symmetric=True, clips_first=True)
-LITERT = Target("litert", "LiteRT")
+LITERT = Target("litert", "LiteRT", reads_onnx=False)
 
 TARGETS: dict[str, Target] = {
     target.name: target for target in (ONNXRUNTIME, OPENVINO, TENSORRT, LITERT)

@@ -45,7 +45,8 @@ ORDER = (
         "cli.command",
         "cli.widths",
     ),
-    *("cli.quantize", "cli.explain", "cli.accumulators", "cli.training", "cli.study", "cli.main"),
+    *("cli.export", "cli.quantize", "cli.explain", "cli.accumulators", "cli.training"),
+    *("cli.study", "cli.main"),
 )
 # All that the library and its command line may load, apart from the standard library.
 PACKAGES = {"huggingface_hub", "jax", "numpy", "onnx", "pretrained", "qjax", "rich", "safetensors"}

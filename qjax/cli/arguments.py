@@ -14,6 +14,7 @@ from qjax.objectives.table import OBJECTIVES
 from qjax.progress import Progress
 from qjax.recipe import LayerRecipe, OutputPosition, Recipe, recipe
 from qjax.rounding.table import ROUNDINGS
+from qjax.targets import TARGETS
 
 MODEL = "resnet20-digits"
 
@@ -70,6 +71,12 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--fixed-point",
         action="store_true",
         help="make every scale a power of two, for a network that runs with shifts alone",
+    )
+    add(
+        "--target",
+        choices=tuple(TARGETS),
+        metavar="NAME",
+        help=f"in the formats that a runtime takes: {', '.join(TARGETS)}",
     )
     add("--first-last-bits", type=int, metavar="N", help="width in the first and last layer")
     add(
@@ -145,6 +152,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         fixed_point=arguments.fixed_point,
         activation_ranges=arguments.activation_ranges,
         weight_format=arguments.weight_format,
+        target=arguments.target,
         range_method=arguments.range_method,
         output_position=arguments.output_position,
         rounding=arguments.rounding,

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from qjax.cli import accumulators, compilation_cache, explain, quantize, study
+from qjax.cli import accumulators, compilation_cache, explain, export, quantize, study
 from qjax.cli.output import patient
 from qjax.cli.signals import Stopped, stopping
 
-COMMANDS = (quantize.COMMAND, explain.COMMAND, accumulators.COMMAND, study.COMMAND)
+COMMANDS = (quantize.COMMAND, explain.COMMAND, accumulators.COMMAND, study.COMMAND, export.COMMAND)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

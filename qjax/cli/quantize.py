@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from qjax import artifact
-from qjax.cli import widths
+from qjax.cli import export, widths
 from qjax.cli.arguments import add_model, add_recipe, check_report, load_model, read_recipe
 from qjax.cli.command import Command, Stage, add_quiet, stages
 from qjax.cli.loading import Loaded
@@ -20,6 +20,7 @@ from qjax.quantize import Quantized, quantize
 from qjax.recipe import Recipe
 from qjax.study.accuracy import top1
 from qjax.study.cost import MODELS, cost
+from qjax.targets import ONNXRUNTIME
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--report", metavar="FILE", help="write a page to read: report.html")
     add("--out", metavar="DIR", help="save the quantized model for qjax.load")
+    add("--export", metavar="FILE", help="write the quantized model as ONNX: model.onnx")
     add("--json", action="store_true", help="end standard output with the results as one JSON line")
     add_quiet(add)
 
@@ -56,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         artifact.check_destination(arguments.out)
     check_report(arguments)
+    if arguments.export is not None:
+        export.check(arguments.export, recipe, _target(arguments))
     widths.check(arguments, recipe)
     stage = stages(arguments)
     with stage("loading") as progress:
@@ -71,15 +75,36 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         print(f"saved        {arguments.out}")
     try:
+        if arguments.export is not None:
+            _export(arguments, q, loaded, result)
         if arguments.report is not None:
             with stage("measuring") as progress:
                 sizes = result["bytes_float"], result["bytes_quantized"]
                 facts = quantization.gather(q, *loaded, sizes, progress)
             write(arguments.report, quantization.render(facts))
             print(f"page         {arguments.report}")
-    finally:  # a page that fails costs the page alone
+    finally:  # an export or a page that fails costs itself alone
         if arguments.json:
             print(json.dumps(result, allow_nan=False))
+
+
+def _export(
+    arguments: argparse.Namespace, q: Quantized, loaded: Loaded, result: dict[str, Any]
+) -> None:
+    """Writes the quantized network as `--export` says."""
+    known = ("model", "dataset", "test_dataset", "test_images", "float_top1", "quantized_top1")
+    export.write(
+        arguments.export,
+        *(q, loaded.calibration[:1]),
+        target=_target(arguments),
+        metadata={name: result[name] for name in known},
+    )
+    print(f"exported     {arguments.export}")
+
+
+def _target(arguments: argparse.Namespace) -> str:
+    """What is to run the exported model."""
+    return arguments.target or ONNXRUNTIME.name
 
 
 def _quantized(

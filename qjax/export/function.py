@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import onnx
 
 
+ONNX_TARGETS = {name: target for name, target in TARGETS.items() if target.reads_onnx}
+
+
 def to_onnx(
     network: Quantized | Callable[[Any, Any], Any],
     *arguments: Any,
@@ -63,7 +66,7 @@ def to_onnx(
     check_installed()
     from qjax.export.model import trace_twice, write_model
 
-    chosen = in_table("target", target, TARGETS)
+    chosen = in_table("target", target, ONNX_TARGETS)
     known: dict[str, Any] = {"versions": versions()}
     if isinstance(network, Quantized):
         [x] = _counted(arguments, "q, x")

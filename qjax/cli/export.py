@@ -1,0 +1,145 @@
+"""`qjax export`: writes a model for another runtime."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pretrained
+from pretrained import datasets
+from qjax import artifact
+from qjax.cli.command import Command
+from qjax.export import function
+from qjax.export.function import ONNX_TARGETS, to_onnx
+from qjax.formats.spec import check_choice
+from qjax.quantize import Quantized
+from qjax.recipe import Recipe
+
+
+class Form(NamedTuple):
+    """A form that models are written in.
+
+    Attributes:
+      check: refuses it where a package is missing.
+      write: of (`to_onnx`'s network and arguments, target, metadata): the bytes of the file.
+    """
+
+    check: Callable[[], None]
+    write: Callable[..., bytes]
+
+
+def _onnx(*network: Any, target: str, metadata: dict[str, Any]) -> bytes:
+    return to_onnx(*network, target=target, metadata=metadata).SerializeToString()
+
+
+FORMS = {"onnx": Form(function.check_installed, _onnx)}
+
+
+def check_file(option: str, path: str, form: str = "onnx") -> None:
+    """Refuses an export that could not be written, before any work is done.
+
+    Args:
+      option: that names the file.
+      path: of the file.
+      form: a name in `FORMS`.
+
+    Raises:
+      ValueError: the file cannot be written.
+      ImportError: a package is missing.
+    """
+    FORMS[form].check()
+    file = Path(path)
+    place = file if file.exists() else file.parent
+    if file.is_dir() or not file.parent.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(
+            f"`{option}` must name a file that can be written, in an existing folder; got {path!r}."
+        )
+
+
+def check(path: str, recipe: Recipe, target: str) -> None:
+    """Refuses an export of what is yet to be quantized, before any work is done.
+
+    Args:
+      path: of the file, that `--export` names.
+      recipe: of the quantization.
+      target: what is to run it.
+
+    Raises:
+      ValueError: the file cannot be written, or the target cannot run what the recipe makes.
+      ImportError: a package is missing.
+    """
+    check_file("--export", path)
+    check_choice("--target", target, ONNX_TARGETS)
+    recipe.check_target(ONNX_TARGETS[target])
+
+
+def write(path: str, *network: Any, form: str = "onnx", **options: Any) -> None:
+    """Writes a model.
+
+    Args:
+      path: of the file.
+      *network: as `to_onnx` takes it.
+      form: a name in `FORMS`.
+      **options: target and metadata.
+    """
+    Path(path).write_bytes(FORMS[form].write(*network, **options))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of the command."""
+    add = parser.add_argument
+    add("source", metavar="MODEL", help="folder that qjax.save wrote, or a pretrained model")
+    add(
+        "--model",
+        metavar="NAME|PATH",
+        help="pretrained model that the folder was quantized from",
+    )
+    add("--to", choices=tuple(FORMS), default="onnx", help="form to write (%(default)s)")
+    add("--out", required=True, metavar="FILE", help="file to write: model.onnx")
+    add_target(add)
+
+
+def add_target(add: Callable[..., Any]) -> None:
+    """Declares what is to run the export."""
+    add(
+        "--target",
+        choices=tuple(ONNX_TARGETS),
+        default="onnxruntime",
+        metavar="NAME",
+        help=f"runtime for the export: {', '.join(ONNX_TARGETS)} (%(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Writes a saved or a float model.
+
+    Raises:
+      ValueError: an option is not possible.
+    """
+    check_file("--out", arguments.out, arguments.to)
+    is_saved = (Path(arguments.source) / artifact.MANIFEST).is_file()
+    if is_saved and arguments.model is None:
+        raise ValueError(
+            f"`--model` must name the pretrained model that {arguments.source} was quantized from; "
+            "it holds the codes and not the network."
+        )
+    model = pretrained.load(arguments.model if is_saved else arguments.source)
+    x = model.preprocess(datasets.load(model.dataset, "test").images[:1])
+    network: tuple[Any, ...] = model.apply_fn, model.params, x
+    if is_saved:
+        network = artifact.load(arguments.source, model.apply_fn, model.params), x
+    options = {"target": arguments.target, "metadata": {"model": model.name}}
+    write(arguments.out, *network, form=arguments.to, **options)
+    kind = "quantized" if isinstance(network[0], Quantized) else "float"
+    size = os.path.getsize(arguments.out)
+    print(f"exported     {arguments.out} ({kind} {model.name}, {size:,} bytes)")
+
+
+COMMAND = Command(
+    "export",
+    "write a saved or pretrained model for another runtime",
+    "Writes a model that qjax.save wrote, or a pretrained one in float, as ONNX.",
+    add_arguments,
+    run,
+)
