@@ -13,7 +13,7 @@ class Target(NamedTuple):
       name: in `TARGETS`.
       label: its own name.
       symmetric: whether the codes of activations are signed, around 0.
-      granularities: that the codes of activations may have.
+      input_granularities: that the codes of inputs may have; outputs have one scale per tensor.
       clips_first: whether it clips in float before it rounds; otherwise an activation is rounded as
         the layer leaves it, so that layer and rounding become one operation.
       min_bits: of the weights of a layer that runs on integers.
@@ -24,7 +24,7 @@ class Target(NamedTuple):
     name: str
     label: str
     symmetric: bool = False
-    granularities: tuple[str, ...] = ("per_tensor",)
+    input_granularities: tuple[str, ...] = ("per_tensor",)
     clips_first: bool = False
     min_bits: int = 5
     max_bits: int = 8
@@ -65,9 +65,10 @@ class Target(NamedTuple):
                 f"`{argument}` must have static ranges for {self.label}; got dynamic, which are "
                 "found at run time."
             )
-        if spec.granularity not in self.granularities:
+        allowed = self.input_granularities if argument == "inputs" else ("per_tensor",)
+        if spec.granularity not in allowed:
             raise ValueError(
-                f"`{argument}` must have granularity {' or '.join(self.granularities)} for "
+                f"`{argument}` must have granularity {' or '.join(allowed)} for "
                 f"{self.label}; got {spec.granularity}."
             )
         if self.symmetric and not spec.symmetric:
@@ -77,8 +78,10 @@ class Target(NamedTuple):
             )
 
 
-ONNXRUNTIME = Target("onnxruntime", "ONNX Runtime")
-OPENVINO = Target("openvino", "OpenVINO")
+_FOLDED = ("per_tensor", "per_channel")  # scales per channel of an input are part of the kernel
+
+ONNXRUNTIME = Target("onnxruntime", "ONNX Runtime", input_granularities=_FOLDED)
+OPENVINO = Target("openvino", "OpenVINO", input_granularities=_FOLDED)
 TENSORRT = Target("tensorrt", "TensorRT", symmetric=True, clips_first=True)
 LITERT = Target("litert", "LiteRT", reads_onnx=False)
 

@@ -62,7 +62,7 @@ def _convolution(writer: Writer, site: Site, layer: QuantizedLayer, value: Tenso
     sizes = writer.sizes(site.input)
     zero = writer.graph.constant(np.float32(0))
     gaps = [0, 0, *(dilation - 1 for dilation in operation.lhs_dilation)]
-    cuts = {axis + 2: (min(a, 0), min(b, 0)) for axis, (a, b) in enumerate(operation.padding)}
+    cuts = [(0, 0), (0, 0), *((min(a, 0), min(b, 0)) for a, b in operation.padding)]
     name = writer.dilated(x.name, tuple(sizes[axis] for axis in numbers.lhs_spec), gaps, zero)
     name = writer.padded(name, cuts, zero)
     x = x if name == x.name else Tensor(name, x.order, bounds=with_zero(x.bounds))

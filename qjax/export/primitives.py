@@ -410,7 +410,7 @@ def pad(writer: Writer, equation: Equation, values: Values) -> list[Tensor]:
     if any(any(config[axis]) and isinstance(sizes[i], Batch) for i, axis in enumerate(order)):
         raise refusal(writer, equation, "adds to the examples")
     name = writer.dilated(name, sizes, [config[axis][2] for axis in order], filler)
-    edges = {i: (config[axis][0], config[axis][1]) for i, axis in enumerate(order)}
+    edges = [(config[axis][0], config[axis][1]) for axis in order]
     number = writer.scalar(values[1], equation.invars[1])
     known = values[0].bounds if isinstance(values[0], Tensor) and number == 0 else EVERYTHING
     return [Tensor(writer.padded(name, edges, filler), order, bounds=with_zero(known))]

@@ -231,31 +231,30 @@ class Writer:
           gaps: how many elements go between two, by axis.
           zero: the name of what they are.
         """
-        sizes = tuple(sizes)
+        rank = len(sizes)
         for axis, gap in enumerate(gaps):
             if gap:
                 assert not isinstance(size := sizes[axis], Batch)
                 name = self.graph.node("Unsqueeze", name, self.integers([axis + 1]))
-                name = self.padded(name, {axis + 1: (0, gap)}, zero)
+                name = self.padded(name, _edges(rank + 1, axis + 1, gap), zero)
                 sizes = (*sizes[:axis], size * (gap + 1), *sizes[axis + 1 :])
-                name = self.padded(self.reshaped(name, sizes), {axis: (0, -gap)}, zero)
+                name = self.padded(self.reshaped(name, sizes), _edges(rank, axis, -gap), zero)
                 sizes = (*sizes[:axis], size * (gap + 1) - gap, *sizes[axis + 1 :])
         return name
 
-    def padded(self, name: str, edges: Mapping[int, tuple[int, int]], value: str) -> str:
+    def padded(self, name: str, edges: Sequence[tuple[int, int]], value: str) -> str:
         """A tensor with more elements at its edges, or fewer.
 
         Args:
           name: of the tensor.
-          edges: (low, high) by axis; negative numbers cut off.
+          edges: (low, high) of every axis; negative numbers cut off.
           value: the name of what is added.
         """
-        edges = {axis: edge for axis, edge in edges.items() if any(edge)}
-        if not edges:
+        if not any(map(any, edges)):
             return name
-        lows, highs = zip(*edges.values(), strict=True)
-        pads, axes = self.integers([*lows, *highs]), self.integers(list(edges))
-        return self.graph.node("Pad", name, pads, value, axes)
+        # All axes are listed: ONNX Runtime 1.32 mixes them up where it moves transpositions.
+        pads = [edge[side] for side in (0, 1) for edge in edges]
+        return self.graph.node("Pad", name, self.integers(pads), value)
 
     # ---- Messages
 
@@ -289,6 +288,11 @@ def clipped(writer: Writer, value: Tensor, bounds: Bounds) -> Tensor:
         limits = ["" if x is None else writer.graph.constant(np.float32(x)) for x in (low, high)]
         name = writer.graph.node("Clip", value.name, *limits)
     return result(value, name, _meet(value.bounds, bounds))
+
+
+def _edges(rank: int, axis: int, high: int) -> list[tuple[int, int]]:
+    """Edges of which one is not 0."""
+    return [(0, high if i == axis else 0) for i in range(rank)]
 
 
 def _meet(first: Bounds, second: Bounds) -> Bounds:

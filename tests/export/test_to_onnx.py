@@ -157,8 +157,8 @@ def test_a_layer_that_stays_in_float_is_no_reason_to_warn():
 def test_a_scale_per_channel_of_the_input_is_part_of_the_kernel():
     cheap = {"rounding": "nearest", "reconstructions": 0, "sweeps": 0, "sequential": False}
     x = np.abs(small.images(8)) * np.float32([1, 9])
-    recipe = qjax.recipe(8, activation_granularity="per_channel", **cheap)
-    recipe = qjax.recipe(8, activation_granularity="per_channel", range_method="absmax", **cheap)
+    inputs = qjax.QuantSpec(8, symmetric=False, granularity="per_channel")
+    recipe = qjax.recipe(8, inputs=inputs, range_method="absmax", **cheap)
     q = qjax.quantize(small.apply_fn, small.make_params(), x, recipe)
     assert q.params["layers"]["conv"].folds_input_scales
     checked(q, x)
