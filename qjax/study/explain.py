@@ -499,6 +499,8 @@ def _limits(qparams: QParams) -> str:
 
 
 def _type(format: Format) -> str:
+    if isinstance(format, Multiples):
+        return f"{np.dtype(format.dtype)} of {format.bits} bits"
     return f"{'int' if int(format.lowest) < 0 else 'uint'}{format.bits}"
 
 
