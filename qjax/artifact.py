@@ -191,18 +191,26 @@ def check_destination(path: str | os.PathLike) -> None:
 
 
 def record_to_json(record: LayerReport) -> dict[str, Any]:
-    """Returns a layer's record as JSON values; what is not finite (lossless: ∞ dB) becomes null."""
-    fields = dataclasses.asdict(record)
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in fields.items()
-    }
+    """Returns a layer's record as JSON values.
+
+    What is not finite (lossless: ∞ dB) becomes null, and decibels that were not measured "unknown".
+    """
+
+    def encode(name: str, value: Any) -> Any:
+        if value is None and name.endswith("_db"):
+            return _UNKNOWN
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: encode(name, value) for name, value in dataclasses.asdict(record).items()}
+
+
+_UNKNOWN = "unknown"
 
 
 def _record_from_json(fields: Mapping[str, Any]) -> LayerReport:
     def decode(name: str, value: Any) -> Any:
-        if value is None and name.endswith("_db"):
-            return math.inf
+        if name.endswith("_db") and (value is None or value == _UNKNOWN):
+            return math.inf if value is None else None
         return tuple(value) if isinstance(value, list) else value
 
     return LayerReport(**{name: decode(name, value) for name, value in fields.items()})

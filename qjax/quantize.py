@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.fit.data_free import fit_without_data
+from qjax.fit.draws import EXAMPLES
 from qjax.fit.equalize import equalize
 from qjax.fit.layerwise import calibrate
 from qjax.graph.examples import ExampleAxes, example_axes
@@ -42,12 +44,13 @@ class Quantized(NamedTuple):
 def quantize(
     apply_fn: Callable[[Any, Any], Any],
     params: Any,
-    batches: Any,
+    batches: Any = None,
     recipe: Recipe | None = None,
     *,
     bits: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool | Progress = False,
+    input_range: tuple[float, float] | None = None,
 ) -> Quantized:
     """Quantizes a pretrained network without retraining it.
 
@@ -57,12 +60,16 @@ def quantize(
       batches: calibration inputs: one array float[N, ...] (or a mapping of arrays, for a network
         with several inputs), or any other iterable of such. They are held in memory and cut into
         batches of equal size (the last is filled up with the first images), so the result does not
-        depend on how the same images are handed over.
+        depend on how the same images are handed over. Or, to quantize without a single image, the
+        shape of an input as `jax.ShapeDtypeStruct`, whose leading axis may have any size: ranges of
+        activations are then found at run time or from the statistics of batch norm, see
+        `qjax.fit.data_free`.
       recipe: what to do; by default 8 bits everywhere.
       bits: short for `recipe=qjax.recipe(bits)`.
       mesh: devices to spread the calibration images over, along its first axis.
       progress: whether to show a progress bar on standard error (needs rich), or a function to
         call with (layer name, layers done, layers).
+      input_range: the least and the greatest value of the network's inputs; only without images.
 
     Returns:
       A `Quantized`.
@@ -85,25 +92,35 @@ def quantize(
     recipe = make_recipe(8 if bits is None else bits) if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise TypeError(f"`recipe` must be a qjax.Recipe; got {type(recipe).__name__}.")
-    images = _gather(batches)
+    _check_data(batches, mesh, input_range)
     _check_finite("params", params)
-    _check_finite("batches", images)
-    stacked = _stack(images, 1 if mesh is None else mesh.devices.size)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked)
+    has_images = not _is_shape(batches)
+    if has_images:
+        images = _gather(batches)
+        _check_finite("batches", images)
+        stacked = _stack(images, 1 if mesh is None else mesh.devices.size)
+        shapes = _resized(lambda shape: shape[1:], stacked)
+    else:
+        recipe = recipe.without_data()
+        shapes = _resized(lambda shape: (EXAMPLES, *shape[1:]), batches)
     network = find_layers(apply_fn, params, shapes)
     if not network.sites:
         raise ValueError(
             "`apply_fn` has no layer to quantize: no convolution or dot product of something in "
             "`params` with something that depends on the input."
         )
-    examples = _example_axes(apply_fn, params, shapes, network, recipe)
+    examples = _example_axes(apply_fn, params, shapes, network, recipe, not has_images)
     leaves = jax.tree.leaves(params)
-    placed = jax.tree.leaves(_place(stacked, mesh))
     with _reporter(progress) as report_progress:
         folded = fold(network, leaves)
-        if recipe.equalize:
-            folded = equalize(network, leaves, folded, placed)
-        fitted = calibrate(network, leaves, folded, placed, recipe, report_progress, examples)
+        if has_images:
+            placed = jax.tree.leaves(_place(stacked, mesh))
+            if recipe.equalize:
+                folded = equalize(network, leaves, folded, placed)
+            fitted = calibrate(network, leaves, folded, placed, recipe, report_progress, examples)
+        else:
+            given = (report_progress, examples, input_range)
+            fitted = fit_without_data(network, leaves, folded, recipe, *given)
     layers = [site.layer for site in network.sites]
     records = [layer_report(layer, fitted[layer.name]) for layer in layers]
     kernel_shapes = {layer.name: layer.kernel_shape for layer in layers}
@@ -116,18 +133,20 @@ def quantize(
 
 
 def _example_axes(
-    apply_fn: Callable[[Any, Any], Any], params: Any, shapes: Any, network: Network, recipe: Recipe
+    apply_fn: Callable[[Any, Any], Any],
+    params: Any,
+    shapes: Any,
+    network: Network,
+    recipe: Recipe,
+    is_wanted: bool,
 ) -> dict[str, ExampleAxes]:
-    """The axes of the examples by layer; nothing where no range is that of an example."""
+    """The axes of the examples by layer; nothing if nobody wants them and no range needs them."""
     recipes = recipe.by_layer([site.layer.name for site in network.sites])
     by_example = [name for name, own in recipes.items() if own.has_ranges_per_example]
-    if not by_example:
+    if not by_example and not is_wanted:
         return {}
-
-    def grown(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((leaf.shape[0] + 1, *leaf.shape[1:]), leaf.dtype)
-
-    found = example_axes(network, find_layers(apply_fn, params, jax.tree.map(grown, shapes)))
+    larger = _resized(lambda shape: (shape[0] + 1, *shape[1:]), shapes)
+    found = example_axes(network, find_layers(apply_fn, params, larger))
     for name in by_example:
         if name not in found:
             raise ValueError(
@@ -141,6 +160,45 @@ def _reporter(progress: bool | Progress) -> contextlib.AbstractContextManager[Pr
     if progress is True:
         return progress_bar("quantizing")
     return contextlib.nullcontext(progress or (lambda item, done, total: None))
+
+
+def _is_shape(batches: Any) -> bool:
+    """Whether there are no images, but the shape of one."""
+    leaves = jax.tree.leaves(batches)
+    return bool(leaves) and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def _resized(change: Callable[[tuple[int, ...]], tuple[int, ...]], tree: Any) -> Any:
+    """Shapes and types of arrays, the shapes changed."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(change(leaf.shape), leaf.dtype), tree)
+
+
+def _check_data(
+    batches: Any, mesh: jax.sharding.Mesh | None, input_range: tuple[float, float] | None
+) -> None:
+    """Refuses arguments that do not go together, with images or without."""
+    if batches is None:
+        raise ValueError(
+            "`batches` is missing; pass calibration images or, to quantize without any, the shape "
+            "of one: jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)."
+        )
+    if not _is_shape(batches):
+        if input_range is not None:
+            raise ValueError(
+                f"`input_range` is for quantizing without images; got {input_range} and images, "
+                "which show their range. Leave it out."
+            )
+        return
+    if any(not leaf.shape for leaf in jax.tree.leaves(batches)):
+        raise ValueError("`batches` must have a leading axis of examples; got a shape without one.")
+    if mesh is not None:
+        raise ValueError("`mesh` spreads calibration images, and `batches` has none; leave it out.")
+    if input_range is not None and not (
+        len(input_range) == 2 and -np.inf < input_range[0] < input_range[1] < np.inf
+    ):
+        raise ValueError(
+            f"`input_range` must be two finite numbers, the smaller one first; got {input_range}."
+        )
 
 
 def _gather(batches: Any) -> Any:

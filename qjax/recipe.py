@@ -251,6 +251,14 @@ class Recipe(LayerRecipe):
             sequential=False,
         )
 
+    def without_data(self) -> "Recipe":
+        """The same formats and methods, less those that look at the outputs of float layers."""
+        kept = [
+            (pattern, {key: value for key, value in changes.items() if key not in _WITHOUT_DATA})
+            for pattern, changes in self._overrides()
+        ]
+        return dataclasses.replace(self, **_WITHOUT_DATA, overrides=kept)
+
     def to_json(self) -> dict[str, Any]:
         """Returns the recipe as JSON values; `from_json` is its inverse."""
 
@@ -276,6 +284,9 @@ class Recipe(LayerRecipe):
         overrides = [(pattern, decode(changes)) for pattern, changes in fields["overrides"]]
         arguments: dict[str, Any] = decode(fields) | {"overrides": overrides}
         return cls(**arguments)
+
+
+_WITHOUT_DATA = {"reconstructions": 0, "equalize": False, "logits": False, "sequential": False}
 
 
 def _recipe_fields() -> tuple[dataclasses.Field, ...]:

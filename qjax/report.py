@@ -39,7 +39,7 @@ class LayerReport:
       output_zero_point: the output's code of 0, None if it differs between channels too.
       weight_sqnr_db: signal to noise of the kernel.
       output_sqnr_db: signal to noise of the output after the activation, against the float
-        network's, all earlier layers quantized too.
+        network's, all earlier layers quantized too; None where it was quantized without images.
       weight_clip: the clipping range's share of the range of the values; None in float.
       input_clip: likewise of the input.
       output_clip: likewise of the output.
@@ -63,7 +63,7 @@ class LayerReport:
     output_scale: float | None
     output_zero_point: int | None
     weight_sqnr_db: float
-    output_sqnr_db: float
+    output_sqnr_db: float | None
     weight_clip: float | None
     input_clip: float | None
     output_clip: float | None
@@ -224,7 +224,9 @@ def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
-def _db(value: float) -> str:
+def _db(value: float | None) -> str:
+    if value is None:
+        return "–"
     return "∞" if value == math.inf else f"{value:.1f}"
 
 

@@ -62,7 +62,7 @@ class Fit(NamedTuple):
       layer: its quantized parameters.
       weight_sqnr_db: of its kernel, against the one that was rounded; infinite in float.
       energies: of its output after the activation in the float network, and of the difference from
-        it: sums by batch.
+        it: sums by batch; None without images.
       weight_clip: the clipping range's share of the range of the weights, mean over scales; None
         in float.
       input_clip: of its input; None in float.
@@ -71,14 +71,16 @@ class Fit(NamedTuple):
 
     layer: QuantizedLayer
     weight_sqnr_db: Any
-    energies: tuple[jax.Array, jax.Array]
+    energies: tuple[jax.Array, jax.Array] | None
     weight_clip: Any
     input_clip: Any
     output_clip: Any
 
     @property
-    def output_sqnr_db(self) -> float:
-        """SQNR of its output after the activation, against the float network's."""
+    def output_sqnr_db(self) -> float | None:
+        """SQNR of its output after the activation, against the float network's; None if unknown."""
+        if self.energies is None:
+            return None
         signal, noise = (math.fsum(np.asarray(by_batch).tolist()) for by_batch in self.energies)
         return 10 * math.log10(signal / noise) if noise and signal else math.inf
 
@@ -158,7 +160,8 @@ def _fit_in_steps(
         )
     target = prepared.float_output if prepared.target is None else prepared.target
     corrected = correct(task, values.x, values.shortcut, target, prepared, rounded)
-    outputs, output_clip = _fit_output(task, limits["outputs"], values, target, corrected)
+    added = None if values.shortcut is None else values.shortcut[1]
+    outputs, output_clip = fit_output(task, limits["outputs"], target, corrected, added)
     floats, output, energies = finish(
         task.movement, task.activation, prepared.float_output, corrected.output, outputs
     )
@@ -180,7 +183,8 @@ class Prepared(NamedTuple):
     """A layer before its kernel is rounded.
 
     Attributes:
-      float_output: z, its output in the float network, as its operation leaves it.
+      float_output: z, its output in the float network, as its operation leaves it; None where its
+        input is unknown.
       target: the output to be had, the layer's share of the float sum z + s where the other one is
         ŝ; None where it is z.
       inputs: qparams of its input; None in float.
@@ -189,7 +193,7 @@ class Prepared(NamedTuple):
       hessian: the second moments of the quantized input's patches, None if nothing reads them.
     """
 
-    float_output: jax.Array
+    float_output: Any
     target: jax.Array | None
     inputs: ActivationFormat | None
     input_clip: jax.Array | None
@@ -310,12 +314,12 @@ class Corrected(NamedTuple):
 
     Attributes:
       layer: its parameters, in units of the input's codes.
-      output: what it computes, [batches, ...].
+      output: what it computes, [batches, ...]; None if it is unknown.
       values: what the search of the output's range reads; None if there is none.
     """
 
     layer: QuantizedLayer
-    output: jax.Array
+    output: Any
     values: OutputValues | None
 
 
@@ -329,19 +333,17 @@ def correct(
     rounded: Rounded | None,
 ) -> Corrected:
     """Rounds a layer's bias and shifts it by the mean of what the output lacks."""
-    operation, recipe, folded = task.operation, task.recipe, prepared.folded
+    operation, recipe = task.operation, task.recipe
     x, unscaled = in_units_of_codes(x, prepared.inputs)
-    codes, format = (folded.kernel, None) if rounded is None else (rounded.codes, rounded.format)
-    layer = QuantizedLayer(codes, folded.bias, format, unscaled, None, None)
-    layer = dataclasses.replace(layer, bias=quantize_bias(operation, layer, folded.bias))
+    layer = with_rounded_bias(operation, prepared.folded, unscaled, rounded)
     y = map_batches(partial(apply_linear, operation, layer), x)
-    if recipe.bias_correction and (unscaled is not None or format is not None):
+    if recipe.bias_correction and (unscaled is not None or rounded is not None):
         missing = _channel_means(operation, lacking(_goal(task, target, shortcut), y))
         bias = quantize_bias(operation, layer, dequantized_bias(operation, layer) + missing)
         layer = dataclasses.replace(layer, bias=bias)
         y = map_batches(partial(apply_linear, operation, layer), x)
     values = None
-    if _is_output_searched(recipe) and not task.has_output_channels:
+    if is_output_searched(recipe) and not task.has_output_channels:
         objective = task.output_objective
         seen = seen_by(task, shortcut is not None)
         added = None if shortcut is None else shortcut[1]
@@ -349,11 +351,28 @@ def correct(
     return Corrected(layer, y, values)
 
 
+def with_rounded_bias(
+    operation: Linear, folded: Folded, inputs: ActivationFormat | None, rounded: Rounded | None
+) -> QuantizedLayer:
+    """A layer whose output is in float.
+
+    Args:
+      operation: the linear operation.
+      folded: its kernel and bias in float.
+      inputs: of its input, see `in_units_of_codes`.
+      rounded: its kernel; None in float.
+    """
+    codes, format = (folded.kernel, None) if rounded is None else (rounded.codes, rounded.format)
+    layer = QuantizedLayer(codes, folded.bias, format, inputs, None, None)
+    return dataclasses.replace(layer, bias=quantize_bias(operation, layer, folded.bias))
+
+
 def _has_output_range(recipe: LayerRecipe) -> bool:
     return recipe.outputs is not None and recipe.output_position != "post_activation"
 
 
-def _is_output_searched(recipe: LayerRecipe) -> bool:
+def is_output_searched(recipe: LayerRecipe) -> bool:
+    """Whether the range of an output before the activation is chosen beforehand."""
     is_static = recipe.outputs is not None and not recipe.outputs.is_dynamic
     return is_static and _has_output_range(recipe)
 
@@ -369,17 +388,27 @@ def _channel_means(operation: Linear, values: jax.Array) -> jax.Array:
 # ---- The output
 
 
-def _fit_output(
-    task: Task, limits: Any, values: Values, target: jax.Array, corrected: Corrected
+def fit_output(
+    task: Task, limits: Any, target: Any, corrected: Corrected, added: jax.Array | None
 ) -> tuple[ActivationFormat | None, Any]:
-    """Chooses the range of a layer's output before the activation; None in float."""
-    spec, shortcut = task.recipe.outputs, values.shortcut
+    """Chooses the range of a layer's output before the activation; None in float.
+
+    Args:
+      task: the layer.
+      limits: of the output's width.
+      target: the outputs to be had; None if they are unknown, and their range is not static.
+      corrected: the layer but for that range.
+      added: what the output is added to, None for nothing or if it is not known yet.
+
+    Returns:
+      The format, and its scale's share of the scale that the extremes need.
+    """
+    spec = task.recipe.outputs
     if spec is None or not _has_output_range(task.recipe):
         return None, None
     if spec.is_dynamic:
         return dynamic_output(task, limits), None
     if task.has_output_channels:
-        added = None if shortcut is None else shortcut[1]
         return fit_output_channels(task, limits, target, corrected.output, added)
     assert corrected.values is not None
     return choose_output(
@@ -387,7 +416,7 @@ def _fit_output(
         limits,
         objective=task.output_objective,
         spec=spec,
-        activation=seen_by(task, shortcut is not None),
+        activation=seen_by(task, added is not None),
         candidates=task.candidates,
     )
 

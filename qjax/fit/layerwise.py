@@ -176,7 +176,7 @@ def _fit_site(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None
         shortcut = streams.read(site.shortcut.value)
     values = Values(*streams.read(site.input), shortcut)
     known = known_grid(recipe.inputs, state.grids.get(site.input))
-    divides = known is None and _divides_channels(recipe.inputs, task.operation, values.x)
+    divides = known is None and divides_channels(recipe.inputs, task.operation, values.x)
     found = fit_layer(task, divides, recipe.limits, values, state.folded[name], known)
     outputs = found.fit.layer.outputs
     if isinstance(outputs, QParams) and not outputs.scale.ndim:
@@ -197,7 +197,7 @@ def known_grid(spec: QuantSpec | None, grid: Grid | None) -> QParams | None:
     return grid.qparams if is_kept and grid is not None else None
 
 
-def _divides_channels(spec: QuantSpec | None, operation: Linear, x: jax.Array) -> bool:
+def divides_channels(spec: QuantSpec | None, operation: Linear, x: jax.Array) -> bool:
     """Whether the channels of an input get scales of their own."""
     is_wanted = spec is not None and spec.granularity == "per_channel"
     return is_wanted and bool(operation.input_axes) and float(_least_value(x)) >= 0
@@ -221,7 +221,7 @@ def _fit_activated(site: Site, task: Task, recipe: LayerRecipe, state: State) ->
         qparams, clip = dynamic_activated(task, limits), None
     else:
         qparams, clip = choose_output(
-            _activated_values(objective, floats, values),
+            activated_values(objective, floats, values),
             limits,
             objective=objective,
             spec=spec,
@@ -237,7 +237,8 @@ def _fit_activated(site: Site, task: Task, recipe: LayerRecipe, state: State) ->
 
 
 @program(static_argnums=0)
-def _activated_values(objective: Objective, floats: jax.Array, values: jax.Array) -> OutputValues:
+def activated_values(objective: Objective, floats: jax.Array, values: jax.Array) -> OutputValues:
+    """Samples outputs after their activation for the search of their range."""
     return output_values(objective, NONE, None, floats, values, None)
 
 

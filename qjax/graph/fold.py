@@ -75,9 +75,26 @@ def _fold_site(site: Site, env: jaxpr.Env) -> Folded:
     operation = site.layer.operation
     kernel = operation.to_matrix(jaxpr.read(env, site.kernel)).astype(jnp.float32)
     groups, _, channels = operation.matrix_shape
-    slope = jnp.ones(groups * channels, jnp.float32)
-    bias = jnp.zeros(groups * channels, jnp.float32)
-    for step in site.operations:
+    slope, bias = slope_and_offset(site.operations, operation, env)
+    return Folded(kernel * slope.reshape(groups, 1, channels), bias)
+
+
+def slope_and_offset(
+    operations: Sequence[ChannelOperation], operation: Linear, env: jaxpr.Env
+) -> tuple[jax.Array, jax.Array]:
+    """What affine operations compute together: a·y + b per output channel.
+
+    Args:
+      operations: one after the other.
+      operation: the linear operation that they follow.
+      env: the values of their operands.
+
+    Returns:
+      (a, b), float32[groups * channels] each.
+    """
+    slope = jnp.ones(math.prod(operation.channel_sizes), jnp.float32)
+    bias = jnp.zeros_like(slope)
+    for step in operations:
         operand = _per_channel(step, jaxpr.read(env, step.operand), operation)
         match step.primitive, step.is_reversed:
             case "add", _:
@@ -90,7 +107,7 @@ def _fold_site(site: Site, env: jaxpr.Env) -> Folded:
                 slope, bias = slope * operand, bias * operand
             case "div", _:
                 slope, bias = slope / operand, bias / operand
-    return Folded(kernel * slope.reshape(groups, 1, channels), bias)
+    return slope, bias
 
 
 def _per_channel(step: ChannelOperation, operand: jax.Array, operation: Linear) -> jax.Array:
