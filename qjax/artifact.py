@@ -21,7 +21,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,11 @@ from qjax.graph.layers import Skipped
 from qjax.graph.naming import path_names
 from qjax.quantize import Quantized
 from qjax.recipe import Recipe
-from qjax.report import LayerReport, Report
+from qjax.report import LayerReport, Report, SumReport
 from qjax.run.function import QuantizedFunction
 from qjax.run.layer import QuantizedLayer
+
+R = TypeVar("R", LayerReport, SumReport)
 
 FORMAT, VERSION = "qjax", 1
 ARRAYS, MANIFEST = "model.safetensors", "manifest.json"
@@ -74,7 +76,9 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
     path = Path(path).resolve()
     layers: Mapping[str, QuantizedLayer] = q.params["layers"]
     stored = {name: _storable_layer(layer) for name, layer in layers.items()}
-    arrays = _by_path({"layers": stored, "rest": q.params["rest"]})
+    sums: Mapping[str, QParams] = q.params.get("sums", {})
+    grids = {name: _arrays_of(grid) for name, grid in sums.items()}
+    arrays = _by_path({"layers": stored, "rest": q.params["rest"], "sums": grids})
     data = safetensors.save(
         {name: _storable(array) for name, array in arrays.items() if not _is_integer_zero(array)}
     )
@@ -91,11 +95,13 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
             }
             for name, layer in layers.items()
         },
+        "sums": {name: _described_format(grid) for name, grid in sums.items()},
         "arrays": {name: [array.dtype.name, array.shape] for name, array in arrays.items()},
         "rest": list(q.params["rest"]),
         "params": _described(q.apply_fn.params),
         "structure": _structure(q.apply_fn.params),
         "report": [record_to_json(record) for record in q.report],
+        "report_of_sums": [record_to_json(record) for record in q.report.sums],
         "skipped": q.report.skipped,
     }
     digests = {ARRAYS: hashlib.sha256(data).hexdigest(), MANIFEST: _manifest_digest(manifest)}
@@ -137,9 +143,11 @@ def load(
         name: _restored(name, stored.get(name), dtype, shape)
         for name, (dtype, shape) in manifest["arrays"].items()
     }
+    sums = manifest.get("sums", {})
     template = {
         "layers": {name: _template(layer) for name, layer in manifest["layers"].items()},
         "rest": dict.fromkeys(manifest["rest"], 0),
+        "sums": {name: _format_template(grid) for name, grid in sums.items()},
     }
     leaves = [arrays[name] for name in path_names(template)]
     tree = jax.tree.unflatten(jax.tree.structure(template), leaves)
@@ -147,20 +155,25 @@ def load(
         name: _restored_layer(layer, manifest["layers"][name])
         for name, layer in tree["layers"].items()
     }
+    restored = {"layers": layers, "rest": tree["rest"]}
+    if sums:
+        grids = tree["sums"].items()
+        restored["sums"] = {name: _restored_format(grid, sums[name]) for name, grid in grids}
     function = QuantizedFunction(
         apply_fn,
         _float_params(path, manifest, params),
         {name: tuple(layer["operand_shape"]) for name, layer in manifest["layers"].items()},
     )
     report = Report(
-        [_record_from_json(record) for record in manifest["report"]],
+        [_record_from_json(LayerReport, record) for record in manifest["report"]],
         Recipe.from_json(manifest["recipe"]),
         [
             Skipped(primitive, tuple(map(tuple, shapes)), reason)
             for primitive, shapes, reason in manifest["skipped"]
         ],
+        [_record_from_json(SumReport, record) for record in manifest.get("report_of_sums", ())],
     )
-    return Quantized(function, jax.tree.map(jnp.asarray, tree | {"layers": layers}), report)
+    return Quantized(function, jax.tree.map(jnp.asarray, restored), report)
 
 
 def check_destination(path: str | os.PathLike) -> None:
@@ -190,8 +203,8 @@ def check_destination(path: str | os.PathLike) -> None:
     probe.rmdir()
 
 
-def record_to_json(record: LayerReport) -> dict[str, Any]:
-    """Returns a layer's record as JSON values.
+def record_to_json(record: LayerReport | SumReport) -> dict[str, Any]:
+    """Returns a record as JSON values.
 
     What is not finite (lossless: ∞ dB) becomes null, and decibels that were not measured "unknown".
     """
@@ -207,19 +220,19 @@ def record_to_json(record: LayerReport) -> dict[str, Any]:
 _UNKNOWN = "unknown"
 
 
-def _record_from_json(fields: Mapping[str, Any]) -> LayerReport:
+def _record_from_json(record: type[R], fields: Mapping[str, Any]) -> R:
     def decode(name: str, value: Any) -> Any:
         if name.endswith("_db") and (value is None or value == _UNKNOWN):
             return math.inf if value is None else None
         return tuple(value) if isinstance(value, list) else value
 
-    return LayerReport(**{name: decode(name, value) for name, value in fields.items()})
+    return record(**{name: decode(name, value) for name, value in fields.items()})
 
 
 def stored_bytes(q: Quantized) -> int:
     """The bytes of all arrays, codes at their true width; an artifact leaves out what is all 0."""
     rest = sum(leaf.nbytes for leaf in jax.tree.leaves(q.params["rest"]))
-    return rest + sum(record.bytes_quantized for record in q.report)
+    return rest + sum(record.bytes_quantized for record in (*q.report, *q.report.sums))
 
 
 def versions() -> dict[str, str]:

@@ -14,13 +14,14 @@ from qjax.fit.equalize import equalize
 from qjax.fit.layerwise import calibrate
 from qjax.graph.examples import ExampleAxes, example_axes
 from qjax.graph.fold import fold
+from qjax.graph.junctions import find_junctions
 from qjax.graph.layers import Network, find_layers, shapes_of
 from qjax.graph.naming import path_names
 from qjax.graph.schedule import rest_of_params
 from qjax.progress import Progress, progress_bar
 from qjax.recipe import Recipe
 from qjax.recipe import recipe as make_recipe
-from qjax.report import Report, layer_report
+from qjax.report import Report, layer_report, sum_report
 from qjax.run.function import QuantizedFunction
 
 BATCH_SIZE = 128  # calibration images that go through the network together
@@ -31,8 +32,8 @@ class Quantized(NamedTuple):
 
     Attributes:
       apply_fn: a pure function of (params, x), compiled once per shape of x.
-      params: `layers`, a `QuantizedLayer` by name, and `rest`, the leaves of the float params that
-        are still read, by path.
+      params: `layers`, a `QuantizedLayer` by name; `rest`, the leaves of the float params that are
+        still read, by path; and `sums`, grids by name, where `Recipe.sums` is quantized.
       report: a record per layer; `str(report)` is a table.
     """
 
@@ -101,6 +102,11 @@ def quantize(
         stacked = _stack(images, 1 if mesh is None else mesh.devices.size)
         shapes = _resized(lambda shape: shape[1:], stacked)
     else:
+        if recipe.quantizes_sums:
+            raise ValueError(
+                "`sums` quantized needs the values of sums, and `batches` has no images; pass "
+                "images, or leave the sums in float."
+            )
         recipe = recipe.without_data()
         shapes = _resized(lambda shape: (EXAMPLES, *shape[1:]), batches)
     network = find_layers(apply_fn, params, shapes)
@@ -113,14 +119,18 @@ def quantize(
     leaves = jax.tree.leaves(params)
     with _reporter(progress) as report_progress:
         folded = fold(network, leaves)
+        sums = {}
         if has_images:
             placed = jax.tree.leaves(_place(stacked, mesh))
             if recipe.equalize:
                 folded = equalize(network, leaves, folded, placed)
-            fitted = calibrate(network, leaves, folded, placed, recipe, report_progress, examples)
+            given = (placed, recipe, report_progress, examples)
+            fitted, sums = calibrate(network, leaves, folded, *given)
         else:
             given = (report_progress, examples, input_range)
             fitted = fit_without_data(network, leaves, folded, recipe, *given)
+    found = {junction.name: junction for junction in find_junctions(network)} if sums else {}
+    sum_records = [sum_report(found[name], fit) for name, fit in sums.items()]
     layers = [site.layer for site in network.sites]
     records = [layer_report(layer, fitted[layer.name]) for layer in layers]
     kernel_shapes = {layer.name: layer.kernel_shape for layer in layers}
@@ -129,7 +139,10 @@ def quantize(
         "layers": jax.tree.map(jnp.asarray, {name: fit.layer for name, fit in fitted.items()}),
         "rest": rest_of_params(network, params),
     }
-    return Quantized(function, quantized, Report(records, recipe, network.skipped))
+    if sums:
+        grids = {name: fit.grid for name, fit in sums.items()}
+        quantized["sums"] = jax.tree.map(jnp.asarray, grids)
+    return Quantized(function, quantized, Report(records, recipe, network.skipped, sum_records))
 
 
 def _example_axes(

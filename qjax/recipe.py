@@ -24,6 +24,7 @@ from qjax.rounding.table import ROUNDINGS
 from qjax.targets import TARGETS, Target
 
 OutputPosition = Literal["pre_activation", "post_activation", "both"]
+Sums = Literal["float", "quantized"]
 
 WEIGHTS = QuantSpec()
 ACTIVATIONS = QuantSpec(symmetric=False, granularity="per_tensor")
@@ -166,6 +167,9 @@ class Recipe(LayerRecipe):
         shows.
       sequential: fit each layer on the input that its already quantized predecessors produce,
         toward the output that the float network has there, rather than on the float input alone.
+      sums: whether residual sums, concatenations, average pools and what goes into them stay in
+        float, or have grids of their own as `quantized`, in the format of `outputs`, one scale to a
+        tensor. Integer hardware needs them.
       grid_size: candidate clipping ranges per pass of a search.
       refinements: passes after the first, each around the best candidate so far.
       overrides: `{"Conv_0": {"bits": 8}, "*fc*": {"weights": None}}`: a glob on layer names and the
@@ -181,6 +185,7 @@ class Recipe(LayerRecipe):
     equalize: bool = False
     logits: bool = False
     sequential: bool = True
+    sums: Sums = "float"
     grid_size: int = 32
     refinements: int = 1
     overrides: Any = ()
@@ -191,10 +196,28 @@ class Recipe(LayerRecipe):
             raise ValueError(f"`grid_size` must be at least 2 candidates; got {self.grid_size}.")
         if self.refinements < 0:
             raise ValueError(f"`refinements` must be at least 0; got {self.refinements}.")
+        check_choice("sums", self.sums, get_args(Sums))
+        if self.quantizes_sums and (self.outputs is None or self.outputs.is_dynamic):
+            found = "float" if self.outputs is None else "dynamic ranges"
+            raise ValueError(
+                f"`sums` quantized needs `outputs` with static ranges, whose format sums take; got "
+                f"{found}. Give `outputs` a width, or leave the sums in float."
+            )
         frozen = tuple((pattern, tuple(fields.items())) for pattern, fields in self._overrides())
         object.__setattr__(self, "overrides", frozen)
         for _, fields in self._overrides():
             _override(self._base(), fields)
+
+    @property
+    def quantizes_sums(self) -> bool:
+        """Whether sums have grids of their own."""
+        return self.sums == "quantized"
+
+    @property
+    def sum_spec(self) -> QuantSpec:
+        """The format of quantized sums."""
+        assert self.outputs is not None
+        return dataclasses.replace(self.outputs, granularity="per_tensor")
 
     def _overrides(self) -> list[tuple[str, dict[str, Any]]]:
         items = self.overrides

@@ -9,10 +9,12 @@ from typing import Any, overload
 import jax
 import numpy as np
 
+from qjax.fit.junction import FittedJunction
 from qjax.fit.layer import Fit
 from qjax.formats.affine import QParams
 from qjax.formats.binary import Signs
 from qjax.formats.dynamic import ActivationFormat
+from qjax.graph.junctions import Junction
 from qjax.graph.layers import Layer, Skipped
 from qjax.recipe import Recipe
 from qjax.table import table
@@ -92,6 +94,57 @@ class LayerReport:
         return self.output_bits is not None and self.output_scale is None
 
 
+@dataclasses.dataclass(frozen=True)
+class SumReport:
+    """One quantized value that no layer computes.
+
+    Attributes:
+      name: the last layer before it, and its kind.
+      layer: that layer; empty if there is none.
+      kind: sum, concat, pool, or branch (what goes into one of them).
+      activation: what follows it: relu, relu6 or none.
+      shape: for one example.
+      bits: width of its codes.
+      scale: real units per code.
+      zero_point: the code of 0.
+      sqnr_db: signal to noise after the activation, against the float network's.
+      clip: the clipping range's share of the range of its values.
+    """
+
+    name: str
+    layer: str
+    kind: str
+    activation: str
+    shape: tuple[int, ...]
+    bits: int
+    scale: float
+    zero_point: int
+    sqnr_db: float
+    clip: float
+
+    @property
+    def bytes_quantized(self) -> int:
+        """Of scale and zero point."""
+        return 8
+
+
+def sum_report(junction: Junction, fitted: FittedJunction) -> SumReport:
+    """Describes a fitted junction."""
+    grid = fitted.grid
+    return SumReport(
+        name=junction.name,
+        layer=junction.layer,
+        kind=junction.kind,
+        activation=junction.activation.name,
+        shape=fitted.shape[1:],
+        bits=grid.bits,
+        scale=float(grid.scale),
+        zero_point=int(grid.zero_point),
+        sqnr_db=fitted.sqnr_db,
+        clip=float(fitted.clip),
+    )
+
+
 def layer_report(layer: Layer, fit: Fit) -> LayerReport:
     """Describes a fitted layer."""
     quantized = fit.layer
@@ -159,14 +212,20 @@ class Report(Sequence[LayerReport]):
     Attributes:
       recipe: what was asked for.
       skipped: products that stayed in float, and why.
+      sums: a record per value between layers that has a grid of its own.
     """
 
     def __init__(
-        self, layers: Sequence[LayerReport], recipe: Recipe, skipped: Sequence[Skipped]
+        self,
+        layers: Sequence[LayerReport],
+        recipe: Recipe,
+        skipped: Sequence[Skipped],
+        sums: Sequence[SumReport] = (),
     ) -> None:
         self._layers = tuple(layers)
         self.recipe = recipe
         self.skipped = tuple(skipped)
+        self.sums = tuple(sums)
 
     @overload
     def __getitem__(self, index: int) -> LayerReport: ...
@@ -182,7 +241,9 @@ class Report(Sequence[LayerReport]):
         return isinstance(other, Report) and vars(self) == vars(other)
 
     def __str__(self) -> str:
-        rows = [_row(layer) for layer in self]
+        rows = self._sum_rows("")
+        for layer in self:
+            rows += [_row(layer), *self._sum_rows(layer.name)]
         lines = [table(_HEADER, rows, "<<<<<>>>>", footer=self._total(), most=_WIDTH)]
         if any(layer.has_dynamic_input or layer.has_dynamic_output for layer in self):
             lines.append("d: dynamic, the range is found at run time")
@@ -192,8 +253,12 @@ class Report(Sequence[LayerReport]):
             lines += textwrap.wrap(line, _WIDTH, subsequent_indent="  ")
         return "\n".join(lines)
 
+    def _sum_rows(self, layer: str) -> list[tuple[str, ...]]:
+        return [_sum_row(record) for record in self.sums if record.layer == layer]
+
     def _total(self) -> tuple[str, ...]:
         sizes = [sum(getattr(layer, f"bytes_{kind}") for layer in self) for kind in _KINDS]
+        sizes[1] += sum(record.bytes_quantized for record in self.sums)
         macs = sum(layer.macs for layer in self)
         return (f"{len(self)} layers", *[""] * 6, si(macs), " → ".join(map(si, sizes)))
 
@@ -217,6 +282,20 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         _db(layer.output_sqnr_db),
         si(layer.macs),
         f"{si(layer.bytes_float)} → {si(layer.bytes_quantized)}",
+    )
+
+
+def _sum_row(record: SumReport) -> tuple[str, ...]:
+    return (
+        record.name,
+        record.kind,
+        "",
+        f"–/–/{record.bits}",
+        record.activation,
+        "",
+        _db(record.sqnr_db),
+        "",
+        f"0 → {record.bytes_quantized}",
     )
 
 

@@ -12,7 +12,7 @@ from qjax.formats.affine import AFFINE
 from qjax.formats.spec import FORMATS, ActivationGranularity, ActivationRanges
 from qjax.objectives.table import OBJECTIVES
 from qjax.progress import Progress
-from qjax.recipe import LayerRecipe, OutputPosition, Recipe, recipe
+from qjax.recipe import LayerRecipe, OutputPosition, Recipe, Sums, recipe
 from qjax.rounding.table import ROUNDINGS
 from qjax.targets import TARGETS
 
@@ -107,6 +107,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
     choose("--output-position", OutputPosition, Recipe.output_position, "where outputs are rounded")
     choose("--weight-format", FORMATS, AFFINE.name, "what the codes of the weights stand for")
+    choose(
+        "--sums", Sums, Recipe.sums, "residual sums, concatenations, pools, as integer hardware has"
+    )
     choose("--rounding", ROUNDINGS, LayerRecipe().round_with.name, "of the weights")
     add(
         "--sweeps",
@@ -160,6 +163,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         sweeps=arguments.sweeps,
         equalize=arguments.equalize,
         logits=arguments.logits,
+        sums=arguments.sums,
         sequential=not arguments.no_sequential,
         bias_correction=not arguments.no_bias_correction,
         overrides=arguments.override,

@@ -29,7 +29,7 @@ from qjax.fit.layer import (
     round_kernel,
     with_rounded_bias,
 )
-from qjax.fit.layerwise import Grid, activated_values, divides_channels, kind_of, known_grid
+from qjax.fit.layerwise import Grid, divides_channels, kind_of, known_grid
 from qjax.fit.ranges import (
     Task,
     choose_output,
@@ -37,6 +37,7 @@ from qjax.fit.ranges import (
     output_values,
     seen_by,
     task_of,
+    values_between,
 )
 from qjax.fit.search import Candidates
 from qjax.fit.streams import cut
@@ -216,7 +217,7 @@ class _Fitting:
             if y is None:
                 raise ValueError(_unknown(site.layer.name, "output", "no batch norm follows it"))
             qparams, clip = choose_output(
-                activated_values(task.output_objective, y, y),
+                values_between(task.output_objective, NONE, y, y),
                 limits,
                 objective=task.output_objective,
                 spec=spec.stored,

@@ -79,10 +79,13 @@ class Fit(NamedTuple):
     @property
     def output_sqnr_db(self) -> float | None:
         """SQNR of its output after the activation, against the float network's; None if unknown."""
-        if self.energies is None:
-            return None
-        signal, noise = (math.fsum(np.asarray(by_batch).tolist()) for by_batch in self.energies)
-        return 10 * math.log10(signal / noise) if noise and signal else math.inf
+        return None if self.energies is None else decibels(self.energies)
+
+
+def decibels(energies: tuple[jax.Array, jax.Array]) -> float:
+    """The ratio of two energies, each a sum by batch; infinite where one is 0."""
+    signal, noise = (math.fsum(np.asarray(by_batch).tolist()) for by_batch in energies)
+    return 10 * math.log10(signal / noise) if noise and signal else math.inf
 
 
 class Values(NamedTuple):

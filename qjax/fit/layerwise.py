@@ -12,15 +12,15 @@ from typing import NamedTuple
 import jax
 from jax.extend import core
 
+from qjax.fit.junction import FittedJunction, fit_junction
 from qjax.fit.layer import Fit, Values, fit_layer
 from qjax.fit.ranges import (
-    OutputValues,
     Task,
     choose_output,
     dynamic_activated,
-    output_values,
     project_batches,
     task_of,
+    values_between,
 )
 from qjax.fit.search import Candidates
 from qjax.fit.streams import Segment, Streams, cut
@@ -30,10 +30,10 @@ from qjax.formats.spec import QuantSpec
 from qjax.graph.activation import NONE, follow_codes
 from qjax.graph.examples import ExampleAxes
 from qjax.graph.fold import Folded
+from qjax.graph.junctions import Junction, find_junctions
 from qjax.graph.layers import Network, Site
 from qjax.graph.operation import Linear
 from qjax.graph.schedule import Activated
-from qjax.objectives.base import Objective
 from qjax.programs import program
 from qjax.progress import Progress
 from qjax.recipe import LayerRecipe, Recipe
@@ -63,17 +63,19 @@ class State(NamedTuple):
       streams: the values that flow through both networks.
       folded: kernel and bias of each layer in float, by name.
       grids: the grids of codes that values lie on.
-      fits: what is fitted so far, by name.
+      fits: the layers that are fitted so far, by name.
+      sums: the junctions.
     """
 
     streams: Streams
     folded: dict[str, Folded]
     grids: dict[core.Var, Grid]
     fits: dict[str, Fit]
+    sums: dict[str, FittedJunction]
 
 
 class Unit(NamedTuple):
-    """What is fitted together: a layer, or its output after the activation.
+    """What is fitted together: a layer, its output after the activation, or a junction.
 
     Attributes:
       segment: the plain equations before it, and the step itself.
@@ -101,7 +103,8 @@ def units(
     candidates = Candidates(recipe.grid_size, recipe.refinements)
     logits = _logits(network) if recipe.logits else None
     found = []
-    for segment in cut(network):
+    junctions = find_junctions(network) if recipe.quantizes_sums else ()
+    for segment in cut(network, junctions):
         match segment.step:
             case Site(layer=layer) as site:
                 own, axes = recipes[layer.name], examples.get(layer.name)
@@ -112,6 +115,8 @@ def units(
                 own, axes = recipes[site.layer.name], examples.get(site.layer.name)
                 task = task_of(site, own, candidates, site is logits, axes)
                 found.append(Unit(segment, None, partial(_fit_activated, site, task, own)))
+            case Junction() as junction:
+                found.append(Unit(segment, None, partial(_fit_junction, junction, recipe)))
     return tuple(found)
 
 
@@ -123,8 +128,8 @@ def calibrate(
     recipe: Recipe,
     progress: Progress,
     examples: Mapping[str, ExampleAxes] | None = None,
-) -> dict[str, Fit]:
-    """Quantizes every layer of a network.
+) -> tuple[dict[str, Fit], dict[str, FittedJunction]]:
+    """Quantizes every layer of a network, and its junctions where the recipe says so.
 
     Args:
       network: the network, traced at the size of the batches.
@@ -136,11 +141,12 @@ def calibrate(
       examples: the axes of the examples by layer; needed where ranges are those of examples.
 
     Returns:
-      A `Fit` per layer, by name, in dataflow order.
+      A `Fit` per layer and a `FittedJunction` per junction that needs a grid of its own, by name,
+      in dataflow order.
     """
     names = [site.layer.name for site in network.sites]
     streams = Streams(network, leaves, batches, recipe.sequential)
-    state = State(streams, dict(zip(names, folded, strict=True)), {}, {})
+    state = State(streams, dict(zip(names, folded, strict=True)), {}, {}, {})
     started: list[str] = []
     for unit in units(network, recipe, examples):
         if unit.name is not None:
@@ -154,7 +160,7 @@ def calibrate(
         unit.fit(state)
     jax.block_until_ready([fit.energies for fit in state.fits.values()])
     progress("", len(names), len(names))
-    return state.fits
+    return state.fits, state.sums
 
 
 def _logits(network: Network) -> Site:
@@ -221,7 +227,7 @@ def _fit_activated(site: Site, task: Task, recipe: LayerRecipe, state: State) ->
         qparams, clip = dynamic_activated(task, limits), None
     else:
         qparams, clip = choose_output(
-            activated_values(objective, floats, values),
+            values_between(objective, NONE, floats, values),
             limits,
             objective=objective,
             spec=spec,
@@ -236,10 +242,15 @@ def _fit_activated(site: Site, task: Task, recipe: LayerRecipe, state: State) ->
     state.fits[site.layer.name] = fit._replace(layer=layer, output_clip=output_clip)
 
 
-@program(static_argnums=0)
-def activated_values(objective: Objective, floats: jax.Array, values: jax.Array) -> OutputValues:
-    """Samples outputs after their activation for the search of their range."""
-    return output_values(objective, NONE, None, floats, values, None)
+def _fit_junction(junction: Junction, recipe: Recipe, state: State) -> None:
+    """Fits the range of a junction, unless it lies on a grid already."""
+    if junction.var in state.grids:
+        return
+    floats, values = state.streams.read(junction.var)
+    fitted, rounded = fit_junction(junction.activation, recipe, floats, values)
+    state.grids[junction.var] = Grid(fitted.grid, kind_of(recipe.sum_spec))
+    state.sums[junction.name] = fitted
+    state.streams.write(junction.var, floats, rounded)
 
 
 @program()

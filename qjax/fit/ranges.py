@@ -235,6 +235,14 @@ def output_values(
     return OutputValues(extremes, sampled(target), sampled(actual), added, stacked)
 
 
+@program(static_argnums=(0, 1))
+def values_between(
+    objective: Objective, activation: Activation, floats: jax.Array, values: jax.Array
+) -> OutputValues:
+    """Samples values that are no layer's pre-activation output; see `output_values`."""
+    return output_values(objective, activation, None, floats, values, None)
+
+
 @program(static_argnames=("objective", "spec", "activation", "candidates"))
 def choose_output(
     values: OutputValues,

@@ -15,6 +15,7 @@ from jax.extend import core
 
 from qjax.graph import jaxpr
 from qjax.graph.jaxpr import Equations
+from qjax.graph.junctions import Junction
 from qjax.graph.layers import Network, Site
 from qjax.graph.schedule import Activated, reads, schedule, segments
 from qjax.programs import program
@@ -22,24 +23,24 @@ from qjax.programs import program
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A run of plain equations and the layer step after it.
+    """A run of plain equations and the step of another kind after it.
 
     Attributes:
       equations: the run.
-      step: the layer step, None at the end of the network.
+      step: that step, None at the end of the network.
       needed: the variables that the step or a later one reads.
     """
 
     equations: tuple[core.JaxprEqn, ...]
-    step: Site | Activated | None
+    step: Site | Activated | Junction | None
     needed: frozenset[core.Var]
 
 
-def cut(network: Network) -> tuple[Segment, ...]:
-    """Cuts a network's schedule into segments."""
+def cut(network: Network, junctions: Sequence[Junction] = ()) -> tuple[Segment, ...]:
+    """Cuts a network's schedule into segments; see `schedule`."""
     found = []
     needed = frozenset(jaxpr.variables(network.flat.outputs))
-    for equations, step in reversed(list(segments(schedule(network)))):
+    for equations, step in reversed(list(segments(schedule(network, junctions)))):
         needed |= frozenset(reads(step)) if step else frozenset()
         found.append(Segment(equations, step, needed))
         needed |= frozenset(var for equation in equations for var in reads(equation))

@@ -7,6 +7,7 @@ import jax
 from jax.extend import core
 
 from qjax.graph import jaxpr
+from qjax.graph.junctions import Junction
 from qjax.graph.layers import Network, Site
 
 
@@ -16,19 +17,24 @@ class Activated(NamedTuple):
     site: Site
 
 
-Step = core.JaxprEqn | Site | Activated
+Step = core.JaxprEqn | Site | Activated | Junction
 
 
-def schedule(network: Network) -> tuple[Step, ...]:
+def schedule(network: Network, junctions: Sequence[Junction] = ()) -> tuple[Step, ...]:
     """Orders what is left to evaluate once every layer with its chain is a single step.
 
     What a layer's output is added to comes before the layer, wherever no other layer is missing
     for it: the layer is then fitted for the sum.
+
+    Args:
+      network: a traced network.
+      junctions: those that have grids of their own; each is a step right after its value.
     """
     ends = {site.chain[-1]: site for site in network.sites}
     inside = {position for site in network.sites for position in site.chain}
     activated = {site.activated: site for site in network.sites if site.activating}
-    steps: list[Step] = []
+    joined = {junction.var: junction for junction in junctions}
+    steps: list[Step] = [joined[var] for var in network.flat.inputs if var in joined]
     for position, equation in enumerate(network.flat.equations):
         if position in ends:
             site = ends[position]
@@ -36,6 +42,7 @@ def schedule(network: Network) -> tuple[Step, ...]:
         elif position not in inside:
             steps.append(equation)
             steps += [Activated(activated[v]) for v in equation.outvars if v in activated]
+            steps += [joined[v] for v in equation.outvars if v in joined]
     live = set(jaxpr.variables(network.flat.outputs))
     kept = []
     for step in reversed(steps):
@@ -71,6 +78,8 @@ def reads(step: Step) -> list[core.Var]:
             return [step.input]
         case Activated():
             return [step.site.activated]
+        case Junction():
+            return [step.var]
         case _:
             return jaxpr.variables(step.invars)
 
@@ -82,6 +91,8 @@ def writes(step: Step) -> list[core.Var]:
             return [step.output]
         case Activated():
             return [step.site.activated]
+        case Junction():
+            return [step.var]
         case _:
             return list(step.outvars)
 
@@ -96,11 +107,11 @@ def rest_of_params(network: Network, params: Any) -> dict[str, jax.Array]:
 
 def segments(
     steps: Sequence[Step],
-) -> Iterator[tuple[tuple[core.JaxprEqn, ...], Site | Activated | None]]:
-    """Cuts steps into runs of plain equations, each with the layer step that follows it."""
+) -> Iterator[tuple[tuple[core.JaxprEqn, ...], Site | Activated | Junction | None]]:
+    """Cuts steps into runs of plain equations, each with the step of another kind after it."""
     run: list[core.JaxprEqn] = []
     for step in steps:
-        if isinstance(step, Site | Activated):
+        if isinstance(step, Site | Activated | Junction):
             yield tuple(run), step
             run = []
         else:

@@ -36,15 +36,15 @@ from qjax.formats.dynamic import Dynamic
 from qjax.formats.spec import in_table
 from qjax.graph.jaxpr import Env
 from qjax.graph.layers import Network, Site
-from qjax.graph.schedule import Step, schedule
+from qjax.graph.schedule import Step
 from qjax.integer import lowerings
 from qjax.integer.accumulator import Accumulator, check_accumulator
-from qjax.integer.codes import grid_key
+from qjax.integer.codes import GridKey, grid_key
 from qjax.integer.lowerings import LOWERINGS, Lowering, Method
 from qjax.integer.requantize import ARITHMETICS, Arithmetic
 from qjax.integer.rules import LayerPlan, Plan, Record, integer_rules
 from qjax.quantize import Quantized
-from qjax.run.function import QuantizedFunction, bind, outputs_of
+from qjax.run.function import QuantizedFunction, bind, outputs_of, steps_of
 from qjax.run.interpreter import Rules, evaluate
 from qjax.run.layer import QuantizedLayer
 
@@ -112,7 +112,14 @@ def integer(
                 f"layer {name!r} can reach {lowerings.largest(layer):,} in its accumulator, beyond "
                 "32 bits; use fewer bits for its weights or its inputs."
             )
-    return IntegerFunction(q.apply_fn, layers, chosen, methods, narrow)
+    sums = tuple((name, _key(grid)) for name, grid in q.params.get("sums", {}).items())
+    return IntegerFunction(q.apply_fn, layers, chosen, methods, narrow, sums)
+
+
+def _key(grid: QParams) -> GridKey:
+    key = grid_key(grid)
+    assert key is not None
+    return key
 
 
 def _sums_codes(layer: QuantizedLayer) -> bool:
@@ -167,6 +174,7 @@ class IntegerFunction:
       arithmetic: of requantization.
       methods: the lowering that was asked for, by layer; the fastest for those without one.
       narrow: the accumulators to simulate, by layer.
+      sums: the grids of junctions, by name.
     """
 
     function: QuantizedFunction
@@ -174,6 +182,7 @@ class IntegerFunction:
     arithmetic: Arithmetic
     methods: Mapping[str, Method]
     narrow: Mapping[str, Accumulator]
+    sums: tuple[tuple[str, GridKey], ...] = ()
     _plans: MutableMapping[Network, Plan] = dataclasses.field(
         default_factory=weakref.WeakKeyDictionary, repr=False
     )
@@ -246,7 +255,7 @@ class IntegerFunction:
         """What the programs of a network depend on; remembered as long as the network is."""
         if network not in self._plans:
             layers = ((site.layer.name, self._layer_plan(site)) for site in network.sites)
-            self._plans[network] = Plan(self.arithmetic, tuple(layers))
+            self._plans[network] = Plan(self.arithmetic, tuple(layers), self.sums)
         return self._plans[network]
 
     def _layer_plan(self, site: Site) -> LayerPlan:
@@ -307,7 +316,8 @@ def _evaluated(
 ) -> tuple[Env, Rules]:
     rules = integer_rules(plan, biases, record)
     env = bind(network, params["rest"], x)
-    evaluate(schedule(network), env, params["layers"], rules, watch)
+    steps, read = steps_of(network, params)
+    evaluate(steps, env, read, rules, watch)
     return env, rules
 
 

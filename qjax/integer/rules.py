@@ -27,6 +27,7 @@ from qjax.formats.affine import QParams, quantize_array
 from qjax.formats.dynamic import Dynamic
 from qjax.graph import jaxpr
 from qjax.graph.activation import clip_bounds
+from qjax.graph.junctions import Junction
 from qjax.graph.layers import Site
 from qjax.graph.operation import along_channels, from_output_matrix
 from qjax.integer import lowerings
@@ -80,14 +81,16 @@ class Plan:
     Attributes:
       arithmetic: of requantization.
       layers: by name, in dataflow order.
+      sums: the grids of junctions, by name.
     """
 
     arithmetic: Arithmetic
     layers: tuple[tuple[str, LayerPlan], ...]
+    sums: tuple[tuple[str, GridKey], ...] = ()
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.arithmetic, self.layers))
+        return hash((self.arithmetic, self.layers, self.sums))
 
     def __hash__(self) -> int:
         """Computed once: every call of the network looks its program up."""
@@ -105,7 +108,7 @@ def integer_rules(
       record: called with (name, accumulator) of every layer that has an integer one: int32[...], or
         the same integers as float32, in the layout of the layer's operation.
     """
-    arithmetic, plans = plan.arithmetic, dict(plan.layers)
+    arithmetic, plans, sums = plan.arithmetic, dict(plan.layers), dict(plan.sums)
 
     def layer_rule(site: Site, layer: QuantizedLayer, value: Any) -> Codes | jax.Array:
         name = site.layer.name
@@ -135,7 +138,11 @@ def integer_rules(
                 assert key is not None
                 return to_grid(value, grid, key, arithmetic)
 
-    return Rules(layer_rule, activated_rule, primitive_rules(arithmetic), real_value)
+    def joined_rule(junction: Junction, grid: QParams, value: Any) -> Codes:
+        return to_grid(value, grid, sums[junction.name], arithmetic)
+
+    primitives = primitive_rules(arithmetic)
+    return Rules(layer_rule, activated_rule, primitives, real_value, joined_rule)
 
 
 # ---- Layers

@@ -98,6 +98,11 @@ def prepare(
     if recipe is not None and bits is not None:
         raise ValueError("`recipe` and `bits` were both given; give one of them.")
     recipe = make_recipe(8 if bits is None else bits) if recipe is None else recipe
+    if recipe.quantizes_sums:
+        raise ValueError(
+            "`recipe` must leave the sums in float, whose ranges are not trained; got "
+            f"sums={recipe.sums!r}."
+        )
     network = find_layers(apply_fn, params, shapes_of(x))
     recipes = recipe.by_layer([site.layer.name for site in network.sites])
     has_signs = {name: chosen.binarizes_inputs and _is_binary(own) for name, own in recipes.items()}
@@ -254,6 +259,6 @@ def _sources(
             case Activated(site=site):
                 name = site.layer.name
                 record(site.activated, name, layers[name].activated)
-            case _:
+            case core.JaxprEqn():
                 follow_codes(step, grids, lambda pair: pair[1].greatest)
     return found

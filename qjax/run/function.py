@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from qjax.formats.affine import QParams
 from qjax.graph import jaxpr
 from qjax.graph.jaxpr import Env
+from qjax.graph.junctions import find_junctions
 from qjax.graph.layers import Network, find_layers, shapes_of
-from qjax.graph.schedule import schedule
+from qjax.graph.schedule import Step, schedule
 from qjax.run.fake import FAKE
 from qjax.run.interpreter import Rules, evaluate
 
@@ -40,8 +41,9 @@ class QuantizedFunction:
         """Evaluates the quantized network, compiled once per shape of `x`.
 
         Args:
-          params: `Quantized.params`: `layers`, a `QuantizedLayer` by name, and `rest`, the leaves
-            of the original params that are still read, by path.
+          params: `Quantized.params`: `layers`, a `QuantizedLayer` by name; `rest`, the leaves of
+            the original params that are still read, by path; and `sums`, where junctions have
+            grids of their own, these by name.
           x: an input like the ones of the original function, of any batch size.
 
         Returns:
@@ -111,6 +113,14 @@ class QuantizedFunction:
         return self.apply_fn, structure, shapes, tuple(self.shapes.items()), self.rules.key
 
 
+def steps_of(network: Network, params: Mapping[str, Any]) -> tuple[tuple[Step, ...], Any]:
+    """What `evaluate` takes of a network: its steps, and what they read of `Quantized.params`."""
+    grids = params.get("sums", {})
+    found = find_junctions(network) if grids else ()
+    steps = schedule(network, [junction for junction in found if junction.name in grids])
+    return steps, {**params["layers"], **grids}
+
+
 def bind(network: Network, rest: Mapping[str, jax.Array], x: Any) -> Env:
     """What is known before a network is evaluated: its params and its input.
 
@@ -135,7 +145,8 @@ def outputs_of(network: Network, env: Env, rules: Rules) -> Any:
 
 def _evaluated(network: Network, rules: Rules, params: Mapping[str, Any], x: Any) -> Env:
     env = bind(network, params["rest"], x)
-    evaluate(schedule(network), env, params["layers"], rules)
+    steps, read = steps_of(network, params)
+    evaluate(steps, env, read, rules)
     return env
 
 

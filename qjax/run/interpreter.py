@@ -11,10 +11,16 @@ from jax.extend import core
 
 from qjax.graph import jaxpr
 from qjax.graph.jaxpr import Env
+from qjax.graph.junctions import Junction
 from qjax.graph.layers import Site
 from qjax.graph.schedule import Activated, Step
 
 PrimitiveRule = Callable[[core.JaxprEqn, list[Any]], list[Any] | None]
+
+
+def project(junction: Junction, grid: Any, value: Any) -> Any:
+    """Rounds a real value to its grid."""
+    return grid.project(value)
 
 
 class Rules(NamedTuple):
@@ -27,18 +33,20 @@ class Rules(NamedTuple):
       primitives: by name of a primitive, a rule of (equation, values of its operands) that returns
         the results; None stands for "bind the equation on real values".
       real: of (value, atom that it belongs to): the value as an array of the atom's type.
+      joined: of (junction, its grid, value): the value on that grid.
     """
 
     layer: Callable[[Site, Any, Any], Any]
     activated: Callable[[Site, Any, Any], Any]
     primitives: Mapping[str, PrimitiveRule]
     real: Callable[[Any, jaxpr.Atom], Any]
+    joined: Callable[[Junction, Any, Any], Any] = project
 
     @property
     def key(self) -> tuple[Any, ...]:
         """A hashable value that no other rules have."""
         by_name = tuple(sorted(self.primitives.items(), key=lambda item: item[0]))
-        return self.layer, self.activated, by_name, self.real
+        return self.layer, self.activated, by_name, self.real, self.joined
 
 
 def evaluate(
@@ -53,7 +61,7 @@ def evaluate(
     Args:
       steps: from `schedule`.
       env: values by variable.
-      layers: the parameters of the layers among the steps, by name.
+      layers: the parameters of the layers and the grids of the junctions among the steps, by name.
       rules: how.
       watch: called with every step after it was evaluated.
     """
@@ -64,6 +72,8 @@ def evaluate(
             case Activated(site=site):
                 value = env[site.activated]
                 env[site.activated] = rules.activated(site, layers[site.layer.name], value)
+            case Junction():
+                env[step.var] = rules.joined(step, layers[step.name], env[step.var])
             case _:
                 values = [jaxpr.read(env, atom) for atom in step.invars]
                 rule = rules.primitives.get(step.primitive.name)

@@ -8,9 +8,9 @@ import jax
 
 from qjax.graph.fold import fold
 from qjax.graph.layers import Network, find_layers, shapes_of
-from qjax.graph.schedule import rest_of_params, schedule
+from qjax.graph.schedule import rest_of_params
 from qjax.run.fake import FAKE
-from qjax.run.function import bind, outputs_of
+from qjax.run.function import bind, outputs_of, steps_of
 from qjax.run.interpreter import evaluate
 from qjax.run.layer import QuantizedLayer
 
@@ -72,7 +72,8 @@ def _run(
     network: Network, names: Sequence[str] | None, params: Mapping[str, Any], x: Any
 ) -> tuple[Any, dict[str, Tap]]:
     env = bind(network, params["rest"], x)
-    evaluate(schedule(network), env, params["layers"], FAKE)
+    steps, read = steps_of(network, params)
+    evaluate(steps, env, read, FAKE)
     taps = {
         site.layer.name: Tap(env[site.input], env[site.output], env[site.activated])
         for site in network.sites

@@ -84,7 +84,7 @@ def measure_sensitivities(
       ValueError: the recipe quantizes nothing, or `quantize` raises it.
     """
     plain = dataclasses.replace(
-        recipe, rounding="nearest", reconstructions=0, sweeps=0, sequential=False
+        recipe, rounding="nearest", reconstructions=0, sweeps=0, sequential=False, sums="float"
     )
     nothing = dataclasses.replace(plain, weights=None, inputs=None, outputs=None, overrides=())
     recipes: dict[Part, Recipe] = {
