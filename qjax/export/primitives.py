@@ -348,6 +348,24 @@ def concatenate(writer: Writer, equation: Equation, values: Values) -> list[Tens
     return [Tensor(writer.graph.node("Concat", *names, axis=axis), order)]
 
 
+def stack(writer: Writer, equation: Equation, values: Values) -> list[Tensor]:
+    """Joins values along a new axis."""
+    axis, rank = equation.params["axis"], len(shape(equation.outvars[0]))
+    place = writer.integers([axis])
+    names = [
+        writer.graph.node("Unsqueeze", writer.plain(value, atom), place)
+        for value, atom in zip(values, equation.invars, strict=True)
+    ]
+    return [Tensor(writer.graph.node("Concat", *names, axis=axis), tuple(range(rank)))]
+
+
+def tile(writer: Writer, equation: Equation, values: Values) -> list[Tensor]:
+    """Repeats a value along axes."""
+    value = writer.placed(values[0], equation.invars[0], values[0].order)
+    repeats = [equation.params["reps"][axis] for axis in value.order]
+    return [result(value, writer.graph.node("Tile", value.name, writer.integers(repeats)))]
+
+
 def slices(writer: Writer, equation: Equation, values: Values) -> list[Tensor]:
     """Takes a part of an axis, or every so many elements of it."""
     params, atom, out = equation.params, equation.invars[0], equation.outvars[0]
@@ -647,6 +665,8 @@ RULES: dict[str, Rule] = {
     "split": split,
     "square": formula(lambda node, scalar, x: node("Mul", x, x)),
     "squeeze": squeeze,
+    "stack": stack,
     "stop_gradient": keep,
+    "tile": tile,
     "transpose": transpose,
 }

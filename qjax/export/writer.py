@@ -148,7 +148,7 @@ class Writer:
             if size == 1:
                 continue
             first = array.take([0], axis)
-            if array.size and (array == first).all():
+            if array.size and ((array == first) | (array != array)).all():  # NaN is like NaN
                 array = first
                 repeated.add(axis)
             elif isinstance(size, Batch):
