@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from qjax.formats.affine import AFFINE
 from qjax.formats.spec import QuantSpec
 
 
@@ -53,11 +54,12 @@ class Target(NamedTuple):
                 f"{spec.bits}, which it would run in float."
             )
         if argument == "weights":
-            if not spec.symmetric or not spec.family.is_uniform or spec.bits == 1:
+            if not spec.symmetric or spec.family is not AFFINE:
+                kind = "symmetric" if spec.symmetric else "asymmetric"
                 raise ValueError(
-                    f"`weights` must be symmetric codes of at least 2 bits for {self.label}; got "
-                    f"{'symmetric' if spec.symmetric else 'asymmetric'} ones of {spec.bits} bits "
-                    f"in the format {spec.family.name}."
+                    "`weights` must be symmetric uniform codes of at least 2 bits for "
+                    f"{self.label}; got {kind} ones of {spec.bits} bits in the format "
+                    f"{spec.family.name}."
                 )
             return
         if spec.is_dynamic:

@@ -26,7 +26,9 @@ def test_without_a_target_nothing_is_refused():
         ({"weight_bits": 9}, "`weights` must have at most 8 bits for TensorRT; got 9"),
         ({"input_bits": 16}, "`inputs` must have at most 8 bits for TensorRT; got 16"),
         ({"overrides": {"fc": {"output_bits": 12}}}, "`outputs` must have at most 8 bits"),
-        ({"weight_bits": 1}, "`weights` must be symmetric codes of at least 2 bits for TensorRT"),
+        ({"weight_bits": 1}, "`weights` must be symmetric uniform codes of at least 2 bits"),
+        ({"weight_bits": 4, "weight_format": "apot"}, "`weights` must be symmetric uniform.* apot"),
+        ({"weight_bits": 4, "weight_format": "kmeans"}, "`weights` must be .* the format kmeans"),
         ({"activation_ranges": "dynamic"}, "`inputs` must have static ranges for TensorRT"),
         ({"activation_granularity": "per_channel"}, "`inputs` must have granularity per_tensor"),
         (

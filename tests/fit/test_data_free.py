@@ -218,3 +218,8 @@ def test_what_is_not_known_is_refused(change: Any, message: str):
     arguments = {"batches": SHAPE, "recipe": WEIGHTS_ALONE} | change
     with pytest.raises(ValueError, match=message):
         qjax.quantize(apply_fn, params(), **arguments)
+
+
+def test_sums_have_no_grids_without_images():
+    with pytest.raises(ValueError, match="`sums` quantized needs the values of sums"):
+        qjax.quantize(apply_fn, {}, SHAPE, qjax.recipe(8, sums="quantized"))
