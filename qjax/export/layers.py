@@ -23,7 +23,9 @@ from qjax.export.primitives import write_equation
 from qjax.export.sizes import Batch, Size, Sizes
 from qjax.export.writer import EVERYTHING, Tensor, Writer, clipped, with_zero
 from qjax.formats.affine import QParams
+from qjax.graph.activation import Activation
 from qjax.graph.jaxpr import dtype
+from qjax.graph.junctions import Junction
 from qjax.graph.layers import Site
 from qjax.graph.operation import Convolution, DotProduct
 from qjax.run.layer import QuantizedLayer, accumulator_scale
@@ -52,6 +54,11 @@ def write_layer(writer: Writer, site: Site, layer: QuantizedLayer, value: Tensor
 def write_activated(writer: Writer, site: Site, layer: QuantizedLayer, value: Tensor) -> Tensor:
     """Rounds a layer's output after its activation, where the layer says so."""
     return value if layer.activated is None else writer.rounded(value, layer.activated)
+
+
+def write_junction(writer: Writer, junction: Junction, grid: QParams, value: Tensor) -> Tensor:
+    """Rounds a sum, a concatenation, a pool, or what goes into one of them."""
+    return _rounded(writer, junction.activation, grid, value)
 
 
 def _convolution(writer: Writer, site: Site, layer: QuantizedLayer, value: Tensor) -> Tensor:
@@ -265,7 +272,14 @@ def _output(writer: Writer, site: Site, layer: QuantizedLayer, y: Tensor) -> Ten
     """Rounds a layer's output; its channels lie on axis 1."""
     if layer.outputs is None:
         return y
-    low, _ = site.activation.bounds
+    return _rounded(writer, site.activation, layer.outputs, y, axis=1)
+
+
+def _rounded(
+    writer: Writer, activation: Activation, grid: QParams, y: Tensor, axis: int | None = None
+) -> Tensor:
+    """Rounds what an activation follows."""
+    low, _ = activation.bounds
     if writer.target.clips_first and low == 0.0:
         y = clipped(writer, y, (low, EVERYTHING[1]))  # zero is on the grid: it commutes
-    return writer.rounded(y, layer.outputs, axis=1)
+    return writer.rounded(y, grid, axis)

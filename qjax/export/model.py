@@ -10,7 +10,7 @@ import onnx
 from jax.extend import core
 from onnx import helper
 
-from qjax.export.layers import write_activated, write_layer
+from qjax.export.layers import write_activated, write_junction, write_layer
 from qjax.export.primitives import write_equation
 from qjax.export.sizes import TRACED, Sizes, sizes_by_variable, with_batch
 from qjax.export.writer import Tensor, Writer, element_type
@@ -18,8 +18,8 @@ from qjax.graph import jaxpr
 from qjax.graph.jaxpr import Atom
 from qjax.graph.layers import Network, find_layers, shapes_of
 from qjax.graph.naming import path_names
-from qjax.graph.schedule import Step, schedule
-from qjax.run.function import bind
+from qjax.graph.schedule import Step
+from qjax.run.function import bind, steps_of
 from qjax.run.interpreter import Rules, evaluate
 from qjax.targets import Target
 
@@ -66,8 +66,8 @@ def write_model(
         for name, leaf in zip(names, leaves, strict=True)
     ]
     env = bind(network, params["rest"], jax.tree.unflatten(jax.tree.structure(x), values))
-    steps = schedule(network)
-    evaluate(steps, env, params["layers"], _rules(writer, steps))
+    steps, read = steps_of(network, params)
+    evaluate(steps, env, read, _rules(writer, steps))
     writer.graph.scope = ""
     tree = jax.tree.unflatten(flat.out_tree, flat.outputs)
     outputs = []
@@ -91,7 +91,10 @@ def _rules(writer: Writer, steps: tuple[Step, ...]) -> Rules:
     equations = (step for step in steps if isinstance(step, core.JaxprEqn))
     primitives = {step.primitive.name for step in equations}
     write = dict.fromkeys(primitives, partial(write_equation, writer))
-    return Rules(partial(write_layer, writer), partial(write_activated, writer), write, real)
+    layer, activated, joined = (
+        partial(rule, writer) for rule in (write_layer, write_activated, write_junction)
+    )
+    return Rules(layer, activated, write, real, joined)
 
 
 def _names(tree: Any, alone: str) -> list[str]:
