@@ -41,6 +41,8 @@ def fit_junction(
 ) -> tuple[FittedJunction, jax.Array]:
     """Chooses the range of a junction as that of a layer's output: E‖act(ẑ) − act(z)‖².
 
+    No range goes beyond the bounds of the activation, whatever chooses it.
+
     Args:
       activation: what follows it.
       recipe: of the network.
@@ -51,8 +53,10 @@ def fit_junction(
       What was fitted, and the values on its grid.
     """
     spec, objective = recipe.sum_spec, recipe.objective
+    sampled = values_between(objective, activation, floats, values)
+    low, high = (jnp.clip(end, *activation.bounds) for end in sampled.extremes)
     grid, clip = choose_output(
-        values_between(objective, activation, floats, values),
+        sampled._replace(extremes=(low, high)),
         spec.limits,
         objective=objective,
         spec=spec.stored,
