@@ -37,6 +37,9 @@ WIDTHS = (8, 6, 5, 4, 3, 2)
 FORMATS = {"W6A6": (6, 6), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8)}
 FORMATS |= {"W4A4": (4, 4), "W3A3": (3, 3)}
 FLOAT, UNIFORM = "float", "uniform"
+LONG = """medians over the layers of the SQNR of kernels and outputs, and
+of what outputs have more than with uniform weights of that width; top-1 in percent on all test
+images; bytes of kernels, with scales and tables, and of biases; and the error"""
 PUBLIC = "resnet20-cifar10.torch.safetensors"
 
 
@@ -282,9 +285,12 @@ def document(table: Table, lines: Sequence[dict[str, Any]], command: str) -> str
     calibrated = [line for line in lines if line["row"] != FLOAT]
     images = sorted({line["calibration_images"] for line in calibrated})
     counts = " or ".join(f"{n:,}" for n in images)
+    shown = (
+        LONG if table.is_long else "top-1 in percent on all test images, and in brackets the error"
+    )
     return f"""# {table.title}
 
-Measured by `{command}`: top-1 in percent on all test images, and in brackets the error
+Measured by `{command}`: {shown}
 |f(x) − f̂(x)|² / |f(x)|² of the logits on up to {HELD_OUT:,} training images not calibrated on.
 {counts} calibration images; means over the draws.
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from qjax.formats.scales import SCALES
-from qjax.formats.spec import MAX_BITS, KernelGranularity, QuantSpec
+from qjax.formats.spec import FORMATS, MAX_BITS, KernelGranularity, QuantSpec
 from qjax.objectives.errors import MSE, OUTPUT_MSE
 from qjax.objectives.table import OBJECTIVES
 from qjax.progress import Progress
@@ -20,6 +20,7 @@ from qjax.table import table
 WIDTHS = (8, 4)
 ALL_WIDTHS = tuple(range(2, MAX_BITS + 1))
 FIXED_POINT_WIDTHS = (8, 6, 4)
+CODEBOOK_WIDTHS = (4, 3)
 GROUP_SIZES = (64, 16)
 AGREEMENT = 99.0  # percent of the calibration images, at which a width is good enough
 
@@ -300,6 +301,13 @@ def _fixed_point(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
                 yield (str(bits), part, name), _alone(recipe, fields, bits, scale=name)
 
 
+def _weight_format(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
+    for bits in widths:
+        for name, family in FORMATS.items():
+            if bits in family.widths and len(family.widths) > 1:
+                yield (str(bits), name), _alone(base, ["weights"], bits, format=name)
+
+
 def _alone(recipe: Recipe, fields: Sequence[str], bits: int, **changes: Any) -> Recipe:
     """A recipe that quantizes some tensors and leaves the others in float."""
     in_float = dict.fromkeys(_SPECS)
@@ -344,6 +352,12 @@ QUESTIONS = {
         ("bits", "range method"),
         WIDTHS,
         _range_method,
+    ),
+    "weight-format": Question(
+        "What do codebooks gain over uniform weights? (activations in float; nf4 is quantile at 4)",
+        ("bits", "format"),
+        CODEBOOK_WIDTHS,
+        _weight_format,
     ),
     "fixed-point": Question(
         "What does it cost that every scale is a power of two? (the other tensors in float)",

@@ -92,6 +92,14 @@ def test_powers_of_two_cost_what_they_cost():
     assert found.rows[2].bytes == found.rows[5].bytes
 
 
+def test_every_format_of_weights_of_the_width():
+    found = made("weight-format", 3)
+    names = ["uniform", "kmeans", "power_of_two", "apot", "quantile"]
+    assert labels(found) == [("3", name) for name in names]
+    gains = [row.logits_sqnr_db - found.rows[0].logits_sqnr_db for row in found.rows]
+    assert gains[1] > 1 and max(gains) == gains[1]
+
+
 def test_the_table_has_a_line_per_row_and_one_for_float():
     lines = str(made("weight-bits", 3, 10)).splitlines()
     assert lines[0] == QUESTIONS["weight-bits"].text
