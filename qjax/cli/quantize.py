@@ -8,14 +8,18 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from qjax import artifact
 from qjax.cli import export, widths
 from qjax.cli.arguments import add_model, add_recipe, check_report, load_model, read_recipe
 from qjax.cli.command import Command, Stage, add_quiet, stages
 from qjax.cli.loading import Loaded
+from qjax.fit.data_free import UnknownRangeError
+from qjax.graph.layers import shapes_of
 from qjax.page import quantization
 from qjax.page.document import write
+from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
 from qjax.recipe import Recipe
 from qjax.study.accuracy import top1
@@ -28,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_recipe(parser)
     widths.add_arguments(parser)
+    parser.add_argument(
+        "--data-free",
+        action="store_true",
+        help="without a single image: ranges of activations by batch norm, or at run time; add "
+        "--activation-ranges dynamic, or --input-bits float --output-bits float for weights alone",
+    )
     add = parser.add_argument_group("what to write").add_argument
     add(
         "--baseline",
@@ -61,6 +71,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.export is not None:
         export.check(arguments.export, recipe, _target(arguments))
     widths.check(arguments, recipe)
+    if arguments.data_free and widths.is_wanted(arguments):
+        raise ValueError(
+            "`--data-free` has no images to choose widths on; give --bits, or leave it out."
+        )
     stage = stages(arguments)
     with stage("loading") as progress:
         loaded = load_model(arguments, progress)
@@ -117,18 +131,34 @@ def _quantized(
             q, found = widths.run(arguments, loaded, recipe, progress)
             print(f"{found}\n")
         else:
-            model = loaded.model
-            q = quantize(
-                model.apply_fn, model.params, loaded.calibration, recipe, progress=progress
-            )
+            q = _quantize(arguments, loaded, recipe, progress)
     return q, time.perf_counter() - start
+
+
+def _quantize(
+    arguments: argparse.Namespace, loaded: Loaded, recipe: Recipe, progress: Progress
+) -> Quantized:
+    """Quantizes the model on its calibration images, or without any."""
+    model, batches, input_range = loaded.model, loaded.calibration, None
+    if arguments.data_free:
+        batches = shapes_of(batches)
+        pixels = np.stack([np.full_like(loaded.test.images[0], value) for value in (0, 255)])
+        ends = model.preprocess(pixels)
+        input_range = float(ends.min()), float(ends.max())
+    given: dict[str, Any] = {"progress": progress, "input_range": input_range}
+    try:
+        return quantize(model.apply_fn, model.params, batches, recipe, **given)
+    except UnknownRangeError as error:
+        raise ValueError(
+            f"{error} Here: --activation-ranges dynamic, or --{error.tensor}-bits float."
+        ) from error
 
 
 def _accuracies(
     arguments: argparse.Namespace, loaded: Loaded, q: Quantized, stage: Stage
 ) -> dict[str, float | None]:
     """Top-1 in percent of the float network, the quantized one and, if asked for, a naive one."""
-    model, calibration, test = loaded
+    model, _, test = loaded
     measure = partial(top1, images=test.images, labels=test.labels, preprocess=model.preprocess)
 
     def accuracy(name: str, apply_fn: Callable[..., Any], params: Any) -> float:
@@ -143,7 +173,7 @@ def _accuracies(
     if arguments.baseline:
         with stage("quantizing naively") as progress:
             recipe = q.report.recipe.naive()
-            naive = quantize(model.apply_fn, model.params, calibration, recipe, progress=progress)
+            naive = _quantize(arguments, loaded, recipe, progress)
         found["naive_top1"] = accuracy("naive", naive.apply_fn, naive.params)
     return found
 
@@ -159,7 +189,7 @@ def _result(
     return {
         "model": loaded.model.name,
         "dataset": arguments.dataset or loaded.model.dataset,
-        "calibration_images": len(loaded.calibration),
+        "calibration_images": 0 if arguments.data_free else len(loaded.calibration),
         "seed": arguments.seed,
         "test_dataset": loaded.test.name,
         "test_images": len(loaded.test.images),
@@ -179,13 +209,15 @@ def _summary(result: dict[str, Any]) -> str:
     naive = result["naive_top1"]
     beside = "" if naive is None else f", {naive:.2f} % naively ({naive - before:+.2f})"
     size, small = result["bytes_float"], result["bytes_quantized"]
+    images = f"{result['calibration_images']:,} training images of {result['dataset']}"
+    used = f"on {images}, without labels (seed {result['seed']})"
     return "\n".join(
         (
             f"top-1        {before:.2f} % float, {after:.2f} % quantized ({after - before:+.2f})"
             f"{beside}, {result['test_images']:,} test images of {result['test_dataset']}",
             f"parameters   {size:,} bytes float, {small:,} quantized ({size / small:.2f}x smaller)",
-            f"calibration  {result['seconds']:.1f} s on {result['calibration_images']:,} training "
-            f"images of {result['dataset']}, without labels (seed {result['seed']})",
+            f"calibration  {result['seconds']:.1f} s "
+            f"{used if result['calibration_images'] else 'without images'}",
         )
     )
 

@@ -55,6 +55,25 @@ from qjax.recipe import LayerRecipe, Recipe
 from qjax.run.layer import QuantizedLayer
 
 
+class UnknownRangeError(ValueError):
+    """A range is to be static, and there are neither images nor batch norm to tell it.
+
+    Attributes:
+      tensor: whose range it is: `input` or `output`.
+    """
+
+    def __init__(self, name: str, tensor: str, reason: str) -> None:
+        """Takes the layer's name, `input` or `output`, and why nothing is known."""
+        self.tensor = tensor
+        remedy = " give `input_range` if it is the network's own," if tensor == "input" else ""
+        super().__init__(
+            f"`batches` has no images, and nothing is known of the {tensor} of layer {name!r}: "
+            f"{reason}. Pass images,{remedy} ask for ranges that are found at run time "
+            f"(ranges='dynamic'), or leave it in float: "
+            f"overrides={{{name!r}: {{'{tensor}s': None}}}}."
+        )
+
+
 def fit_without_data(
     network: Network,
     leaves: Sequence[jax.Array],
@@ -79,7 +98,7 @@ def fit_without_data(
       A `Fit` per layer, by name, in dataflow order.
 
     Raises:
-      ValueError: a range is to be static, and nothing is known of the values.
+      UnknownRangeError: a range is to be static, and nothing is known of the values.
     """
     names = [site.layer.name for site in network.sites]
     recipes = recipe.by_layer(names)
@@ -129,7 +148,7 @@ class _Fitting:
         prepared, layer, rounded = self._fit_sum(site, task, recipe)
         y = self._draw(site)
         if y is None and is_output_searched(recipe):
-            raise ValueError(_unknown(name, "output", "no batch norm follows it"))
+            raise UnknownRangeError(name, "output", "no batch norm follows it")
         outputs, output_clip = self._fit_output(site, task, recipe, layer, y)
         if isinstance(outputs, QParams) and not outputs.scale.ndim:
             assert recipe.outputs is not None
@@ -215,7 +234,7 @@ class _Fitting:
         else:
             y = self.draws.read(site.activated)
             if y is None:
-                raise ValueError(_unknown(site.layer.name, "output", "no batch norm follows it"))
+                raise UnknownRangeError(site.layer.name, "output", "no batch norm follows it")
             qparams, clip = choose_output(
                 values_between(task.output_objective, NONE, y, y),
                 limits,
@@ -239,16 +258,7 @@ def _without_input(
         axis = task.examples and task.examples.input
         inputs = dynamic(spec, recipe.limits["inputs"], axis)
     elif spec is not None and known is None:
-        raise ValueError(_unknown(name, "input", "no batch norm leads to it"))
+        raise UnknownRangeError(name, "input", "no batch norm leads to it")
     groups, patch, _ = task.operation.matrix_shape
     identity = jnp.broadcast_to(jnp.eye(patch), (groups, patch, patch))
     return Prepared(None, None, inputs, None, folded, identity)
-
-
-def _unknown(name: str, tensor: str, reason: str) -> str:
-    remedy = " give `input_range` if it is the network's own," if tensor == "input" else ""
-    return (
-        f"`batches` has no images, and nothing is known of the {tensor} of layer {name!r}: "
-        f"{reason}. Pass images,{remedy} ask for ranges that are found at run time "
-        f"(ranges='dynamic'), or leave it in float: overrides={{{name!r}: {{'{tensor}s': None}}}}."
-    )

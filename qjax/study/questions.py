@@ -1,18 +1,21 @@
 """Studies: one question each, answered by quantizing the same network in several ways."""
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from qjax.fit.data_free import UnknownRangeError
 from qjax.formats.scales import SCALES
 from qjax.formats.spec import FORMATS, MAX_BITS, KernelGranularity, QuantSpec
+from qjax.graph.layers import shapes_of
 from qjax.objectives.errors import MSE, OUTPUT_MSE
 from qjax.objectives.table import OBJECTIVES
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
-from qjax.recipe import OutputPosition, Recipe
+from qjax.recipe import ACTIVATIONS, OutputPosition, Recipe
 from qjax.study.accuracy import predict
 from qjax.study.sensitivity import at_width
 from qjax.table import table
@@ -25,7 +28,23 @@ GROUP_SIZES = (64, 16)
 AGREEMENT = 99.0  # percent of the calibration images, at which a width is good enough
 
 Labels = tuple[str, ...]
-Cases = Iterator[tuple[Labels, Recipe]]
+
+
+class WayToRanges(NamedTuple):
+    """Where the ranges of activations come from.
+
+    Attributes:
+      label: in a table.
+      recipe: how to quantize.
+      has_images: whether there are images to calibrate on.
+    """
+
+    label: str
+    recipe: Recipe
+    has_images: bool = True
+
+
+Cases = Iterator[tuple[Labels, Recipe | WayToRanges]]
 Run = Callable[[Recipe], Quantized]
 
 
@@ -56,6 +75,7 @@ class Study(NamedTuple):
       header: what the labels of the rows are.
       float_top1: share of right answers of the float network in percent.
       rows: in order.
+      refused: what could not be done, and why.
     """
 
     name: str
@@ -63,9 +83,12 @@ class Study(NamedTuple):
     header: Labels
     float_top1: float
     rows: tuple[Row, ...]
+    refused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.question}\n\n{summary(self.header, self.rows, self.float_top1)}"
+        lines = (line for text in self.refused for line in ("", *textwrap.wrap(text, 98)))
+        shown = summary(self.header, self.rows, self.float_top1)
+        return "\n".join((self.question, "", shown, *lines))
 
 
 def cells(header: Labels, rows: Sequence[Row], float_top1: float) -> list[tuple[str, ...]]:
@@ -135,13 +158,16 @@ def study(
     question = QUESTIONS[name]
     measure = Measure(apply_fn, params, batches, top1)
     cases = list(question.cases(base or Recipe(), widths or question.widths, measure.quantize))
-    rows = []
-    for labels, recipe in cases:
+    rows, refused = [], []
+    for done, (labels, way) in enumerate(cases):
         if progress is not None:
-            progress(", ".join(labels), len(rows), len(cases))
-        rows.append(measure.row(labels, measure.quantize(recipe)))
+            progress(", ".join(labels), done, len(cases))
+        try:
+            rows.append(measure.row(labels, measure.quantize(way)))
+        except UnknownRangeError as error:
+            refused.append(f"not possible: {', '.join(labels)}: {error}")
     float_top1 = top1(apply_fn, params)
-    return Study(name, question.text, question.header, float_top1, tuple(rows))
+    return Study(name, question.text, question.header, float_top1, tuple(rows), tuple(refused))
 
 
 class Measure:
@@ -159,9 +185,13 @@ class Measure:
         self._top1 = top1
         self._logits = predict(apply_fn, params, batches)
 
-    def quantize(self, recipe: Recipe) -> Quantized:
+    def quantize(self, way: Recipe | WayToRanges) -> Quantized:
         """Quantizes the network."""
-        return quantize(*self._network, recipe)
+        if isinstance(way, Recipe):
+            return quantize(*self._network, way)
+        apply_fn, params, batches = self._network
+        given = batches if way.has_images else shapes_of(batches)
+        return quantize(apply_fn, params, given, way.recipe)
 
     def row(self, labels: Labels, q: Quantized) -> Row:
         """Measures a quantized network."""
@@ -308,6 +338,44 @@ def _weight_format(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
                 yield (str(bits), name), _alone(base, ["weights"], bits, format=name)
 
 
+def ways_to_ranges(base: Recipe) -> tuple[WayToRanges, ...]:
+    """Static, dynamic and weight-only quantization, with images and without.
+
+    Args:
+      base: the recipe to vary.
+
+    Returns:
+      The ways. All but the first leave outputs in float, as dynamic quantization does. Without
+      images static ranges are those of batch norm; that of the first layer's input is found at run
+      time.
+    """
+    activations = base.inputs or ACTIVATIONS
+    dynamic = dataclasses.replace(activations, granularity="per_tensor", ranges="dynamic")
+    by_example = dataclasses.replace(dynamic, granularity="per_example")
+    inputs = dataclasses.replace(base, outputs=None)
+    at_run_time = dataclasses.replace(inputs, inputs=dynamic)
+    alone = dataclasses.replace(inputs, inputs=None)
+    first = [*base.overrides, ("@first", {"inputs": dynamic})]
+    return (
+        WayToRanges("static, inputs and outputs", base),
+        WayToRanges("static, inputs", inputs),
+        WayToRanges("dynamic per tensor", at_run_time),
+        WayToRanges("dynamic per example", dataclasses.replace(inputs, inputs=by_example)),
+        WayToRanges("weights alone", alone),
+        WayToRanges(
+            "no images: static by batch norm", dataclasses.replace(inputs, overrides=first), False
+        ),
+        WayToRanges("no images: dynamic per tensor", at_run_time, False),
+        WayToRanges("no images: weights alone", alone, False),
+    )
+
+
+def _ranges(base: Recipe, widths: Sequence[int], run: Run) -> Cases:
+    for bits in widths:
+        for way in ways_to_ranges(at_width(base, bits)):
+            yield (str(bits), way.label), way
+
+
 def _alone(recipe: Recipe, fields: Sequence[str], bits: int, **changes: Any) -> Recipe:
     """A recipe that quantizes some tensors and leaves the others in float."""
     in_float = dict.fromkeys(_SPECS)
@@ -364,5 +432,11 @@ QUESTIONS = {
         ("bits", "tensors", "scales"),
         FIXED_POINT_WIDTHS,
         _fixed_point,
+    ),
+    "dynamic": Question(
+        "Static ranges, dynamic ones, or weights alone? With images and without",
+        ("bits", "ranges of activations"),
+        WIDTHS,
+        _ranges,
     ),
 }

@@ -47,6 +47,24 @@ def test_quantize(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert same.report == restored.report  # nothing that a library call would not do
 
 
+def test_without_images(capsys: pytest.CaptureFixture[str]):
+    dynamic = ["--input-bits", "8", "--activation-ranges", "dynamic"]
+    assert quantize("--data-free", *dynamic, "--baseline", "--json") == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert result["calibration_images"] == 0 and result["quantized_top1"] > 70
+    assert any(line.startswith("calibration") and "without images" in line for line in lines)
+    assert {layer["output_sqnr_db"] for layer in result["layers"]} == {"unknown"}
+
+
+def test_without_images_what_is_unknown_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert quantize("--data-free") == 2
+    assert "nothing is known of the output of layer 'hidden'" in (found := capsys.readouterr().err)
+    assert found.rstrip().endswith("Here: --activation-ranges dynamic, or --output-bits float.")
+    assert quantize("--data-free", "--search-bits") == 2
+    assert "`--data-free` has no images to choose widths on" in capsys.readouterr().err
+
+
 def test_json_counts_what_is_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert quantize("--json", "--out", str(tmp_path), "--first-last-bits", "3") == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

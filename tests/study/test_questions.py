@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import small
 
-from qjax.study.questions import QUESTIONS, Measure, Study, search_bits, study
+from qjax.recipe import Recipe
+from qjax.study.questions import QUESTIONS, Measure, Study, search_bits, study, ways_to_ranges
 
 IMAGES = small.images(16)
 LABELS = np.asarray(small.apply_fn(small.make_params(), IMAGES).argmax(-1))
@@ -64,7 +65,8 @@ def test_overrides_hold_in_every_case():
     base = dataclasses.replace(small.CHEAP, overrides={"head": {"bits": 8}})
     measure = Measure(small.apply_fn, small.make_params(), IMAGES, top1)
     for name, question in QUESTIONS.items():
-        for _, recipe in question.cases(base, [4], measure.quantize):
+        for _, way in question.cases(base, [4], measure.quantize):
+            recipe = way if isinstance(way, Recipe) else way.recipe
             head = recipe.by_layer(["conv", "head"])["head"]
             specs = [spec for spec in (head.weights, head.inputs, head.outputs) if spec]
             assert specs and {spec.bits for spec in specs} == {8}, name
@@ -98,6 +100,22 @@ def test_every_format_of_weights_of_the_width():
     assert labels(found) == [("3", name) for name in names]
     gains = [row.logits_sqnr_db - found.rows[0].logits_sqnr_db for row in found.rows]
     assert gains[1] > 1 and max(gains) == gains[1]
+
+
+def test_static_dynamic_and_weights_alone_with_images_and_without():
+    found = made("dynamic", 8)
+    *possible, missing, _, _ = (way.label for way in ways_to_ranges(small.CHEAP))
+    assert [label[1] for label in labels(found)][: len(possible)] == possible
+    assert len(found.rows) == len(ways_to_ranges(small.CHEAP)) - 1
+    [refused] = found.refused
+    assert refused.startswith(f"not possible: 8, {missing}") and "no batch norm" in refused
+    assert refused.split()[-1] in str(found)
+    by_label = {row.labels[1]: row for row in found.rows}
+    weights, without = (by_label[f"{prefix}weights alone"] for prefix in ("", "no images: "))
+    assert weights._replace(labels=()) == without._replace(labels=()), "absmax needs no images"
+    dynamic, static = by_label["dynamic per tensor"], by_label["static, inputs"]
+    assert dynamic.bytes < static.bytes, "no scale of an input"
+    assert min(row.logits_sqnr_db for row in found.rows) > 25
 
 
 def test_the_table_has_a_line_per_row_and_one_for_float():
