@@ -177,7 +177,7 @@ def _reporter(progress: bool | Progress) -> contextlib.AbstractContextManager[Pr
 
 def _is_shape(batches: Any) -> bool:
     """Whether there are no images, but the shape of one."""
-    leaves = jax.tree.leaves(batches)
+    leaves = jax.tree.leaves(batches) if isinstance(batches, Mapping) else [batches]
     return bool(leaves) and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
 

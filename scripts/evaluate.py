@@ -370,10 +370,22 @@ def document(table: Table, lines: Sequence[dict[str, Any]], command: str) -> str
 
 Measured by `{command}`: {shown}
 |f(x) − f̂(x)|² / |f(x)|² of the logits on up to {HELD_OUT:,} training images not calibrated on.
-{counts} calibration images; means over the draws.
+{counts} calibration images; means over the draws.{_agreement(lines)}
 
 {rows_of_markdown(table, lines, with_error=True)}
 """
+
+
+def _agreement(lines: Sequence[dict[str, Any]]) -> str:
+    """Says for how many images integers and fake quantization give other logits."""
+    counted = [line for line in lines if "other_logits" in line]
+    if not counted:
+        return ""
+    images, others = (sum(line[key] for line in counted) for key in ("test_images", "other_logits"))
+    return (
+        f" In {len(counted)} networks on integers {others:,} of {images:,} images have other logits "
+        "than by fake quantization."
+    )
 
 
 def rows_of_markdown(table: Table, lines: Sequence[dict[str, Any]], with_error: bool) -> str:

@@ -52,8 +52,9 @@ def output_statistics(network: Network, leaves: Sequence[jax.Array]) -> dict[str
       >>> def apply_fn(params, x):
       ...     y = x @ params["w"] - params["mean"]
       ...     return y * jax.lax.rsqrt(params["var"] + 1e-5) * params["scale"] + params["offset"]
-      >>> names = ("mean", "var", "scale", "offset")
-      >>> params = {"w": jnp.ones((3, 1))} | {n: jnp.full((1, 1), v) for v, n in enumerate(names)}
+      >>> vectors = {"mean": 0.0, "var": 1.0, "scale": 2.0, "offset": 3.0}
+      >>> params = {name: jnp.full((1, 1), value) for name, value in vectors.items()}
+      >>> params["w"] = jnp.ones((3, 1))
       >>> network = find_layers(apply_fn, params, jnp.ones((8, 3)))
       >>> found = output_statistics(network, jax.tree.leaves(params))["w"]
       >>> print(found.mean, found.deviation.round(3))
