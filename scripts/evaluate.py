@@ -383,8 +383,8 @@ def _agreement(lines: Sequence[dict[str, Any]]) -> str:
         return ""
     images, others = (sum(line[key] for line in counted) for key in ("test_images", "other_logits"))
     return (
-        f" In {len(counted)} networks on integers {others:,} of {images:,} images have other logits "
-        "than by fake quantization."
+        f" In {len(counted)} networks on integers {others:,} of {images:,} images have other "
+        "logits than by fake quantization."
     )
 
 
