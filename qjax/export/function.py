@@ -56,7 +56,8 @@ def to_onnx(
       >>> import jax.numpy as jnp, qjax
       >>> params = {"dense": jnp.array([[0.5, -1.0], [1.0, 0.25]])}
       >>> x = jnp.array([[1.0, 2.0], [3.0, -4.0]])
-      >>> q = qjax.quantize(lambda params, x: x @ params["dense"], params, x, bits=8)
+      >>> recipe = qjax.recipe(8, target="onnxruntime").naive()
+      >>> q = qjax.quantize(lambda params, x: x @ params["dense"], params, x, recipe)
       >>> model = qjax.to_onnx(q, x)
       >>> [node.op_type for node in model.graph.node if "Linear" not in node.op_type]
       ['Gemm', 'Identity']
