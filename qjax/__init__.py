@@ -3,6 +3,7 @@
 from qjax import qat
 from qjax.artifact import load, save
 from qjax.export.function import to_onnx
+from qjax.export.tflite import to_tflite
 from qjax.formats.affine import QParams, dequantize, fake_quant, quantize_array, sqnr_db
 from qjax.formats.fixed_point import FixedPoint, to_fixed_point
 from qjax.formats.spec import QuantSpec
@@ -45,6 +46,7 @@ __all__ = [
     "sqnr_db",
     "to_fixed_point",
     "to_onnx",
+    "to_tflite",
     "top1",
     "trace",
     "unpack",

@@ -85,7 +85,7 @@ _FOLDED = ("per_tensor", "per_channel")  # scales per channel of an input are pa
 ONNXRUNTIME = Target("onnxruntime", "ONNX Runtime", input_granularities=_FOLDED)
 OPENVINO = Target("openvino", "OpenVINO", input_granularities=_FOLDED)
 TENSORRT = Target("tensorrt", "TensorRT", symmetric=True, clips_first=True)
-LITERT = Target("litert", "LiteRT", reads_onnx=False)
+LITERT = Target("litert", "LiteRT", min_bits=2, reads_onnx=False)
 
 TARGETS: dict[str, Target] = {
     target.name: target for target in (ONNXRUNTIME, OPENVINO, TENSORRT, LITERT)

@@ -32,7 +32,7 @@ ORDER = (
     *("integer.accumulator", "integer.requantize", "integer.lowerings", "integer.codes"),
     *("integer.rules", "integer.function"),
     *("export.nodes", "export.sizes", "export.writer", "export.primitives", "export.layers"),
-    *("export.model", "export.function"),
+    *("export.model", "export.function", "export.tflite"),
     *("qat.steps", "qat.kernels", "qat.methods", "qat.function", "qat.prepare", "qat.finish"),
     *("study.accuracy", "study.quality", "study.cost", "study.sensitivity", "study.allocate"),
     *("study.curves", "study.layer_trace", "study.explain", "study.accumulators"),
@@ -51,7 +51,8 @@ ORDER = (
     *("cli.study", "cli.main"),
 )
 # All that the library and its command line may load, apart from the standard library.
-PACKAGES = {"huggingface_hub", "jax", "numpy", "onnx", "pretrained", "qjax", "rich", "safetensors"}
+PACKAGES = {"huggingface_hub", "jax", "litert_converter", "numpy", "onnx", "pretrained", "qjax"}
+PACKAGES |= {"rich", "safetensors"}
 PATHS = [path.relative_to(PACKAGE).with_suffix("") for path in sorted(PACKAGE.rglob("*.py"))]
 MODULES = {
     ".".join(path.parts): PACKAGE / f"{path}.py" for path in PATHS if not path.stem.startswith("__")

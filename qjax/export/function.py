@@ -73,7 +73,7 @@ def to_onnx(
         [x] = _counted(arguments, "q, x")
         traced = trace_twice(network.apply_fn.apply_fn, network.apply_fn.params, x)
         params = unpack(network.params)
-        _check(network, traced[0].sites, params["layers"], chosen)
+        check_network(network, traced[0].sites, params["layers"], chosen)
         records = [record_to_json(record) for record in network.report]
         known |= {"target": chosen.name, "recipe": network.report.recipe.to_json()}
         known["layers"] = records
@@ -110,7 +110,7 @@ def _counted(arguments: tuple[Any, ...], wanted: str) -> tuple[Any, ...]:
     return arguments
 
 
-def _check(
+def check_network(
     q: Quantized, sites: tuple[Site, ...], layers: Mapping[str, QuantizedLayer], target: Target
 ) -> None:
     """Refuses what the target cannot run, and says which layers it runs in float."""
