@@ -255,9 +255,6 @@ def choose_output(
 ) -> tuple[QParams, jax.Array]:
     """Chooses the range of an output; compiled once for all layers whose samples are alike.
 
-    What the activation clips is outside of the range, whatever the objective: under a ReLU the
-    zero point is the lowest code, and the ReLU is the clamp of the codes.
-
     Args:
       values: samples of the output.
       limits: of its width.
@@ -273,10 +270,8 @@ def choose_output(
     target, actual = (
         nothing if array is None else array for array in (values.target, values.actual)
     )
-    bounds = EVERYTHING if values.shortcut is not None else activation.bounds
-    stacked = jnp.clip(actual if values.stacked is None else values.stacked, *bounds)
-    low, high = (jnp.clip(end, *bounds) for end in values.extremes)
-    sample = OutputSample(stacked, low, high, target, actual, values.shortcut, activation)
+    stacked = actual if values.stacked is None else values.stacked
+    sample = OutputSample(stacked, *values.extremes, target, actual, values.shortcut, activation)
     chosen = least(objective, sample, spec, candidates, limits)
     clip = chosen.scale / widest(objective, sample, spec, limits).scale
     return with_exact_products(chosen), clip
