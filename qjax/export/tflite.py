@@ -70,6 +70,8 @@ def to_tflite(q: Quantized, x: Any) -> bytes:
             "writing .tflite needs the package litert-converter; install it with "
             '`pip install "qjax[runtimes]"`.'
         ) from error
+    mlir: Any = ir  # its members are native
+    passes: Any = passmanager
     network = q.apply_fn.network(x)
     layers = q.params["layers"]
     check_network(q, network.sites, layers, LITERT)
@@ -81,14 +83,14 @@ def to_tflite(q: Quantized, x: Any) -> bytes:
         [f"{kind}_{i}" for i in range(len(avals))]
         for kind, avals in (("input", exported.in_avals), ("output", exported.out_avals))
     )
-    context = ir.Context()
+    context = mlir.Context()
     api.prepare_mlir_context(context)
     with context:
-        module = ir.Module.parse(exported.mlir_module())
+        module = mlir.Module.parse(exported.mlir_module())
         config = api.ConvertToTFLConfig()
         config.qdq_conversion_mode, config.strict_qdq_mode = "STATIC", True
         api.set_signature(module.operation, "serving_default", inputs, outputs)
-        api.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
+        api.run_convert_to_tfl_passes(module, passes.PassManager(), config)
         left = str(module).count("stablehlo.")
         if left:
             raise ValueError(
