@@ -47,14 +47,11 @@ def progress_bar(stage: str) -> Iterator[Progress]:
 
 
 @contextlib.contextmanager
-def progress_lines(
-    stage: str, period: float = PERIOD, clock: Callable[[], float] = time.monotonic
-) -> Iterator[Progress]:
+def progress_lines(stage: str, clock: Callable[[], float] = time.monotonic) -> Iterator[Progress]:
     """Writes a line every ten seconds while the context is open; short work writes none.
 
     Args:
       stage: what is under way.
-      period: seconds from one line to the next.
       clock: tells the seconds.
 
     Yields:
@@ -73,7 +70,7 @@ def progress_lines(
     def update(item: str, done: int, total: int) -> None:
         nonlocal last
         now = clock()
-        if now - last < period:
+        if now - last < PERIOD:
             return
         last = now
         left = f", {(now - start) * (total - done) / done:.0f} s left" if done else ""

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli.tiny import Model, apply_fn, make_params, quantize
+from cli.tiny import PIXELS, Model, apply_fn, make_params, quantize
 
 import pretrained
 import qjax
@@ -43,7 +43,7 @@ def test_quantize(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "300 test images of noise" in stdout
 
     images = datasets.calibration_draw(datasets.load("noise", "train").images, 30, 1)
-    same = qjax.quantize(apply_fn, make_params(), np.float32(images) / 255, recipe)
+    same = qjax.quantize(apply_fn, make_params(), PIXELS(images), recipe)
     assert same.report == restored.report  # nothing that a library call would not do
 
 

@@ -12,6 +12,7 @@ from pretrained import datasets
 from pretrained.preprocessing import Preprocessing
 from qjax.cli.main import main
 
+PIXELS = Preprocessing(255.0, (0.0,), (1.0,))
 CHEAP = ["--range-method", "absmax", "--no-bias-correction", "--input-bits", "float"]
 
 
@@ -41,8 +42,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Model]:
     rng = np.random.default_rng(0)
     sizes = {"train": 40, "test": 300}
     images = {split: rng.integers(0, 255, (n, 4, 4, 1), np.uint8) for split, n in sizes.items()}
-    pixels = Preprocessing(255.0, (0.0,), (1.0,))
-    tiny = Model("tiny", apply_fn, make_params(), pixels, "noise")
+    tiny = Model("tiny", apply_fn, make_params(), PIXELS, "noise")
     models = {"tiny": tiny}
     load_model, load_dataset = pretrained.load, datasets.load
 
