@@ -6,18 +6,18 @@ in a file of JSON lines, and a run that was interrupted goes on from its last st
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pretrained
 from pretrained import finetuning
 from pretrained.datasets import Dataset
+from qjax.progress import Progress
 from qjax.qat import METHODS
 
 WIDTHS = (8, 4, 3, 2, 1)
 TRAINED = ("lsq", "binary_connect", "xnor")
-Progress = Callable[[str, int, int], None]
 
 HEADER = ("bits", "w/i/o", "method", "post-training", "trained", "seconds", "training", "bytes")
 ACCURACIES = (3, 4)  # columns of the header
@@ -107,13 +107,12 @@ def measure(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "comparison.jsonl"
-    found = {}
+    kept, found = _read(path), {}
     for done, case in enumerate(wanted):
         recipe = finetuning.fine_tuning(
             loaded, case.method, _quantization(case, ends), epochs, seed=case.seed
         )
         key = f"{recipe.identifier}-{test.name}-{len(data.images)}-{len(test.images)}"
-        kept = _read(path)
         if key not in kept:
             label = f"{case.bits} bits, {case.method}, seed {case.seed}"
             result = finetuning.train(

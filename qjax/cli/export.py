@@ -15,6 +15,7 @@ from qjax.export.function import ONNX_TARGETS, to_onnx
 from qjax.formats.spec import check_choice
 from qjax.quantize import Quantized
 from qjax.recipe import Recipe
+from qjax.targets import ONNXRUNTIME
 
 
 class Form(NamedTuple):
@@ -97,15 +98,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--to", choices=tuple(FORMS), default="onnx", help="form to write (%(default)s)")
     add("--out", required=True, metavar="FILE", help="file to write: model.onnx")
-    add_target(add)
-
-
-def add_target(add: Callable[..., Any]) -> None:
-    """Declares what is to run the export."""
     add(
         "--target",
         choices=tuple(ONNX_TARGETS),
-        default="onnxruntime",
+        default=ONNXRUNTIME.name,
         metavar="NAME",
         help=f"runtime for the export: {', '.join(ONNX_TARGETS)} (%(default)s)",
     )

@@ -8,7 +8,7 @@ import models
 import numpy as np
 import pytest
 
-from qjax.graph.batch_norm import output_statistics
+from qjax.graph.batch_norm import Statistics, output_statistics
 from qjax.graph.layers import find_layers
 from qjax.graph.naming import path_names
 
@@ -50,21 +50,22 @@ def normalized(params: Any, x: jax.Array) -> jax.Array:
     return params["after"] - params["gamma"] * y
 
 
-def test_what_follows_batch_norm_counts_and_its_epsilon_is_taken_out():
-    vectors = {"b": 7.0, "mean": 3.0, "var": 2.0, "gamma": -4.0, "after": 1.0}
+def statistics_of_normalized(variance: float) -> Statistics:
+    vectors = {"b": 7.0, "mean": 3.0, "var": variance, "gamma": -4.0, "after": 1.0}
     params = {"w": jnp.ones((2, 3))} | {k: jnp.full((1, 3), v) for k, v in vectors.items()}
     network = find_layers(normalized, params, jnp.ones((4, 2)))
     [found] = output_statistics(network, jax.tree.leaves(params)).values()
+    return found
+
+
+def test_what_follows_batch_norm_counts_and_its_epsilon_is_taken_out():
+    found = statistics_of_normalized(2.0)
     np.testing.assert_allclose(found.mean, 1.0)
     np.testing.assert_allclose(found.deviation, 4 * np.sqrt(2.0 / 2.5), rtol=1e-6)
 
 
 def test_a_dead_channel_has_the_deviation_0():
-    vectors = {"b": 7.0, "mean": 3.0, "var": 0.0, "gamma": -4.0, "after": 1.0}
-    params = {"w": jnp.ones((2, 3))} | {k: jnp.full((1, 3), v) for k, v in vectors.items()}
-    network = find_layers(normalized, params, jnp.ones((4, 2)))
-    [found] = output_statistics(network, jax.tree.leaves(params)).values()
-    np.testing.assert_array_equal(found.deviation, 0.0)
+    np.testing.assert_array_equal(statistics_of_normalized(0.0).deviation, 0.0)
 
 
 def test_other_scales_are_not_taken_for_batch_norm():
