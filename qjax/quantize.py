@@ -1,7 +1,7 @@
 """The function transformation: a float network in, a quantized one out."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from qjax.graph.fold import fold
 from qjax.graph.junctions import find_junctions
 from qjax.graph.layers import Network, find_layers, shapes_of
 from qjax.graph.naming import path_names
+from qjax.graph.purity import check_pure
 from qjax.graph.schedule import rest_of_params
 from qjax.progress import Progress, progress_bar
 from qjax.recipe import Recipe
@@ -78,8 +79,8 @@ def quantize(
     Raises:
       ValueError: the arguments contradict each other; no calibration image; NaN or infinity in the
         images or the params; no layer, or one that cannot be rewritten; an override that matches no
-        layer.
-      TypeError: `recipe` is not a `Recipe`.
+        layer; a network that draws random numbers, updates a state or has effects.
+      TypeError: an argument is of another kind than what it should be.
 
     Example:
       >>> params = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)}
@@ -93,6 +94,7 @@ def quantize(
     recipe = make_recipe(8 if bits is None else bits) if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise TypeError(f"`recipe` must be a qjax.Recipe; got {type(recipe).__name__}.")
+    _check_kinds(apply_fn, params, batches, mesh)
     _check_data(batches, mesh, input_range)
     _check_finite("params", params)
     has_images = not _is_shape(batches)
@@ -109,12 +111,13 @@ def quantize(
             )
         recipe = recipe.without_data()
         shapes = _resized(lambda shape: (EXAMPLES, *shape[1:]), batches)
-    network = find_layers(apply_fn, params, shapes)
+    network = _traced(apply_fn, params, shapes, batches)
     if not network.sites:
         raise ValueError(
             "`apply_fn` has no layer to quantize: no convolution or dot product of something in "
             "`params` with something that depends on the input."
         )
+    check_pure(apply_fn, shapes_of(params), shapes, network)
     examples = _example_axes(apply_fn, params, shapes, network, recipe, not has_images)
     leaves = jax.tree.leaves(params)
     with _reporter(progress) as report_progress:
@@ -143,6 +146,32 @@ def quantize(
         grids = {name: fit.grid for name, fit in sums.items()}
         quantized["sums"] = jax.tree.map(jnp.asarray, grids)
     return Quantized(function, quantized, Report(records, recipe, network.skipped, sum_records))
+
+
+def _traced(apply_fn: Callable[[Any, Any], Any], params: Any, shapes: Any, batches: Any) -> Network:
+    """Finds the layers of a network, or says that its inputs lack the axis of examples."""
+    try:
+        return find_layers(apply_fn, params, shapes)
+    except Exception as error:  # whatever the network raises
+        image = next(iter(batches if isinstance(batches, Sequence) else [batches]), None)
+        shape = getattr(image, "shape", None)
+        if shape is None or _takes(apply_fn, params, shapes):
+            raise
+        if _takes(apply_fn, params, jax.ShapeDtypeStruct((1, *shape), jnp.float32)):
+            raise ValueError(
+                f"`batches` must have a leading axis of examples; got images of shape {shape} "
+                "without one. Stack them: np.stack(images), or image[None]."
+            ) from error
+        raise
+
+
+def _takes(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> bool:
+    """Whether a network takes an input of these shapes."""
+    try:
+        jax.eval_shape(apply_fn, shapes_of(params), x)
+    except Exception:  # whatever the network raises
+        return False
+    return True
 
 
 def _example_axes(
@@ -186,6 +215,28 @@ def _resized(change: Callable[[tuple[int, ...]], tuple[int, ...]], tree: Any) ->
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(change(leaf.shape), leaf.dtype), tree)
 
 
+def _check_kinds(apply_fn: Any, params: Any, batches: Any, mesh: Any) -> None:
+    """Refuses arguments of another kind than what they should be."""
+    if not callable(apply_fn):
+        raise TypeError(
+            "`apply_fn` must be a function of (params, x), and comes before `params`; got "
+            f"{type(apply_fn).__name__}."
+        )
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+        raise TypeError(
+            "`mesh` must be a jax.sharding.Mesh, e.g. jax.make_mesh((8,), ('data',)); "
+            f"got {mesh!r}."
+        )
+    for path, leaf in zip(path_names(params), jax.tree.leaves(params), strict=True):
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"`params` must hold arrays; found {type(leaf).__name__} at {path!r}. Make it one "
+                "(jnp.asarray), or close over it in `apply_fn`."
+            )
+    if isinstance(batches, str | bytes):
+        raise TypeError(f"`batches` must be arrays of images; got {batches!r}.")
+
+
 def _check_data(
     batches: Any, mesh: jax.sharding.Mesh | None, input_range: tuple[float, float] | None
 ) -> None:
@@ -220,6 +271,7 @@ def _gather(batches: Any) -> Any:
     parts = [batches] if is_one else list(batches)
     if not parts:
         raise ValueError("`batches` is empty; pass at least one calibration image.")
+    _check_parts(parts)
     images = jax.tree.map(lambda *leaves: np.concatenate([np.asarray(x) for x in leaves]), *parts)
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(images)}
     if len(sizes) != 1:
@@ -230,6 +282,25 @@ def _gather(batches: Any) -> Any:
     if sizes == {0}:
         raise ValueError("`batches` holds no calibration image; pass at least one.")
     return images
+
+
+def _check_parts(parts: Sequence[Any]) -> None:
+    """Refuses batches that are no arrays of examples, or whose examples have several shapes."""
+    for part in parts:
+        for leaf in part.values() if isinstance(part, Mapping) else [part]:
+            if not getattr(leaf, "shape", None):
+                found = f"a {type(part).__name__} of {len(part)}" if isinstance(part, tuple) else ""
+                raise TypeError(
+                    "every batch must be an array of images, or a mapping of arrays; got "
+                    f"{found or type(leaf).__name__}. Of (image, label) pairs pass the images "
+                    "alone: (x for x, _ in batches)."
+                )
+    kinds = {str(jax.tree.map(lambda leaf: leaf.shape[1:], part)) for part in parts}
+    if len(kinds) > 1:
+        raise ValueError(
+            "every batch must have images of the same shape; got "
+            f"{' and '.join(sorted(kinds))}. If `batches` is (images, labels), pass images alone."
+        )
 
 
 def _check_finite(argument: str, tree: Any) -> None:

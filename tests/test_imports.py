@@ -22,7 +22,7 @@ ORDER = (
     *("targets", "recipe"),
     *("graph.jaxpr", "graph.operation", "graph.naming", "graph.chain", "graph.activation"),
     *("graph.layers", "graph.fold", "graph.junctions", "graph.schedule", "graph.examples"),
-    "graph.batch_norm",
+    *("graph.purity", "graph.batch_norm"),
     *("run.interpreter", "run.signs", "run.layer", "run.packed", "run.fake", "run.function"),
     "run.tap",
     *("fit.streams", "fit.equalize", "fit.sampling", "fit.observers", "fit.moments"),
@@ -41,6 +41,8 @@ ORDER = (
     *(
         "cli.signals",
         "cli.output",
+        "cli.wording",
+        "cli.files",
         "cli.compilation_cache",
         "cli.loading",
         "cli.arguments",

@@ -285,8 +285,9 @@ def test_the_users_function_is_traced_once_per_shape():
     def copy(params: Any, x: jax.Array) -> jax.Array:
         return mlp(params, x)
 
-    counted: Any = chex.assert_max_traces(copy, n=3)
-    q = qjax.quantize(counted, PARAMS, X, CHEAP)  # once
+    counted: Any = chex.assert_max_traces(copy, n=4)
+    for _ in range(2):
+        q = qjax.quantize(counted, PARAMS, X, CHEAP)  # once, and once more to see that it is pure
     for _ in range(3):
         q.apply_fn(q.params, X)  # once
         q.apply_fn(q.params, X[:2])  # once
@@ -556,6 +557,10 @@ NAN = jnp.full((4, 8), jnp.nan)
         ({"apply_fn": lambda params, x: jnp.tanh(x)}, "`apply_fn` has no layer to quantize"),
         ({"apply_fn": lambda params, x: params["first"]}, "`apply_fn` has no layer to quantize"),
         ({"apply_fn": lambda params, x: x @ X.T}, "is closed over by `apply_fn`"),
+        (
+            {"apply_fn": lambda params, x: mlp(params, x) * np.random.default_rng().random()},
+            "`apply_fn` is another function every time it is traced",
+        ),
     ],
 )
 def test_what_a_user_gets_told(change: dict[str, Any], message: str):
@@ -564,9 +569,42 @@ def test_what_a_user_gets_told(change: dict[str, Any], message: str):
         qjax.quantize(**arguments)
 
 
-def test_a_recipe_of_another_type_is_refused():
-    with pytest.raises(TypeError, match=r"`recipe` must be a qjax.Recipe; got int"):
-        qjax.quantize(mlp, PARAMS, X, 8)  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": 8}, r"`recipe` must be a qjax.Recipe; got int"),
+        ({"apply_fn": PARAMS, "params": mlp}, "`apply_fn` must be a function .* got dict"),
+        ({"mesh": 8}, "`mesh` must be a jax.sharding.Mesh, .* got 8"),
+        ({"params": PARAMS | {"scale": 2.0}}, "`params` must hold arrays; found float at 'scale'"),
+        ({"batches": "images"}, "`batches` must be arrays of images; got 'images'"),
+        ({"batches": [(X, 1)]}, r"got a tuple of 2. Of \(image, label\) pairs pass the images"),
+        ({"batches": X.tolist()}, "every batch must be an array of images, .* got list"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused(change: dict[str, Any], message: str):
+    arguments: dict[str, Any] = {"apply_fn": mlp, "params": PARAMS, "batches": X} | change
+    with pytest.raises(TypeError, match=message):
+        qjax.quantize(**arguments)
+
+
+@pytest.mark.parametrize("pick", [list, lambda images: images[0]], ids=["a list of them", "one"])
+def test_single_images_are_refused(pick: Callable[[Any], Any]):
+    def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0], 6) @ params["w"]
+
+    params, images = {"w": jnp.ones((6, 2))}, np.ones((5, 2, 3), np.float32)
+    with pytest.raises(ValueError, match=r"got images of shape \(2, 3\) .* Stack them: np.stack"):
+        qjax.quantize(apply_fn, params, pick(images), CHEAP)
+
+
+def test_images_with_labels_are_refused():
+    with pytest.raises(ValueError, match=r"images of the same shape; got .* If `batches` is"):
+        qjax.quantize(mlp, PARAMS, (X, np.zeros(len(X))), CHEAP)
+
+
+def test_a_width_may_be_numpys():
+    recipe = qjax.recipe(np.int64(4))  # pyright: ignore[reportArgumentType]
+    assert recipe == qjax.recipe(4) and type(recipe.weights.bits) is int
 
 
 def test_ranges_per_example_need_an_axis_of_examples():

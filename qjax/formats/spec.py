@@ -55,13 +55,14 @@ def in_table(argument: str, given: str | T, table: Mapping[str, T]) -> T:
     return table[str(given)]
 
 
-def check_bits(argument: str, bits: object) -> None:
+def check_bits(argument: str, bits: Any) -> None:
     """Refuses a width that no code has.
 
     Raises:
       ValueError: it is no integer from 1 to 16.
     """
-    if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
+    is_integer = isinstance(bits, int | np.integer) and not isinstance(bits, bool)
+    if not (is_integer and MIN_BITS <= int(bits) <= MAX_BITS):
         raise ValueError(
             f"`{argument}` must be an integer from {MIN_BITS} to {MAX_BITS}; got {bits!r}."
         )
@@ -106,6 +107,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         check_bits("bits", self.bits)
+        object.__setattr__(self, "bits", int(self.bits))
         check_choice("granularity", self.granularity, get_args(Granularity))
         if self.group_size < 1:
             raise ValueError(f"`group_size` must be at least 1; got {self.group_size}.")
