@@ -17,7 +17,7 @@ from qjax.formats.dynamic import ActivationFormat
 from qjax.graph.junctions import Junction
 from qjax.graph.layers import Layer, Skipped
 from qjax.recipe import Recipe
-from qjax.table import table
+from qjax.table import Cells, printable, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +206,9 @@ def _zero_point(format: ActivationFormat | None) -> int | None:
     return int(format.zero_point)
 
 
+WIDTH = 98  # columns of text
+
+
 class Report(Sequence[LayerReport]):
     """A record per layer in dataflow order; `str(report)` is a table of at most 100 columns.
 
@@ -241,16 +244,25 @@ class Report(Sequence[LayerReport]):
         return isinstance(other, Report) and vars(self) == vars(other)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int = WIDTH) -> str:
+        """The table in at most so many columns of text.
+
+        Args:
+          width: of the terminal; the columns that say least are left out where it is narrow, and
+            names are shortened.
+        """
         rows = self._sum_rows("")
         for layer in self:
             rows += [_row(layer), *self._sum_rows(layer.name)]
-        lines = [table(_HEADER, rows, "<<<<<>>>>", footer=self._total(), most=_WIDTH)]
+        lines = [_table(rows, self._total(), width)]
         if any(layer.has_dynamic_input or layer.has_dynamic_output for layer in self):
             lines.append("d: dynamic, the range is found at run time")
         for skip in self.skipped:
             shapes = " and ".join(map(_shape, skip.shapes))
             line = f"in float: {skip.primitive} of {shapes}: {skip.reason}"
-            lines += textwrap.wrap(line, _WIDTH, subsequent_indent="  ")
+            lines += textwrap.wrap(printable(line), width, subsequent_indent="  ")
         return "\n".join(lines)
 
     def _sum_rows(self, layer: str) -> list[tuple[str, ...]]:
@@ -263,12 +275,27 @@ class Report(Sequence[LayerReport]):
         return (f"{len(self)} layers", *[""] * 6, si(macs), " → ".join(map(si, sizes)))
 
 
-_WIDTH = 98  # columns of text
 _KINDS = ("float", "quantized")
 _HEADER = (
     *("layer", "kind", "kernel", "bits w/i/o", "activation"),
     *("w dB", "out dB", "MACs", "bytes"),
 )
+_SIDES = "<<<<<>>>>"
+_NAME = 16  # characters of a name that columns make room for
+_LEFT_OUT = ("kind", "activation", "MACs", "kernel", "w dB", "bytes")  # in this order
+
+
+def _table(rows: Sequence[Cells], total: Cells, width: int) -> str:
+    """The table, less the columns that leave no room for names."""
+    sizes = [max(map(len, column)) for column in zip(_HEADER, *rows, total, strict=True)]
+    kept = list(range(len(_HEADER)))
+    for name in _LEFT_OUT:
+        if min(sizes[0], _NAME) + sum(2 + sizes[i] for i in kept[1:]) <= width:
+            break
+        kept.remove(_HEADER.index(name))
+    header, *body, footer = ([cells[i] for i in kept] for cells in (_HEADER, *rows, total))
+    sides = "".join(_SIDES[i] for i in kept)
+    return table(header, body, sides, footer=footer, most=max(width, _NAME))
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:

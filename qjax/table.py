@@ -32,6 +32,7 @@ def table(
       Lines without blanks at their ends, the last one without a line break.
     """
     lines = [header, *rows, *([footer] if footer else [])]
+    lines = [[printable(cell) for cell in cells] for cells in lines]
     columns = list(widths) or [max(map(len, column)) for column in zip(*lines, strict=True)]
     if most is not None:
         columns[0] = min(columns[0], most - sum(columns[1:]) - gap * (len(columns) - 1))
@@ -43,6 +44,16 @@ def table(
         if footer:
             text.insert(-1, rule)
     return "\n".join(text)
+
+
+def printable(text: str) -> str:
+    r"""A text whose control characters are spelled out: a name moves no cursor.
+
+    Example:
+      >>> print(printable(f"clear{chr(27)}[2J"))
+      clear\x1b[2J
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def shortened(text: str, width: int) -> str:

@@ -66,6 +66,15 @@ def test_the_last_line_adds_up():
     ]
 
 
+@pytest.mark.parametrize("width", [98, 80, 60, 40])
+def test_the_table_fits_a_narrow_terminal(width: int):
+    text = report(dataclasses.replace(RECORD, name="encoder/block0/conv1")).text(width)
+    assert max(map(len, text.splitlines())) <= width
+    header, _, row, *_ = text.splitlines()
+    assert row.split()[0].endswith("block0/conv1")
+    assert "bits w/i/o" in header and "4/8/–" in row
+
+
 names = st.text("abc/_0123456789", min_size=1, max_size=200)
 windows, channels = st.integers(1, 11), st.integers(1, 4096)
 records = st.builds(

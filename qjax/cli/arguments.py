@@ -1,4 +1,7 @@
-"""The options that commands share: what to quantize, how, and where a page is written."""
+"""The options that commands share: what to quantize, and how.
+
+An option of a recipe that is not given is None, so that what was given can be told.
+"""
 
 import argparse
 import json
@@ -8,8 +11,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qjax.cli.loading import CALIBRATION_SIZE, Loaded, load
+from qjax.cli.wording import RECIPE, flag
 from qjax.formats.affine import AFFINE
-from qjax.formats.spec import FORMATS, ActivationGranularity, ActivationRanges
+from qjax.formats.spec import (
+    FORMATS,
+    MAX_BITS,
+    MIN_BITS,
+    ActivationGranularity,
+    ActivationRanges,
+)
 from qjax.objectives.table import OBJECTIVES
 from qjax.progress import Progress
 from qjax.recipe import LayerRecipe, OutputPosition, Recipe, Sums, recipe
@@ -17,6 +27,8 @@ from qjax.rounding.table import ROUNDINGS
 from qjax.targets import TARGETS
 
 MODEL = "resnet20-digits"
+BITS = 8
+FLOAT = "float"
 
 _PARTS = {"weight": "weights", "input": "inputs", "output": "outputs"}  # option: field of a recipe
 
@@ -38,7 +50,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"training images to calibrate on ({CALIBRATION_SIZE}, or all if there are fewer)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of their draw (%(default)s)")
+    add("--seed", type=_seed, default=0, metavar="N", help="of their draw (%(default)s)")
 
 
 def load_model(arguments: argparse.Namespace, progress: Progress) -> Loaded:
@@ -56,10 +68,14 @@ def load_model(arguments: argparse.Namespace, progress: Progress) -> Loaded:
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Declares how it is quantized; `read_recipe` reads it."""
     add = parser.add_argument_group("how (widths are 1 to 16 bits)").add_argument
+    switch: dict[str, Any] = {"action": "store_true", "default": None}
+    off: dict[str, Any] = {"action": "store_false", "default": None}
     add(
-        "--recipe", metavar="FILE", help="from the JSON of an earlier run; all else here is ignored"
+        "--recipe",
+        metavar="FILE",
+        help="from the JSON of an earlier run, instead of all else here",
     )
-    add("--bits", type=int, default=8, metavar="N", help="weights, inputs, outputs (%(default)s)")
+    add("--bits", type=int, metavar="N", help=f"weights, inputs, outputs ({BITS})")
     for part in _PARTS:
         add(
             f"--{part}-bits",
@@ -69,7 +85,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         )
     add(
         "--fixed-point",
-        action="store_true",
+        **switch,
         help="make every scale a power of two, for a network that runs with shifts alone",
     )
     add(
@@ -83,7 +99,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--override",
         type=_override,
         action="append",
-        default=[],
+        dest="overrides",
         metavar="PATTERN=N|float",
         help="width in the layers whose name matches a glob, e.g. '*conv1=4', of what is not in "
         "float; repeatable, later ones win",
@@ -114,25 +130,29 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     add(
         "--sweeps",
         type=int,
-        default=Recipe.sweeps,
         metavar="N",
-        help="coordinate sweeps after rounding (%(default)s)",
+        help=f"coordinate sweeps after rounding ({Recipe.sweeps})",
     )
-    add("--no-bias-correction", action="store_true", help="keep the mean error of each channel")
-    add("--equalize", action="store_true", help="even out the channels between two layers first")
+    add(
+        "--no-bias-correction",
+        dest="bias_correction",
+        **off,
+        help="keep the mean error of each channel",
+    )
+    add("--equalize", **switch, help="even out the channels between two layers first")
     add(
         "--logits",
-        action="store_true",
+        **switch,
         help="choose the range of the network's output by the error of the classes' probabilities",
     )
     add(
         "--reconstructions",
         type=int,
-        default=Recipe.reconstructions,
         metavar="N",
-        help="least-squares fits of every kernel to its quantized input (%(default)s)",
+        help="least-squares fits of every kernel to its quantized input "
+        f"({Recipe.reconstructions})",
     )
-    add("--no-sequential", action="store_true", help="fit every layer on float inputs")
+    add("--no-sequential", dest="sequential", **off, help="fit every layer on float inputs")
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -141,44 +161,35 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     Raises:
       ValueError: a width or a file is not one.
     """
+    given = given_for_recipe(arguments)
     if arguments.recipe is not None:
+        if given:
+            others = ", ".join(f"`{flag(name)}`" for name in given)
+            raise ValueError(f"`--recipe` has all that {others} would say; give one or the other.")
         return _recipe_of_file(Path(arguments.recipe))
     _check_granularity(arguments)
-    fields: dict[str, Any] = {}
     for part, field in _PARTS.items():
-        width = getattr(arguments, f"{part}_bits")
-        fields |= {field: None} if width == "float" else {f"{part}_bits": width}
-    return recipe(
-        arguments.bits,
-        first_last_bits=arguments.first_last_bits,
-        activation_granularity=arguments.activation_granularity,
-        fixed_point=arguments.fixed_point,
-        activation_ranges=arguments.activation_ranges,
-        weight_format=arguments.weight_format,
-        target=arguments.target,
-        range_method=arguments.range_method,
-        output_position=arguments.output_position,
-        rounding=arguments.rounding,
-        reconstructions=arguments.reconstructions,
-        sweeps=arguments.sweeps,
-        equalize=arguments.equalize,
-        logits=arguments.logits,
-        sums=arguments.sums,
-        sequential=not arguments.no_sequential,
-        bias_correction=not arguments.no_bias_correction,
-        overrides=arguments.override,
-        **fields,
-    )
+        if given.get(f"{part}_bits") == FLOAT:
+            del given[f"{part}_bits"]
+            given[field] = None
+    return recipe(**given)
+
+
+def given_for_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_recipe` that were given, but for `--recipe`."""
+    found = {name: getattr(arguments, name, None) for name in RECIPE}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _check_granularity(arguments: argparse.Namespace) -> None:
     """Refuses scales of activations that are finer than other options allow."""
-    ranges, found = arguments.activation_ranges, arguments.activation_granularity
+    ranges, found = arguments.activation_ranges or "static", arguments.activation_granularity
+    is_fixed_point = bool(arguments.fixed_point)
     allowed = _GRANULARITIES[ranges]
-    if arguments.fixed_point:
+    if is_fixed_point:
         allowed = tuple(name for name in allowed if name != "per_channel")
-    if found not in allowed:
-        given = f"{'`--fixed-point` and ' * arguments.fixed_point}`--activation-ranges` {ranges}"
+    if found is not None and found not in allowed:
+        given = f"{'`--fixed-point` and ' * is_fixed_point}`--activation-ranges` {ranges}"
         raise ValueError(
             f"`--activation-granularity` must be {' or '.join(allowed)} with {given}; got {found}."
         )
@@ -190,27 +201,18 @@ _GRANULARITIES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def check_report(arguments: argparse.Namespace) -> None:
-    """Refuses a `--report` that could not be written, before any work is done.
-
-    Raises:
-      ValueError: it is a folder, or its folder does not exist.
-    """
-    path = arguments.report
-    if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-        raise ValueError(f"`--report` must name a file in an existing folder; got {path!r}.")
-
-
-def _add_choice(add: Callable[..., Any], flag: str, choices: Any, default: str, text: str) -> None:
+def _add_choice(
+    add: Callable[..., Any], option: str, choices: Any, default: str, text: str
+) -> None:
     names = tuple(choices) if isinstance(choices, Mapping) else get_args(choices)
-    help_text = f"{text}: {', '.join(names)} (%(default)s)"
-    add(flag, choices=names, default=default, metavar="NAME", help=help_text)
+    help_text = f"{text}: {', '.join(names)} ({default})"
+    add(option, choices=names, metavar="NAME", help=help_text)
 
 
 def _width(text: str) -> int | str:
     """Reads a number of bits, or `float`."""
-    if text in ("float", "none"):
-        return "float"
+    if text in (FLOAT, "none"):
+        return FLOAT
     try:
         return int(text)
     except ValueError:
@@ -224,13 +226,29 @@ def _override(text: str) -> tuple[str, dict[str, Any]]:
     pattern, equals, width = text.rpartition("=")
     if not (pattern and equals):
         raise argparse.ArgumentTypeError(f"expected PATTERN=N or PATTERN=float; got {text!r}")
-    bits = _width(width)
-    return pattern, dict.fromkeys(_PARTS.values()) if bits == "float" else {"bits": bits}
+    if _width(width) == FLOAT:
+        return pattern, dict.fromkeys(_PARTS.values())
+    return pattern, {"bits": width_in_bits(width)}
+
+
+def width_in_bits(text: str) -> int:
+    """Reads a width that codes can have."""
+    if not text.isdecimal() or not MIN_BITS <= int(text) <= MAX_BITS:
+        raise argparse.ArgumentTypeError(
+            f"expected a width from {MIN_BITS} to {MAX_BITS} bits; got {text!r}"
+        )
+    return int(text)
 
 
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1 image; got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 on; got {text!r}")
     return int(text)
 
 

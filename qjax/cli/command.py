@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from qjax.cli import signals
-from qjax.cli.arguments import add_model, add_recipe, check_report, load_model, read_recipe
+from qjax.cli.arguments import add_model, add_recipe, load_model, read_recipe
+from qjax.cli.files import check_file
 from qjax.cli.loading import Loaded
 from qjax.progress import Progress, progress_bar, progress_lines
 from qjax.recipe import Recipe
@@ -58,8 +59,7 @@ def question(
 
     def run(arguments: argparse.Namespace) -> None:
         recipe = read_recipe(arguments)
-        if "report" in arguments:
-            check_report(arguments)
+        check_file("--report", getattr(arguments, "report", None))
         stage = stages(arguments)
         with stage("loading") as progress:
             loaded = load_model(arguments, progress)

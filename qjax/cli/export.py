@@ -10,6 +10,7 @@ import pretrained
 from pretrained import datasets
 from qjax import artifact
 from qjax.cli.command import Command
+from qjax.cli.files import check_file
 from qjax.export import function
 from qjax.export.function import ONNX_TARGETS, to_onnx
 from qjax.formats.spec import check_choice
@@ -34,28 +35,8 @@ def _onnx(*network: Any, target: str, metadata: dict[str, Any]) -> bytes:
     return to_onnx(*network, target=target, metadata=metadata).SerializeToString()
 
 
-FORMS = {"onnx": Form(function.check_installed, _onnx)}
-
-
-def check_file(option: str, path: str, form: str = "onnx") -> None:
-    """Refuses an export that could not be written, before any work is done.
-
-    Args:
-      option: that names the file.
-      path: of the file.
-      form: a name in `FORMS`.
-
-    Raises:
-      ValueError: the file cannot be written.
-      ImportError: a package is missing.
-    """
-    FORMS[form].check()
-    file = Path(path)
-    place = file if file.exists() else file.parent
-    if file.is_dir() or not file.parent.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(
-            f"`{option}` must name a file that can be written, in an existing folder; got {path!r}."
-        )
+FORM = "onnx"
+FORMS = {FORM: Form(function.check_installed, _onnx)}
 
 
 def check(path: str, recipe: Recipe, target: str) -> None:
@@ -71,11 +52,12 @@ def check(path: str, recipe: Recipe, target: str) -> None:
       ImportError: a package is missing.
     """
     check_file("--export", path)
+    FORMS[FORM].check()
     check_choice("--target", target, ONNX_TARGETS)
     recipe.check_target(ONNX_TARGETS[target])
 
 
-def write(path: str, *network: Any, form: str = "onnx", **options: Any) -> None:
+def write(path: str, *network: Any, form: str = FORM, **options: Any) -> None:
     """Writes a model.
 
     Args:
@@ -96,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|PATH",
         help="pretrained model that the folder was quantized from",
     )
-    add("--to", choices=tuple(FORMS), default="onnx", help="form to write (%(default)s)")
+    add("--to", choices=tuple(FORMS), default=FORM, help="form to write (%(default)s)")
     add("--out", required=True, metavar="FILE", help="file to write: model.onnx")
     add(
         "--target",
@@ -113,14 +95,20 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
       ValueError: an option is not possible.
     """
-    check_file("--out", arguments.out, arguments.to)
+    check_file("--out", arguments.out)
+    FORMS[arguments.to].check()
     is_saved = (Path(arguments.source) / artifact.MANIFEST).is_file()
+    if arguments.model is not None and not is_saved:
+        raise ValueError(
+            f"`--model` goes with a folder that qjax.save wrote, and {arguments.source} is none; "
+            "leave it out to export that model in float."
+        )
     if is_saved and arguments.model is None:
         raise ValueError(
             f"`--model` must name the pretrained model that {arguments.source} was quantized from; "
             "it holds the codes and not the network."
         )
-    model = pretrained.load(arguments.model if is_saved else arguments.source)
+    model = pretrained.load(arguments.model or arguments.source)
     x = model.preprocess(datasets.load(model.dataset, "test").images[:1])
     network: tuple[Any, ...] = model.apply_fn, model.params, x
     if is_saved:

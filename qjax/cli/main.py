@@ -8,6 +8,8 @@ from typing import Any
 from qjax.cli import accumulators, compilation_cache, explain, export, quantize, study
 from qjax.cli.output import patient
 from qjax.cli.signals import Stopped, stopping
+from qjax.cli.wording import worded, words_of
+from qjax.table import printable
 
 COMMANDS = (quantize.COMMAND, explain.COMMAND, accumulators.COMMAND, study.COMMAND, export.COMMAND)
 
@@ -25,13 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stopping(), patient():
             arguments = _parser().parse_args(argv)
-            with compilation_cache.caching(arguments):
+            words = words_of(arguments)
+            with compilation_cache.caching(arguments), worded(words):
                 arguments.run(arguments)
     except Stopped as stopped:
         print(f"qjax: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except (ValueError, OSError, ImportError) as error:
-        print(f"qjax: error: {error}", file=sys.stderr)
+        print(f"qjax: error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -3,9 +3,13 @@
 import contextlib
 import io
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import TextIO
+
+from qjax.report import WIDTH
+from qjax.table import printable
 
 
 class _Patient(io.TextIOBase):
@@ -16,7 +20,7 @@ class _Patient(io.TextIOBase):
 
     def write(self, text: str) -> int:
         with self._patience():
-            self._stream.write(text)
+            self._stream.write(printable(text))
         return len(text)
 
     def flush(self) -> None:
@@ -44,11 +48,16 @@ class _Patient(io.TextIOBase):
             os.close(nowhere)
 
 
+def columns() -> int:
+    """The width for tables: that of a terminal narrower than they are, else their own."""
+    return min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
+
+
 @contextlib.contextmanager
 def patient() -> Iterator[None]:
     """Makes standard output one while the context is open.
 
-    A character that its encoding lacks becomes a question mark.
+    A character that its encoding lacks becomes a question mark; control characters are spelled out.
     """
     stream = sys.stdout
     if isinstance(stream, io.TextIOWrapper):

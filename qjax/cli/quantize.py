@@ -12,9 +12,12 @@ import numpy as np
 
 from qjax import artifact
 from qjax.cli import export, widths
-from qjax.cli.arguments import add_model, add_recipe, check_report, load_model, read_recipe
+from qjax.cli.arguments import add_model, add_recipe, load_model, read_recipe
 from qjax.cli.command import Command, Stage, add_quiet, stages
+from qjax.cli.files import check_apart, check_file
 from qjax.cli.loading import Loaded
+from qjax.cli.output import columns
+from qjax.cli.wording import worded
 from qjax.fit.data_free import UnknownRangeError
 from qjax.graph.layers import shapes_of
 from qjax.page import quantization
@@ -65,30 +68,30 @@ def run(arguments: argparse.Namespace) -> None:
       ValueError: an option is not possible.
     """
     recipe = read_recipe(arguments)
+    outputs = {"--out": arguments.out, "--report": arguments.report, "--export": arguments.export}
+    for option in ("--report", "--export"):
+        check_file(option, outputs[option])
     if arguments.out is not None:
-        artifact.check_destination(arguments.out)
-    check_report(arguments)
+        with worded({"path": "`--out`"}):
+            artifact.check_destination(arguments.out)
+    check_apart(outputs)
     if arguments.export is not None:
         export.check(arguments.export, recipe, _target(arguments))
     widths.check(arguments, recipe)
-    if arguments.data_free and widths.is_wanted(arguments):
-        raise ValueError(
-            "`--data-free` has no images to choose widths on; give --bits, or leave it out."
-        )
+    _check_data_free(arguments)
     stage = stages(arguments)
     with stage("loading") as progress:
         loaded = load_model(arguments, progress)
     q, seconds = _quantized(arguments, loaded, recipe, stage)
     accuracies = _accuracies(arguments, loaded, q, stage)
-    if arguments.out is not None:
-        artifact.save(arguments.out, q)
     result = _result(arguments, loaded, q, accuracies, seconds)
-    print(q.report, _summary(result), sep="\n\n")
-    if arguments.cost is not None:
-        print(f"\n{cost(q, model=arguments.cost)}\n")
-    if arguments.out is not None:
-        print(f"saved        {arguments.out}")
     try:
+        print(q.report.text(columns()), _summary(result), sep="\n\n")
+        if arguments.cost is not None:
+            print(f"\n{cost(q, model=arguments.cost)}\n")
+        if arguments.out is not None:
+            artifact.save(arguments.out, q)
+            print(f"saved        {arguments.out}")
         if arguments.export is not None:
             _export(arguments, q, loaded, result)
         if arguments.report is not None:
@@ -100,6 +103,18 @@ def run(arguments: argparse.Namespace) -> None:
     finally:  # an export or a page that fails costs itself alone
         if arguments.json:
             print(json.dumps(result, allow_nan=False))
+
+
+def _check_data_free(arguments: argparse.Namespace) -> None:
+    """Refuses what needs images where there are none."""
+    if not arguments.data_free:
+        return
+    if widths.is_wanted(arguments):
+        raise ValueError(
+            "`--data-free` has no images to choose widths on; give --bits, or leave it out."
+        )
+    if arguments.calibration_size is not None:
+        raise ValueError("`--data-free` takes no images; leave out `--calibration-size`.")
 
 
 def _export(

@@ -5,6 +5,7 @@ import textwrap
 from functools import partial
 
 from qjax.cli import command, training
+from qjax.cli.arguments import width_in_bits
 from qjax.cli.loading import Loaded
 from qjax.page.document import write
 from qjax.page.study import render_study
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("name", choices=texts, metavar="NAME", help=questions)
     add(
         "--widths",
-        type=int,
+        type=width_in_bits,
         nargs="+",
         metavar="N",
         help="widths in bits (2 to 16 for weight-bits and activation-bits, 8 6 4 for "

@@ -6,7 +6,9 @@ from functools import partial
 from typing import Any
 
 from qjax import artifact
+from qjax.cli.arguments import FLOAT
 from qjax.cli.loading import Loaded
+from qjax.cli.wording import flag
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
 from qjax.recipe import Recipe
@@ -42,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace, recipe: Recipe) -> None:
-    """Refuses a goal that no network can meet."""
+    """Refuses a goal that no network can meet, and one with the widths that it finds."""
+    _check_contradictions(arguments)
     share = arguments.search_bits
     if share is not None and not 0 < share <= 100:
         raise ValueError(f"`--search-bits` must be above 0 and at most 100 percent; got {share}.")
@@ -60,13 +63,26 @@ def check(arguments: argparse.Namespace, recipe: Recipe) -> None:
 
 def is_wanted(arguments: argparse.Namespace) -> bool:
     """Whether a goal was given."""
-    goals = (
-        arguments.search_bits,
-        arguments.average_bits,
-        arguments.max_bytes,
-        arguments.target_drop,
-    )
-    return any(goal is not None for goal in goals)
+    return any(getattr(arguments, goal) is not None for goal in _GOALS)
+
+
+_WIDTHS = ("bits", "weight_bits", "input_bits", "output_bits")
+
+# By goal: the options of a recipe that give what it finds.
+_GOALS = {
+    "search_bits": _WIDTHS,
+    "average_bits": _WIDTHS,
+    "max_bytes": ("weight_bits",),
+    "target_drop": _WIDTHS,
+}
+
+
+def _check_contradictions(arguments: argparse.Namespace) -> None:
+    for goal, found in _GOALS.items():
+        given = [name for name in found if getattr(arguments, name) not in (None, FLOAT)]
+        if getattr(arguments, goal) is not None and given:
+            others = ", ".join(f"`{flag(name)}`" for name in given)
+            raise ValueError(f"`{flag(goal)}` finds what {others} would give; leave one out.")
 
 
 def run(

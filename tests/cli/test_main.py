@@ -34,7 +34,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]):
         (["study", "everything"], "argument NAME: invalid choice: 'everything'"),
         (
             ["study", "weight-bits", "--widths", "0"],
-            "`bits` must be an integer from 1 to 16; got 0",
+            "argument --widths: expected a width from 1 to 16 bits; got '0'",
         ),
     ],
 )
@@ -50,4 +50,4 @@ def test_the_script_is_the_same_command(monkeypatch, capsys: pytest.CaptureFixtu
     monkeypatch.setattr(sys, "argv", ["quantize.py", "--bits", "40"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert "`bits` must be an integer from 1 to 16; got 40" in capsys.readouterr().err
+    assert "`--bits` must be an integer from 1 to 16; got 40" in capsys.readouterr().err

@@ -92,25 +92,34 @@ def test_bars_on_a_terminal_unless_quiet(
     ("options", "reason"),
     [
         (["--model", "nope"], "nope"),
-        (["--bits", "0"], "`bits` must be an integer from 1 to 16; got 0"),
-        (["--bits", "17"], "`bits` must be an integer from 1 to 16; got 17"),
+        (["--bits", "0"], "`--bits` must be an integer from 1 to 16; got 0"),
+        (["--bits", "17"], "`--bits` must be an integer from 1 to 16; got 17"),
         (["--bits", "many"], "argument --bits: invalid int value: 'many'"),
-        (["--weight-bits", "0"], "`weight_bits` must be an integer from 1 to 16; got 0"),
+        (["--weight-bits", "0"], "`--weight-bits` must be an integer from 1 to 16; got 0"),
         (["--output-bits", "half"], "--output-bits: expected a number of bits or float"),
-        (["--first-last-bits", "99"], "`first_last_bits` must be an integer from 1 to 16; got 99"),
+        (
+            ["--first-last-bits", "99"],
+            "`--first-last-bits` must be an integer from 1 to 16; got 99",
+        ),
         (["--range-method", "guess"], "--range-method: invalid choice: 'guess'"),
         (["--weight-format", "octal"], "--weight-format: invalid choice: 'octal'"),
-        (["--weight-format", "nf4"], "`bits` must be 4 in the format nf4; got 8"),
+        (["--weight-format", "nf4"], "`--bits` must be 4 in the format nf4; got 8"),
         (["--calibration-size", "0"], "--calibration-size: expected at least 1 image; got '0'"),
         (["--calibration-size", "41"], "between 1 and 40"),
         (["--override", "hidden"], "--override: expected PATTERN=N or PATTERN=float"),
-        (["--override", "hidden=0"], "`bits` must be an integer from 1 to 16; got 0"),
-        (["--override", "conv*=4"], "`overrides` pattern 'conv*' matches no layer; the layers are"),
+        (["--override", "hidden=0"], "--override: expected a width from 1 to 16 bits; got '0'"),
+        (
+            ["--override", "conv*=4"],
+            "`--override` pattern 'conv*' matches no layer; the",
+        ),
         (["--dataset", "digits:nope"], "digits:nope"),
         (["--out", "/dev/null/artifact"], "/dev/null"),
-        (["--out", str(Path(__file__).parent)], "`path` must be new, empty or an artifact"),
-        (["--model", "broken"], "`params` must be finite; found NaN or infinity at 'head/w'"),
-        (["--model", "black"], "`batches` must be finite; found NaN or infinity"),
+        (["--out", str(Path(__file__).parent)], "`--out` must be new, empty or an artifact"),
+        (
+            ["--model", "broken"],
+            "the params of `--model` must be finite; found NaN or infinity at",
+        ),
+        (["--model", "black"], "the images of `--dataset` must be finite; found NaN or infinity"),
         (
             ["--dataset", "digits"],
             "`--dataset` digits has images of shape (8, 8, 1), which the model",
@@ -130,7 +139,20 @@ def test_bars_on_a_terminal_unless_quiet(
             "`--activation-ranges` static; got per_example",
         ),
         (["--colour"], "unrecognized arguments: --colour"),
-        (["--report", "/nowhere/report.html"], "`--report` must name a file in an existing folder"),
+        (["--seed", "-1"], "--seed: expected an integer from 0 on; got '-1'"),
+        (["--average-bits", "4", "--bits", "3"], "`--average-bits` finds what `--bits` would give"),
+        (["--search-bits", "--weight-bits", "3"], "`--search-bits` finds what `--weight-bits`"),
+        (["--max-bytes", "900", "--weight-bits", "3"], "`--max-bytes` finds what `--weight-bits`"),
+        (["--report", "/dev/full"], "`--report` must name a file that can be written"),
+        (["--report", "r" * 300], "File name too long"),
+        (["--report", "a\0b"], "embedded null"),
+        (["--report", "x", "--out", "x"], "`--out` and `--report` must name places apart"),
+        (["--report", "x", "--export", "./x"], "`--report` and `--export` must name places apart"),
+        (["--data-free", "--calibration-size", "9"], "leave out `--calibration-size`"),
+        (
+            ["--report", "/nowhere/report.html"],
+            "`--report` must name a file that can be written",
+        ),
         (
             ["--search-bits", "0"],
             "`--search-bits` must be above 0 and at most 100 percent; got 0.0",
@@ -154,6 +176,7 @@ def test_bad_input_is_refused_with_one_reason(
     assert stdout == ""
     assert stderr.startswith("qjax: error: ") and reason in stderr
     assert stderr.count("\n") == 1
+    assert not {"x", "x.unfinished"} & {path.name for path in Path().iterdir()}
 
 
 def test_the_destination_is_checked_before_the_work(tmp_path: Path, monkeypatch):
@@ -163,6 +186,36 @@ def test_the_destination_is_checked_before_the_work(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(pretrained, "load", fail)
     (tmp_path / "notes.txt").write_text("mine")
     assert quantize("--out", str(tmp_path)) == 2
+
+
+def test_what_fails_at_the_end_leaves_the_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*args: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(qjax.artifact, "save", fail)
+    assert quantize("--out", str(tmp_path / "new"), "--json") == 2
+    stdout, stderr = capsys.readouterr()
+    assert json.loads(stdout.splitlines()[-1])["float_top1"] == 75.0
+    assert stderr == "qjax: error: disk full\n"
+
+
+def test_names_move_no_cursor(
+    stand_ins: dict[str, Model], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    tiny = stand_ins["tiny"]
+    name = "clear\x1b[2J"
+    params = {name: tiny.params["hidden"], "head": tiny.params["head"]}
+
+    def apply(params: Any, x: Any) -> Any:
+        return apply_fn({"hidden": params[name], "head": params["head"]}, x)
+
+    stand_ins["tiny"] = tiny._replace(apply_fn=apply, params=params)
+    assert quantize() == 0
+    assert "clear\\x1b[2J" in (stdout := capsys.readouterr().out) and "\x1b" not in stdout
+    assert quantize("--override", f"{name}x=4") == 2
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_report_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from cli.tiny import quantize
 
+from qjax.cli.main import main
+
 
 def found_in(capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
     """What was printed, and the JSON of its last line."""
@@ -37,7 +39,7 @@ def test_average_bits_gives_widths_that_can_be_used_again(
     assert np.average(widths, weights=sizes) <= 4.5
     file = tmp_path / "result.json"
     file.write_text(json.dumps(result))
-    assert quantize("--recipe", str(file), "--json") == 0
+    assert main(["quantize", "--model", "tiny", "--recipe", str(file), "--json"]) == 0
     _, again = found_in(capsys)
     assert [layer["weight_bits"] for layer in again["layers"]] == widths
     assert again["quantized_top1"] == result["quantized_top1"]
