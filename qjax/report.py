@@ -146,11 +146,16 @@ def sum_report(junction: Junction, fitted: FittedJunction) -> SumReport:
 
 
 def layer_report(layer: Layer, fit: Fit) -> LayerReport:
-    """Describes a fitted layer."""
+    """Describes a fitted layer.
+
+    Raises:
+      ValueError: an SQNR of it is no number: values left the range of float32.
+    """
     quantized = fit.layer
     outputs = quantized.outputs or quantized.activated
     weights = quantized.weights
     codes_bits = 32 if weights is None else weights.bits
+    _check_finite(layer.name, fit)
     qparams = [q for q in (weights, quantized.inputs, quantized.outputs, quantized.activated) if q]
     return LayerReport(
         name=layer.name,
@@ -178,6 +183,15 @@ def layer_report(layer: Layer, fit: Fit) -> LayerReport:
         + sum(_table_bytes(q) for q in qparams),
         input_shape=layer.input_shape[1:],
     )
+
+
+def _check_finite(name: str, fit: Fit) -> None:
+    for tensor, decibels in {"weights": fit.weight_sqnr_db, "output": fit.output_sqnr_db}.items():
+        if decibels is not None and math.isnan(decibels):
+            raise ValueError(
+                f"layer {name!r} cannot be quantized: the SQNR of its {tensor} is not a number, as "
+                "values leave the range of float32. Rescale its kernel and what it reads."
+            )
 
 
 def _table_bytes(format: Any) -> int:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qjax.fit.layer import decibels
+from qjax.fit.layer import decibels, energies
 from qjax.fit.ranges import choose_output, project_batches, values_between
 from qjax.fit.search import Candidates
 from qjax.formats.affine import QParams
@@ -73,6 +73,4 @@ def _rounded(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     rounded = project_batches(grid, values)
     shown, shown_hat = activation.function(floats), activation.function(rounded)
-    axes = tuple(range(1, floats.ndim))
-    noise = jnp.sum(jnp.square(shown - shown_hat), axes)
-    return rounded, (jnp.sum(jnp.square(shown), axes), noise)
+    return rounded, energies(shown, shown_hat)

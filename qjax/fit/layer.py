@@ -33,7 +33,7 @@ from qjax.fit.samples import KernelSample
 from qjax.fit.sampling import MOMENT_PATCHES, patch_stride
 from qjax.fit.search import Candidates, least, widest
 from qjax.fit.streams import map_batches
-from qjax.formats.affine import QParams, sqnr_db
+from qjax.formats.affine import QParams, magnitude, sqnr_db
 from qjax.formats.base import elementwise
 from qjax.formats.dynamic import ActivationFormat
 from qjax.formats.spec import QuantSpec
@@ -51,8 +51,10 @@ from qjax.run.layer import (
     apply_linear,
     dequantized_bias,
     fold_input_scales,
-    quantize_bias,
+    with_bias,
 )
+
+_LEAST_WEIGHT = 1e-30  # the greatest one of a channel that is not taken for zeros
 
 
 class Fit(NamedTuple):
@@ -83,8 +85,10 @@ class Fit(NamedTuple):
 
 
 def decibels(energies: tuple[jax.Array, jax.Array]) -> float:
-    """The ratio of two energies, each a sum by batch; infinite where one is 0."""
+    """The ratio of two energies, each a sum by batch; infinite where one is 0, NaN if one is."""
     signal, noise = (math.fsum(np.asarray(by_batch).tolist()) for by_batch in energies)
+    if not (math.isfinite(signal) and math.isfinite(noise)):
+        return math.nan
     return 10 * math.log10(signal / noise) if noise and signal else math.inf
 
 
@@ -227,6 +231,8 @@ def prepare(
     if not recipe.needs_moments:
         return Prepared(z, target, inputs, clip, folded, None)
     seen = x if unscaled is None else project_batches(unscaled, x)
+    unit = magnitude(jnp.max(jnp.abs(seen)))  # what is squared does not leave float32
+    seen = seen / unit
     stride = patch_stride(operation, seen, MOMENT_PATCHES)
     moments = observe_stacked(m.moments(operation, stride), seen)
     if recipe.bias_correction:  # the bias takes up the means, the kernel answers for the rest
@@ -235,7 +241,9 @@ def prepare(
     times = min(recipe.reconstructions, 1) if goal.activation == NONE else recipe.reconstructions
     if times:
         correction = recipe.bias_correction
+        folded = folded._replace(kernel=folded.kernel * unit)
         folded = refit(operation, folded, moments, seen, goal, stride, correction, times)
+        folded = folded._replace(kernel=folded.kernel / unit)
     return Prepared(z, target, inputs, clip, folded, moments.hessian)
 
 
@@ -295,6 +303,7 @@ def round_kernel(
 
     Compiled once per shape and format of kernels, whatever else differs between layers.
     """
+    given, (kernel, unit) = kernel, _in_units(kernel, spec)
     sample = KernelSample(kernel, spec, hessian)
     format = least(objective, sample, spec, candidates, limits)
     if spec.family.fit is not None:
@@ -305,8 +314,22 @@ def round_kernel(
         assert hessian is not None
         ratio, refit = spec.scales.nearest_ratio, spec.family.refit
         codes, format = coordinate_sweeps(codes, kernel, hessian, format, sweeps, ratio, refit)
+    clip = jnp.mean(format.step / covering.step)
+    format = format.scaled(unit)
     values = elementwise(format, kernel.shape[1]).decode(codes)
-    return Rounded(codes, format, sqnr_db(kernel, values), jnp.mean(format.step / covering.step))
+    return Rounded(codes, format, sqnr_db(given, values), clip)
+
+
+def _in_units(kernel: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+    """A kernel divided by powers of two, one for each of its scales, and these.
+
+    Nothing is rounded, but what is squared does not leave float32. Channels whose greatest weight
+    is below 10^-30 become zeros.
+    """
+    axes = None if spec.granularity == "per_tensor" else 1
+    peak = jnp.max(jnp.abs(kernel), axis=axes, keepdims=True)
+    unit = jnp.where(peak < _LEAST_WEIGHT, 1.0, magnitude(peak))
+    return jnp.where(peak < _LEAST_WEIGHT, 0.0, kernel / unit), unit
 
 
 # ---- The bias
@@ -342,8 +365,8 @@ def correct(
     y = map_batches(partial(apply_linear, operation, layer), x)
     if recipe.bias_correction and (unscaled is not None or rounded is not None):
         missing = _channel_means(operation, lacking(_goal(task, target, shortcut), y))
-        bias = quantize_bias(operation, layer, dequantized_bias(operation, layer) + missing)
-        layer = dataclasses.replace(layer, bias=bias)
+        bias = dequantized_bias(operation, layer) + missing
+        layer = with_bias(operation, layer, bias)
         y = map_batches(partial(apply_linear, operation, layer), x)
     values = None
     if is_output_searched(recipe) and not task.has_output_channels:
@@ -367,7 +390,7 @@ def with_rounded_bias(
     """
     codes, format = (folded.kernel, None) if rounded is None else (rounded.codes, rounded.format)
     layer = QuantizedLayer(codes, folded.bias, format, inputs, None, None)
-    return dataclasses.replace(layer, bias=quantize_bias(operation, layer, folded.bias))
+    return with_bias(operation, layer, folded.bias)
 
 
 def _has_output_range(recipe: LayerRecipe) -> bool:
@@ -437,7 +460,12 @@ def finish(
         output = project_batches(outputs, output)
     moved = [jax.vmap(movement)(values) for values in (float_output, output)]
     shown, shown_hat = (activated(activation, movement, y) for y in (float_output, output))
-    axes = tuple(range(1, shown.ndim))
-    signal = jnp.sum(jnp.square(shown), axes)
-    noise = jnp.sum(jnp.square(shown - shown_hat), axes)
-    return moved[0], moved[1], (signal, noise)
+    return moved[0], moved[1], energies(shown, shown_hat)
+
+
+def energies(values: jax.Array, values_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Those of values and of what others lack of them, sums by batch in a unit of their own."""
+    unit = magnitude(jnp.max(jnp.abs(values), initial=0))
+    axes = tuple(range(1, values.ndim))
+    signal = jnp.sum(jnp.square(values / unit), axes)
+    return signal, jnp.sum(jnp.square((values - values_hat) / unit), axes)

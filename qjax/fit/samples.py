@@ -5,12 +5,13 @@ They exist while a function is traced, and compute what an objective asks of the
 
 import dataclasses
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from qjax.fit import observers
+from qjax.formats.affine import magnitude
 from qjax.formats.spec import QuantSpec
 from qjax.graph.activation import NONE, Activation
 from qjax.objectives.base import Range
@@ -68,7 +69,7 @@ class KernelSample:
     The error that a group of elements shares with the others is left out.
 
     Attributes:
-      kernel: float32[groups, patch, channels].
+      kernel: float32[groups, patch, channels], of a magnitude near 1.
       spec: its number format; its granularity says what shares a scale.
       hessian: E[x xᵀ], float32[groups, patch, patch]; None if no objective asks for it.
     """
@@ -76,6 +77,8 @@ class KernelSample:
     kernel: jax.Array
     spec: QuantSpec
     hessian: jax.Array | None = None
+
+    unit: ClassVar[float] = 1.0
 
     @cached_property
     def values(self) -> jax.Array:
@@ -161,6 +164,8 @@ class PooledKernel:
 
     values: jax.Array
 
+    unit: ClassVar[float] = 1.0
+
     @property
     def target(self) -> jax.Array:
         """The values."""
@@ -197,6 +202,11 @@ class ActivationSample:
     stacked: jax.Array
     low: jax.Array
     high: jax.Array
+
+    @property
+    def unit(self) -> jax.Array:
+        """The magnitude of the values."""
+        return magnitude(jnp.maximum(-self.low, self.high))
 
     def total(self, errors: jax.Array) -> jax.Array:
         """The mean."""
@@ -250,7 +260,8 @@ class InputSample(ActivationSample):
 
     def output_error(self, values_hat: jax.Array) -> jax.Array:
         """E‖W·(x̂ − x)‖²."""
-        error = jnp.einsum("pgk,gkm->pgm", values_hat - self.patches, self.kernel)
+        kernel = self.kernel / magnitude(jnp.max(jnp.abs(self.kernel)))
+        error = jnp.einsum("pgk,gkm->pgm", (values_hat - self.patches) / self.unit, kernel)
         return jnp.mean(jnp.square(error))
 
 
@@ -288,7 +299,8 @@ class OutputSample(ActivationSample):
 
     def output_error(self, values_hat: jax.Array) -> jax.Array:
         """E‖act(ẑ + s) − act(z + s)‖²."""
-        return jnp.mean(jnp.square(self._shown(values_hat) - self._shown(self.target)))
+        error = self._shown(values_hat) - self._shown(self.target)
+        return jnp.mean(jnp.square(error / self.unit))
 
 
 def channel_sample(target: Any, values: Any, shortcut: Any, activation: Activation) -> OutputSample:

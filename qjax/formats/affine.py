@@ -135,6 +135,20 @@ def usable_scale(scale: jax.Array) -> jax.Array:
     return jnp.where(scale > jnp.finfo(jnp.float32).tiny, scale, jnp.ones_like(scale))
 
 
+def magnitude(peak: jax.Array) -> jax.Array:
+    """The power of two nearest to a positive number; 1 for 0 and for what no power is near.
+
+    Numbers divided by that of the greatest one can be squared: nothing is rounded, and nothing
+    leaves the range of float32.
+
+    Args:
+      peak: float[...], not negative.
+    """
+    nearest = lax.reduce_precision(peak, exponent_bits=8, mantissa_bits=0)
+    tiny = jnp.finfo(nearest.dtype).tiny
+    return jnp.where((nearest > tiny) & jnp.isfinite(nearest), nearest, jnp.ones_like(nearest))
+
+
 def affine_qparams(
     low: jax.Array, high: jax.Array, spec: Spec, limits: Limits | None = None
 ) -> QParams:
@@ -329,6 +343,7 @@ def sqnr_db(reference: jax.Array, approximation: jax.Array) -> jax.Array:
       >>> print(sqnr_db(jnp.array([3.0, 4.0]), jnp.array([3.0, 3.5])))
       20.0
     """
-    signal = jnp.sum(jnp.square(reference))
-    noise = jnp.sum(jnp.square(reference - approximation))
+    unit = magnitude(jnp.max(jnp.abs(reference), initial=0))
+    signal = jnp.sum(jnp.square(reference / unit))
+    noise = jnp.sum(jnp.square((reference - approximation) / unit))
     return jnp.where(noise == 0, jnp.inf, 10 * jnp.log10(signal / noise))

@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from qjax.formats.affine import QParams
@@ -108,10 +109,7 @@ def integer(
         _check_weights(name, layer)
         _check_dynamic(name, layer, chosen, narrow)
         if _sums_codes(layer) and lowerings.largest(layer) >= lowerings.INT_LIMIT:
-            raise ValueError(
-                f"layer {name!r} can reach {lowerings.largest(layer):,} in its accumulator, beyond "
-                "32 bits; use fewer bits for its weights or its inputs."
-            )
+            raise ValueError(_beyond_32_bits(name, layer))
     sums = tuple((name, _key(grid)) for name, grid in q.params.get("sums", {}).items())
     return IntegerFunction(q.apply_fn, layers, chosen, methods, narrow, sums)
 
@@ -124,6 +122,22 @@ def _key(grid: QParams) -> GridKey:
 
 def _sums_codes(layer: QuantizedLayer) -> bool:
     return layer.has_integer_accumulator or layer.sums_dynamic_codes
+
+
+def _beyond_32_bits(name: str, layer: QuantizedLayer) -> str:
+    """Says what of a layer does not fit an accumulator, and what to do about it."""
+    low, high = lowerings.worst_case(layer)
+    if max(-int(low.min()), int(high.max())) >= lowerings.INT_LIMIT or layer.sums_dynamic_codes:
+        return (
+            f"layer {name!r} can reach {lowerings.largest(layer):,} in its accumulator, beyond 32 "
+            "bits; use fewer bits for its weights or its inputs."
+        )
+    bias = np.asarray(layer.bias, np.int64)
+    return (
+        f"layer {name!r} has a bias of {int(abs(bias).max()):,} in its accumulator, in channel "
+        f"{int(abs(bias).argmax())}, which leaves its products no room in 32 bits: the scale of "
+        "that channel's weights is too small for it; quantize again, which raises such scales."
+    )
 
 
 def _check_weights(name: str, layer: QuantizedLayer) -> None:

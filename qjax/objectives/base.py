@@ -24,6 +24,11 @@ class Sample(Protocol):
         """What it should be afterwards."""
         ...
 
+    @property
+    def unit(self) -> Any:
+        """The power of two that errors are divided by before they are squared."""
+        ...
+
     def total(self, errors: jax.Array) -> jax.Array:
         """Sums (or averages) something of the shape of `values` to the shape of a range."""
         ...

@@ -23,7 +23,8 @@ PERCENT = 99.9  # of the values, that the range of `percentile` keeps
 
 def tensor_error(sample: Sample, format: Any) -> jax.Array:
     """‖x̂ − x‖², summed or averaged to the shape of the range."""
-    return sample.total(jnp.square(format.project(sample.values) - sample.target))
+    error = (format.project(sample.values) - sample.target) / sample.unit
+    return sample.total(jnp.square(error))
 
 
 def output_error(sample: Sample, format: Any) -> jax.Array:

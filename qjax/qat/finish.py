@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.fit.layer import Fit
+from qjax.fit.layer import Fit, energies
 from qjax.formats.affine import sqnr_db
 from qjax.formats.base import elementwise
 from qjax.formats.binary import Signs
@@ -17,7 +17,7 @@ from qjax.qat.function import STEPS, Frame, TrainableFunction
 from qjax.qat.kernels import Params
 from qjax.quantize import Quantized
 from qjax.report import Report, layer_report
-from qjax.run.layer import QuantizedLayer, quantize_bias
+from qjax.run.layer import QuantizedLayer, with_bias
 from qjax.run.tap import Tap, tapped
 
 
@@ -84,7 +84,7 @@ def _finish(
         source = finished[frame.source]
         formats["inputs"] = source.activated or source.outputs
     layer = QuantizedLayer(codes, params["bias"], **formats)
-    return dataclasses.replace(layer, bias=quantize_bias(operation, layer, params["bias"]))
+    return with_bias(operation, layer, params["bias"])
 
 
 def _fit(
@@ -102,8 +102,5 @@ def _fit(
         values = elementwise(layer.weights, kernel.shape[1]).decode(layer.kernel)
         weight_sqnr = sqnr_db(kernel, values)
     tap, quantized_tap = taps[name], quantized_taps[name]
-    signal, noise = (
-        jnp.sum(jnp.square(values))[None]
-        for values in (tap.activated, tap.activated - quantized_tap.activated)
-    )
-    return Fit(layer, weight_sqnr, (signal, noise), None, None, None)
+    pair = (values[None] for values in (tap.activated, quantized_tap.activated))
+    return Fit(layer, weight_sqnr, energies(*pair), None, None, None)

@@ -12,6 +12,7 @@ from qjax.formats.affine import QParams, float_codes, round_codes
 from qjax.formats.base import elementwise, expand_groups
 from qjax.formats.binary import Signs
 from qjax.formats.dynamic import Dynamic
+from qjax.formats.scales import power_of_two_above
 from qjax.graph.operation import (
     Linear,
     along_channels,
@@ -20,6 +21,9 @@ from qjax.graph.operation import (
 )
 from qjax.pytree import pytree
 from qjax.run.signs import SumOfSigns, center, magnitudes, sum_of_signs
+
+_MOST_BIAS = 2.0**30  # in units of s_w·s_x: the products have the other half of int32
+_LEAST_UNIT = 2.0**-100  # of an accumulator, in real units
 
 
 @pytree
@@ -155,6 +159,37 @@ def quantize_bias(operation: Linear, layer: QuantizedLayer, bias: jax.Array) -> 
     limit = 2.0**31 - 2.0**7
     codes = jnp.round(bias / accumulator_scale(operation, layer))
     return jnp.clip(codes, -limit, limit).astype(jnp.int32)
+
+
+def with_bias(operation: Linear, layer: QuantizedLayer, bias: jax.Array) -> QuantizedLayer:
+    """The layer with that bias, and with scales of its kernel that leave room for it.
+
+    A channel whose weights are tiny has a bias beyond int32 at s_w·s_x. Its s_w rises by a power of
+    two until |b| ≤ 2^30·s_w·s_x, and its weights are rounded to the codes of that scale.
+
+    Args:
+      operation: the linear operation.
+      layer: its parameters; its own bias is not read.
+      bias: float32[groups * channels] in real units.
+    """
+    if layer.has_integer_accumulator:
+        layer = _with_room(operation, layer, bias)
+    return dataclasses.replace(layer, bias=quantize_bias(operation, layer, bias))
+
+
+def _with_room(operation: Linear, layer: QuantizedLayer, bias: jax.Array) -> QuantizedLayer:
+    groups, _, channels = operation.matrix_shape
+    step = layer.weights.step
+    input_scale = 1.0 if layer.folds_input_scales else layer.inputs.scale
+    least = jnp.maximum(jnp.abs(bias) / _MOST_BIAS, _LEAST_UNIT) / input_scale
+    shared = [axis for axis in range(step.ndim) if step.shape[axis] == 1]
+    least = jnp.max(least.reshape(groups, 1, channels), axis=shared, keepdims=True)
+    raised = least > step
+    factor = jnp.where(raised, power_of_two_above(least / step), 1.0)
+    weights = layer.weights.scaled(factor)
+    codes = elementwise(weights, layer.kernel.shape[1]).encode(scaled_kernel(layer))
+    codes = jnp.where(raised, codes, layer.kernel)
+    return dataclasses.replace(layer, kernel=codes, weights=weights)
 
 
 def at_input(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> QuantizedLayer:
