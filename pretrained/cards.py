@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load, save
+
+from qjax import atomic
 
 README = """\
 # {name}
@@ -43,9 +44,9 @@ def write(folder: Path, variables: Any, card: Mapping[str, Any]) -> None:
     parameters = sum(leaf.size for name, leaf in leaves.items() if name.startswith("params/"))
     card = {**card, "parameters": parameters, "sha256": hashlib.sha256(weights).hexdigest()}
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "model.safetensors", weights)
-    _replace(folder / "card.json", (json.dumps(card, indent=1) + "\n").encode())
-    _replace(folder / "README.md", _readme(card).encode())
+    atomic.write(folder / "model.safetensors", weights)
+    atomic.write(folder / "card.json", json.dumps(card, indent=1) + "\n")
+    atomic.write(folder / "README.md", _readme(card))
 
 
 def read(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -82,10 +83,3 @@ def _readme(card: Mapping[str, Any]) -> str:
         family=card["architecture"]["family"],
         minutes=card["seconds"] / 60,
     )
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Writes `file` whole or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from pretrained.models import describe
 from pretrained.recipes import Recipe
+from qjax import atomic
 
 
 @jax.tree_util.register_dataclass
@@ -65,9 +65,7 @@ def write(file: Path, recipe: Recipe, state: State, history: History) -> None:
         "empty": json.dumps(sorted(leaves.keys() - tensors.keys())),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, file)
+    atomic.write(file, save(tensors, metadata))
 
 
 def read(file: Path, recipe: Recipe) -> tuple[State, History]:

@@ -6,13 +6,15 @@ they are stored, under the user's cache folder, keyed by name, version and split
 
 import contextlib
 import importlib.util
+import io
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from qjax import atomic
 
 HINT = """\
 Prepare it once where there is a network and TensorFlow:
@@ -189,6 +191,6 @@ def _decode(builder, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
 def _save(file: Path, array: np.ndarray) -> None:
     """Writes `file` whole or not at all, whoever else is writing it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npy", delete=False) as temporary:
-        np.save(temporary, array)
-    os.replace(temporary.name, file)
+    content = io.BytesIO()
+    np.save(content, array)
+    atomic.write(file, content.getvalue())

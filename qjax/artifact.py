@@ -1,13 +1,16 @@
 """Saving a quantized network to a directory, and loading it bit for bit.
 
-`model.safetensors` holds the arrays of `Quantized.params` by path, the codes of a kernel as one
-dense stream of bits (see `qjax.packing`). Types that safetensors has no NumPy name for, such as
-bfloat16, are stored as their bytes; integers that are all 0, as most zero points, are left out.
+`model-<SHA-256>.safetensors` holds the arrays of `Quantized.params` by path, the codes of a kernel
+as one dense stream of bits (see `qjax.formats.packing`). Types that safetensors has no NumPy name
+for, such as bfloat16, are stored as their bytes; integers that are all 0, as most zero points, are
+left out.
 
 `manifest.json` holds everything that is no array: formats, shapes, recipe, report, the structure of
-the float params, and the SHA-256 of both files (its own without that entry).
+the float params, and name and SHA-256 of both files (its own without that entry). The arrays of
+another artifact have another name, so that renaming the manifest replaces one by the other.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -18,16 +21,21 @@ import os
 import platform
 import re
 import shutil
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import numpy as safetensors
 
+from qjax import atomic
 from qjax.formats.affine import QParams
 from qjax.formats.binary import Signs
 from qjax.formats.dynamic import Dynamic
@@ -43,8 +51,14 @@ from qjax.run.layer import QuantizedLayer
 
 R = TypeVar("R", LayerReport, SumReport)
 
-FORMAT, VERSION = "qjax", 1
-ARRAYS, MANIFEST = "model.safetensors", "manifest.json"
+FORMAT, VERSION = "qjax", 2
+READABLE = (1, 2)  # versions; the arrays of 1 are in `_OLDER_ARRAYS`
+MANIFEST, ARRAYS = "manifest.json", "model-{}.safetensors"
+
+_OLDER_ARRAYS = "model.safetensors"
+_OURS = re.compile(
+    rf"{re.escape(MANIFEST)}|model(-[0-9a-f]{{16}})?\.safetensors|{atomic.TEMPORARY.pattern}"
+)
 
 _FORMATS = ("weights", "inputs", "outputs", "activated")  # fields of a layer
 
@@ -73,7 +87,6 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
       True
     """
     check_destination(path)
-    path = Path(path).resolve()
     layers: Mapping[str, QuantizedLayer] = q.params["layers"]
     stored = {name: _storable_layer(layer) for name, layer in layers.items()}
     sums: Mapping[str, QParams] = q.params.get("sums", {})
@@ -104,16 +117,7 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
         "report_of_sums": [record_to_json(record) for record in q.report.sums],
         "skipped": q.report.skipped,
     }
-    digests = {ARRAYS: hashlib.sha256(data).hexdigest(), MANIFEST: _manifest_digest(manifest)}
-    text = json.dumps(manifest | {"sha256": digests}, indent=1, allow_nan=False)
-    temporary = _sibling(path)
-    temporary.mkdir()
-    try:
-        (temporary / ARRAYS).write_bytes(data)
-        (temporary / MANIFEST).write_text(text, encoding="utf-8")
-        _move(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    _write(Path(path).resolve(), manifest, data)
 
 
 def load(
@@ -187,20 +191,15 @@ def check_destination(path: str | os.PathLike) -> None:
       OSError: `path` cannot be written.
     """
     path = Path(path).resolve()
-    if path.is_dir():
-        names = {entry.name for entry in path.iterdir()}
-        is_ours = names <= {ARRAYS, MANIFEST} and (not names or _is_artifact(path))
-    else:
-        is_ours = not path.exists()
-    if not is_ours:
+    if not (_is_ours(path) if path.is_dir() else not path.exists()):
         raise ValueError(
             f"`path` must be new, empty or an artifact of qjax.save; {path} holds something else. "
             "Choose another path, or remove it first."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    probe = _sibling(path)
-    probe.mkdir()
-    probe.rmdir()
+    probe = atomic.temporary(path if path.is_dir() else path.parent)
+    probe.touch()
+    probe.unlink()
 
 
 def record_to_json(record: LayerReport | SumReport) -> dict[str, Any]:
@@ -472,12 +471,79 @@ def _located(path: str | os.PathLike) -> Path:
             f"{here}; to read it from the Hugging Face Hub, pip install huggingface_hub."
         ) from error
     try:
-        return Path(snapshot_download(str(path), allow_patterns=[MANIFEST, ARRAYS]))
+        names = [MANIFEST, ARRAYS.format("*"), _OLDER_ARRAYS]
+        return Path(snapshot_download(str(path), allow_patterns=names))
     except (OSError, ValueError) as error:
         raise ValueError(f"{here}, and not to be had from the Hugging Face Hub: {error}") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+def _write(path: Path, manifest: dict[str, Any], data: bytes) -> None:
+    """Writes both files: the arrays by a name of their own, then the manifest that names them.
+
+    Who reads meanwhile finds the older artifact until the manifest has changed, and so does
+    everybody if this is killed before. Others who save there wait.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    arrays = ARRAYS.format(digest[:16])
+    digests = {arrays: digest, MANIFEST: _manifest_digest(manifest)}
+    text = json.dumps(manifest | {"sha256": digests}, indent=1, allow_nan=False)
+    is_new = not path.exists()
+    path.mkdir(exist_ok=True)
+    with _alone(path):
+        try:
+            atomic.write(path / arrays, data)
+            atomic.write(path / MANIFEST, text)
+        finally:
+            _sweep(path)
+            if is_new and not any(path.iterdir()):
+                path.rmdir()
+    atomic.sync(path.parent)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until nobody else is in this context for a folder; a process that ends leaves it."""
+    if fcntl is None:  # there is no such lock on Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # nor on some file systems
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(path: Path) -> None:
+    """Removes what earlier saves left: all of it but the manifest and the arrays that it names."""
+    kept = {MANIFEST, *_digests(path)}
+    for entry in path.iterdir():
+        if entry.name not in kept and _OURS.fullmatch(entry.name):
+            entry.unlink(missing_ok=True)
+    # Folders that an older qjax left beside the artifact when it was killed.
+    for entry in path.parent.iterdir():
+        is_left = re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}", entry.name)
+        if is_left and entry.is_dir() and _is_ours(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _digests(path: Path) -> Mapping[str, str]:
+    """The SHA-256 of the files of an artifact, by name; nothing if there is none."""
+    try:
+        return json.loads((path / MANIFEST).read_bytes())["sha256"]
+    except FileNotFoundError:
+        return {}
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder holds an artifact, what was left of one, or nothing."""
+    names = {entry.name for entry in path.iterdir()}
+    is_whole = _is_artifact(path) if MANIFEST in names else _OLDER_ARRAYS not in names
+    return is_whole and all(_OURS.fullmatch(name) for name in names)
+
+
+def _read(path: Path, attempts: int = 9) -> tuple[dict[str, Any], bytes]:
     """Reads and checks both files: (manifest, bytes of the arrays)."""
     if not (path / MANIFEST).is_file():
         raise ValueError(
@@ -492,19 +558,24 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
             f"`path` must be a directory that qjax.save wrote; {path / MANIFEST} is of another "
             "program."
         )
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in READABLE:
         raise ValueError(
-            f"{path} has artifact format {manifest.get('version')!r}, and this qjax reads format "
-            f"{VERSION}; load it with the qjax that wrote it, or a newer one (pip install -U qjax)."
+            f"{path} has artifact format {manifest.get('version')!r}, and this qjax reads formats "
+            f"{' and '.join(map(str, READABLE))}; load it with the qjax that wrote it, or a newer "
+            "one (pip install -U qjax)."
         )
     digests = manifest.pop("sha256", {})
     if digests.get(MANIFEST) != _manifest_digest(manifest):
         raise _damaged(path / MANIFEST)
-    if not (path / ARRAYS).is_file():
-        raise _damaged(path / ARRAYS)
-    data = (path / ARRAYS).read_bytes()
-    if digests[ARRAYS] != hashlib.sha256(data).hexdigest():
-        raise _damaged(path / ARRAYS)
+    [arrays] = digests.keys() - {MANIFEST}
+    try:
+        data = (path / arrays).read_bytes()
+    except FileNotFoundError:
+        if attempts:  # a save has put others in their place
+            return _read(path, attempts - 1)
+        raise _damaged(path / arrays) from None
+    if digests[arrays] != hashlib.sha256(data).hexdigest():
+        raise _damaged(path / arrays)
     return manifest, data
 
 
@@ -528,22 +599,3 @@ def _is_artifact(path: Path) -> bool:
         return _is_manifest(json.loads((path / MANIFEST).read_bytes()))
     except (OSError, ValueError):
         return False
-
-
-def _sibling(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-
-
-def _move(source: Path, path: Path) -> None:
-    """Renames a directory, replacing the one that is there; that one stays if renaming fails."""
-    if not path.exists():
-        source.rename(path)
-        return
-    old = _sibling(path)
-    path.rename(old)
-    try:
-        source.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -136,7 +136,8 @@ def measure_sizes(name: str, bits: int) -> Sizes:
         file = Path(folder) / "float.safetensors"
         save_file({str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}, file)
         qjax.save(Path(folder) / "q", q)
-        disk = file.stat().st_size, (Path(folder) / "q" / "model.safetensors").stat().st_size
+        [stored] = Path(folder, "q").glob("model-*.safetensors")
+        disk = file.stat().st_size, stored.stat().st_size
     return Sizes(disk, (sum(a.nbytes for a in leaves), sum(a.nbytes for a in codes)))
 
 

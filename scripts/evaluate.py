@@ -27,9 +27,9 @@ import pretrained
 import qjax
 from pretrained import datasets
 from qjax.artifact import stored_bytes
+from qjax.atomic import write
 from qjax.fit.data_free import UnknownRangeError
 from qjax.graph.layers import shapes_of
-from qjax.page.document import write
 from qjax.progress import progress_bar
 from qjax.recipe import Recipe
 from qjax.study.questions import ways_to_ranges

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import pretrained
 import qjax
 from pretrained import datasets
+from qjax import atomic
 from qjax.fit.moments import moments
 from qjax.fit.observers import observe
 from qjax.fit.samples import KernelSample, kernel_loss
@@ -58,7 +59,7 @@ def main() -> None:
         print(text, end="")
     else:
         arguments.out.parent.mkdir(exist_ok=True)
-        arguments.out.write_text(text, encoding="utf-8")
+        atomic.write(arguments.out, text)
 
 
 def document(name: str, calibration_size: int, thrifty: bool, layer: str | None = None) -> str:

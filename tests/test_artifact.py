@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from qjax.run.layer import QuantizedLayer
 CHEAP: dict[str, Any] = dict(
     inputs=None, outputs=None, range_method="absmax", bias_correction=False, rounding="nearest"
 )
-FILES = ("manifest.json", "model.safetensors")
+FILES = ("manifest.json", "model-*.safetensors")
 
 
 def network(params: Any, x: jax.Array) -> jax.Array:
@@ -91,6 +93,12 @@ def assert_same(restored: qjax.Quantized, q: qjax.Quantized, x: Any) -> None:
     assert str(restored.report) == str(q.report)
 
 
+def file_of(artifact: Path, pattern: str) -> Path:
+    """The one file of an artifact with that name."""
+    [found] = artifact.glob(pattern)
+    return found
+
+
 def edit(file: Path, old: str, new: str) -> None:
     text = file.read_text()
     assert old in text
@@ -99,7 +107,7 @@ def edit(file: Path, old: str, new: str) -> None:
 
 def test_round_trip(q: qjax.Quantized, saved: Path):
     assert_same(qjax.load(saved, network), q, X)
-    assert sorted(entry.name for entry in saved.iterdir()) == sorted(FILES)
+    assert sorted(saved.iterdir()) == [file_of(saved, name) for name in FILES]
     assert set(q.params["rest"]) == {"between/0", "between/1"}  # bfloat16 and int16 came back
 
 
@@ -112,7 +120,7 @@ def test_codes_take_their_true_width(q, tmp_path: Path, bits: int, symmetric: bo
     qjax.save(tmp_path / "artifact", q)
     restored = qjax.load(tmp_path / "artifact", network)
     chex.assert_trees_all_equal(restored.params, q.params, strict=True)
-    stored = load_file(tmp_path / "artifact" / "model.safetensors")
+    stored = load_file(file_of(tmp_path / "artifact", FILES[1]))
     for name, layer in q.params["layers"].items():
         stream = stored[f"layers/{name}/kernel"]
         assert stream.nbytes == -(-layer.kernel.size * bits // 8)
@@ -122,7 +130,7 @@ def test_codes_take_their_true_width(q, tmp_path: Path, bits: int, symmetric: bo
 
 
 def test_zero_points_that_are_all_zero_are_not_stored(q: qjax.Quantized, saved: Path):
-    stored = load_file(saved / "model.safetensors")
+    stored = load_file(file_of(saved, FILES[1]))
     for name, layer in q.params["layers"].items():
         for field in ("weights", "inputs", "outputs"):
             qparams = getattr(layer, field)
@@ -187,8 +195,9 @@ def test_other_params_are_refused(saved: Path, change: Any, match: str):
     ids=["truncated", "empty", "flipped"],
 )
 def test_damaged_files_are_refused(saved: Path, name: str, damage: Any):
-    damage(saved / name)
-    with pytest.raises(ValueError, match=f"{name} is missing, truncated or edited"):
+    file = file_of(saved, name)
+    damage(file)
+    with pytest.raises(ValueError, match=f"{file.name} is missing, truncated or edited"):
         qjax.load(saved, network)
 
 
@@ -199,14 +208,14 @@ def test_an_edited_manifest_is_refused(saved: Path):
 
 
 def test_missing_arrays_are_refused(saved: Path):
-    (saved / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+    file_of(saved, FILES[1]).unlink()
+    with pytest.raises(ValueError, match=r"model-\w+\.safetensors is missing"):
         qjax.load(saved, network)
 
 
 def test_a_newer_format_is_refused(saved: Path):
-    edit(saved / "manifest.json", '"version": 1', '"version": 2')
-    with pytest.raises(ValueError, match="artifact format 2, and this qjax reads format 1"):
+    edit(saved / "manifest.json", '"version": 2', '"version": 3')
+    with pytest.raises(ValueError, match="artifact format 3, and this qjax reads formats 1 and 2"):
         qjax.load(saved, network)
 
 
@@ -235,7 +244,7 @@ def test_an_older_artifact_is_replaced(q: qjax.Quantized, saved: Path):
 
 def test_an_empty_directory_is_used(q: qjax.Quantized, tmp_path: Path):
     qjax.save(tmp_path, q)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(FILES)
+    assert sorted(tmp_path.iterdir()) == [file_of(tmp_path, name) for name in FILES]
 
 
 def test_anything_else_is_not_replaced(q: qjax.Quantized, saved: Path, tmp_path: Path):
@@ -251,14 +260,82 @@ def test_anything_else_is_not_replaced(q: qjax.Quantized, saved: Path, tmp_path:
 
 
 def test_a_failed_save_leaves_the_older_artifact(q, saved: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise OSError("disk full")
+    """Whichever of its files cannot be written; where there was none, there is none then."""
+    before = sorted(saved.iterdir())
+    for written in range(2):
+        results = iter([None] * written)
 
-    monkeypatch.setattr(Path, "write_text", fail)
-    with pytest.raises(OSError, match="disk full"):
-        qjax.save(saved, with_codes(q, qjax.QuantSpec(3)))
-    assert list(saved.parent.iterdir()) == [saved]
+        def sync(descriptor: int, results: Any = results) -> None:
+            try:
+                next(results)
+            except StopIteration:
+                raise OSError("disk full") from None
+
+        monkeypatch.setattr(os, "fsync", sync)
+        for path in (saved, saved.with_name("new")):
+            with pytest.raises(OSError, match="disk full"):
+                qjax.save(path, with_codes(q, qjax.QuantSpec(3)))
+        assert list(saved.parent.iterdir()) == [saved]
+        assert sorted(saved.iterdir()) == before
     assert_same(qjax.load(saved, network), q, X)
+
+
+def test_what_killed_saves_left_is_swept(q: qjax.Quantized, saved: Path):
+    """Also a folder without a manifest, and what an older qjax left beside the artifact."""
+    hexadecimal = "0123456789abcdef" * 2
+    left = {
+        saved / f".{hexadecimal}.qjax": "half",
+        saved / "model-0123456789abcdef.safetensors": "half",
+        saved.with_name("new") / f".{hexadecimal}.qjax": "half",
+        saved.with_name(f".artifact.{hexadecimal}") / f".{hexadecimal}.qjax": "half",
+    }
+    for file, text in left.items():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    (saved.parent / ".artifact.notes").write_text("mine")
+    for path in (saved, saved.with_name("new")):
+        qjax.save(path, q)
+        assert_same(qjax.load(path, network), q, X)
+        assert sorted(path.iterdir()) == [file_of(path, name) for name in FILES]
+    names = sorted(entry.name for entry in saved.parent.iterdir())
+    assert names == [".artifact.notes", "artifact", "new"]
+
+
+def test_the_directory_that_one_is_in(q: qjax.Quantized, saved: Path, monkeypatch):
+    monkeypatch.chdir(saved)
+    other = with_codes(q, qjax.QuantSpec(3))
+    qjax.save(".", other)
+    assert sorted(entry.name for entry in Path(".").iterdir()) == sorted(os.listdir(saved))
+    chex.assert_trees_all_equal(qjax.load(".", network).params, other.params, strict=True)
+
+
+def test_a_load_that_a_save_overtakes_starts_again(q, saved: Path, monkeypatch):
+    other = with_codes(q, qjax.QuantSpec(3))
+    read, overtaking = Path.read_bytes, iter([other])
+
+    def read_bytes(file: Path) -> bytes:
+        data = read(file)
+        for late in overtaking:
+            qjax.save(saved, late)
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    chex.assert_trees_all_equal(qjax.load(saved, network).params, other.params, strict=True)
+
+
+def test_an_artifact_of_the_first_format(tmp_path: Path):
+    """Its arrays bit for bit, and replaced by one of today."""
+    older = Path(__file__).with_name("artifact_1")
+    restored = qjax.load(older, network)
+    arrays = load_file(older / "model.safetensors")
+    shutil.copytree(older, tmp_path / "artifact")
+    qjax.save(tmp_path / "artifact", restored)
+    again = load_file(file_of(tmp_path / "artifact", FILES[1]))
+    assert {name: (a.dtype, a.tolist()) for name, a in again.items()} == {
+        name: (a.dtype, a.tolist()) for name, a in arrays.items()
+    }
+    assert_same(qjax.load(tmp_path / "artifact", network), restored, X)
+    assert len(list((tmp_path / "artifact").iterdir())) == 2
 
 
 def test_manifest_is_plain_json(q: qjax.Quantized, saved: Path):
@@ -285,7 +362,7 @@ def test_ranges_at_run_time_are_saved(tmp_path: Path):
     chex.assert_trees_all_equal(
         again.apply_fn(again.params, X), q.apply_fn(q.params, X), strict=True
     )
-    stored = load_file(tmp_path / "model" / "model.safetensors")
+    stored = load_file(file_of(tmp_path / "model", FILES[1]))
     assert not any("inputs" in name or "outputs" in name for name in stored)
 
 
@@ -299,7 +376,7 @@ def test_a_name_in_the_hugging_face_hub(q: qjax.Quantized, saved: Path, monkeypa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert_same(qjax.load("someone/a-model.v1", network), q, X)
-    assert asked == {"someone/a-model.v1": sorted(FILES)}
+    assert asked == {"someone/a-model.v1": sorted([*FILES, "model.safetensors"])}
     monkeypatch.chdir(saved.parent.parent)
     local = str(saved.relative_to(saved.parent.parent))
     assert_same(qjax.load(local, network), q, X)

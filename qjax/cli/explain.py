@@ -4,11 +4,11 @@ import argparse
 
 import jax.numpy as jnp
 
+from qjax.atomic import write
 from qjax.cli import command
 from qjax.cli.loading import Loaded
 from qjax.graph.layers import find_layers, shapes_of
 from qjax.page import quantization
-from qjax.page.document import write
 from qjax.progress import Progress
 from qjax.quantize import quantize
 from qjax.recipe import Recipe

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pretrained
 from pretrained import datasets
-from qjax import artifact
+from qjax import artifact, atomic
 from qjax.cli.command import Command
 from qjax.cli.files import check_file
 from qjax.export import function
@@ -66,7 +66,7 @@ def write(path: str, *network: Any, form: str = FORM, **options: Any) -> None:
       form: a name in `FORMS`.
       **options: target and metadata.
     """
-    Path(path).write_bytes(FORMS[form].write(*network, **options))
+    atomic.write(path, FORMS[form].write(*network, **options))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

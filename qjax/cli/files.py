@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
+from qjax import atomic
+
 
 def check_file(option: str, path: str | None) -> None:
     """Refuses a file that could not be written, and leaves nothing at its place.
@@ -21,11 +23,9 @@ def check_file(option: str, path: str | None) -> None:
         file = Path(path)
         if file.exists() and not file.is_file():
             raise OSError("it is a folder" if file.is_dir() else "it is a device")
-        probe = Path(f"{path}.unfinished")
+        probe = atomic.temporary(file.parent) if file.exists() else file
         probe.touch()
         probe.unlink()
-        if file.exists():
-            file.open("ab").close()
     except (OSError, ValueError) as error:  # a ValueError: a NUL byte
         reason = getattr(error, "strerror", None) or error
         raise ValueError(

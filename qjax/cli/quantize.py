@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from qjax import artifact
+from qjax.atomic import write
 from qjax.cli import export, widths
 from qjax.cli.arguments import add_model, add_recipe, load_model, read_recipe
 from qjax.cli.command import Command, Stage, add_quiet, stages
@@ -21,7 +22,6 @@ from qjax.cli.wording import worded
 from qjax.fit.data_free import UnknownRangeError
 from qjax.graph.layers import shapes_of
 from qjax.page import quantization
-from qjax.page.document import write
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
 from qjax.recipe import Recipe

@@ -4,10 +4,10 @@ import argparse
 import textwrap
 from functools import partial
 
+from qjax.atomic import write
 from qjax.cli import command, training
 from qjax.cli.arguments import width_in_bits
 from qjax.cli.loading import Loaded
-from qjax.page.document import write
 from qjax.page.study import render_study
 from qjax.progress import Progress
 from qjax.recipe import Recipe

@@ -6,8 +6,8 @@ from typing import Any
 
 from pretrained import comparison, datasets
 from pretrained.finetuning import ENDS
+from qjax.atomic import write
 from qjax.cli.loading import Loaded
-from qjax.page.document import write
 from qjax.page.study import render_table
 from qjax.progress import Progress
 from qjax.qat.methods import METHODS

@@ -2,7 +2,6 @@
 
 from html import escape
 from importlib import resources
-from pathlib import Path
 
 
 def document(title: str, body: str) -> str:
@@ -14,10 +13,3 @@ def document(title: str, body: str) -> str:
     """
     template = resources.files("qjax.page").joinpath("page.html").read_text()
     return template.replace("{{title}}", escape(title)).replace("{{body}}", body)
-
-
-def write(path: str | Path, text: str) -> None:
-    """Writes a document whole or not at all."""
-    unfinished = Path(f"{path}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
