@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrained import cards, converters
+from pretrained import cards, converters, own_models
 from pretrained.models import build
 from pretrained.preprocessing import IMAGENET, Preprocessing
 
@@ -19,14 +19,14 @@ class Pretrained(NamedTuple):
       apply_fn: a pure function of (params, float32[N, H, W, C]) that returns logits float32[N, K].
       params: the Flax variables.
       preprocess: maps uint8[N, H, W, C] to the network's input.
-      dataset: the dataset it was trained on, see `datasets.load`.
+      dataset: the dataset it was trained on, see `datasets.load`; "" where nothing says so.
       card: how it was trained and how well it does.
     """
 
     name: str
     apply_fn: Callable[..., Any]
     params: Any
-    preprocess: Preprocessing
+    preprocess: Callable[[Any], Any]
     dataset: str
     card: Mapping[str, Any]
 
@@ -42,7 +42,8 @@ def load(name: str) -> Pretrained:
     Args:
       name: one of `names()`; or PyTorch weights of a ResNet (see `converters`): the path of a
         safetensors file, or `hf-hub:owner/name`. These take ImageNet's preprocessing, and CIFAR-10
-        as their dataset where they have ten classes.
+        as their dataset where they have ten classes. Or `package.module:function`, a function that
+        makes a network, see `own_models`.
 
     Raises:
       ValueError: if there is no such model, or its weights are not the ones of its card.
@@ -51,10 +52,13 @@ def load(name: str) -> Pretrained:
         model, params = converters.convert_resnet(converters.read_torch(name))
         dataset = "cifar10" if model.num_classes == 10 else "imagenet2012"
         return Pretrained(name, model.apply, params, IMAGENET, dataset, {})
+    if own_models.is_own(name):
+        return Pretrained(name, *own_models.load(name), "", {})
     if name not in names():
         raise ValueError(
-            f"`name` must be one of {', '.join(names())}, or the path of a safetensors file with "
-            f"PyTorch weights of a ResNet; got {name!r}."
+            f"`name` must be one of {', '.join(names())}, the path of a safetensors file with "
+            "PyTorch weights of a ResNet, or package.module:function, which returns (apply_fn, "
+            f"params); got {name!r}."
         )
     params, card = cards.read(FOLDER / name)
     preprocess = Preprocessing(

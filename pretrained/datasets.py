@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pretrained import own_images
 from qjax import atomic
 
 HINT = """\
@@ -43,7 +44,8 @@ def load(
 
     Args:
       name: `digits` (8x8, values 0 to 16, shipped with scikit-learn) or a TFDS name such as
-        `mnist`, `fashion_mnist`, `emnist/digits`, `cifar10`.
+        `mnist`, `fashion_mnist`, `emnist/digits`, `cifar10`; or a folder of images by class, or an
+        `.npz` file, see `own_images`.
       split: `train`, `test`, or another split that the dataset has.
       data_dir: where TFDS datasets are; by default the environment variable TFDS_DATA_DIR, then
         TFDS's own default.
@@ -60,6 +62,8 @@ def load(
     """
     if name == "digits":
         return _load_digits(split)
+    if own_images.is_own(name):
+        return Dataset(*own_images.load(name, split), name)
     builder = _builder(name, data_dir)
     if split not in builder.info.splits:
         raise ValueError(

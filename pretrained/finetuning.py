@@ -94,7 +94,15 @@ def fine_tuning(
       epochs: passes over the training split, or a part of one.
       learning_rate: the peak; by default the method's own.
       seed: of the draw of calibration images, the order and the augmentation.
+
+    Raises:
+      ValueError: the model is of the user's own, with a `preprocess` that is no `Preprocessing`.
     """
+    if not isinstance(loaded.preprocess, Preprocessing):
+        raise ValueError(
+            f"{loaded.name} can be trained only with a pretrained.preprocessing.Preprocessing as "
+            "`preprocess`; return one as the third value."
+        )
     shift, flip = AUGMENTATION.get(loaded.dataset, (0, False))
     rate = LEARNING_RATE.get(method, DEFAULT_LEARNING_RATE)
     return FineTuning(
@@ -127,12 +135,12 @@ def prepare(
       progress: as of `qjax.quantize`.
     """
     size = min(CALIBRATION_SIZE, len(data.images))
-    images = np.asarray(loaded.preprocess(calibration_draw(data.images, size, recipe.seed)))
+    images = np.asarray(recipe.preprocessing(calibration_draw(data.images, size, recipe.seed)))
     quantization = qjax.Recipe.from_json(json.loads(recipe.quantization))
     function, params = qjax.qat.prepare(
         loaded.apply_fn, loaded.params, images, recipe.method, quantization, progress=progress
     )
-    return QuantizationAware(function, params, loaded.preprocess, images)
+    return QuantizationAware(function, params, recipe.preprocessing, images)
 
 
 class Result(NamedTuple):

@@ -273,11 +273,7 @@ class Report(Sequence[LayerReport]):
         lines = [_table(rows, self._total(), width)]
         if any(layer.has_dynamic_input or layer.has_dynamic_output for layer in self):
             lines.append("d: dynamic, the range is found at run time")
-        for skip in self.skipped:
-            shapes = " and ".join(map(_shape, skip.shapes))
-            line = f"in float: {skip.primitive} of {shapes}: {skip.reason}"
-            lines += textwrap.wrap(printable(line), width, subsequent_indent="  ")
-        return "\n".join(lines)
+        return "\n".join([*lines, *in_float(self.skipped, width)])
 
     def _sum_rows(self, layer: str) -> list[tuple[str, ...]]:
         return [_sum_row(record) for record in self.sums if record.layer == layer]
@@ -316,7 +312,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     return (
         layer.name,
         layer.kind,
-        _shape(layer.kernel_shape),
+        product(layer.kernel_shape),
         layer.widths,
         layer.activation,
         _db(layer.weight_sqnr_db),
@@ -340,7 +336,18 @@ def _sum_row(record: SumReport) -> tuple[str, ...]:
     )
 
 
-def _shape(shape: Sequence[int]) -> str:
+def in_float(skipped: Sequence[Skipped], width: int = WIDTH) -> list[str]:
+    """Lines of text about what stays in float."""
+    lines = []
+    for skip in skipped:
+        shapes = " and ".join(map(product, skip.shapes))
+        line = f"in float: {skip.primitive} of {shapes}: {skip.reason}"
+        lines += textwrap.wrap(printable(line), width, subsequent_indent="  ")
+    return lines
+
+
+def product(shape: Sequence[int]) -> str:
+    """A shape as text: 3×3×16."""
     return "×".join(map(str, shape))
 
 

@@ -49,7 +49,7 @@ ORDER = (
         "cli.command",
         "cli.widths",
     ),
-    *("cli.export", "cli.quantize", "cli.explain", "cli.accumulators", "cli.training"),
+    *("cli.trace", "cli.export", "cli.quantize", "cli.explain", "cli.accumulators", "cli.training"),
     *("cli.study", "cli.main"),
 )
 # All that the library and its command line may load, apart from the standard library.

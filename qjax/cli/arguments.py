@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from qjax.cli.loading import CALIBRATION_SIZE, Loaded, load
+from qjax.cli.loading import CALIBRATION_SIZE, Loaded, add_dataset, load
 from qjax.cli.wording import RECIPE, flag
 from qjax.formats.affine import AFFINE
 from qjax.formats.spec import (
@@ -27,6 +27,10 @@ from qjax.rounding.table import ROUNDINGS
 from qjax.targets import TARGETS
 
 MODEL = "resnet20-digits"
+MODELS = (
+    "pretrained model, safetensors file with PyTorch weights of a ResNet, or "
+    "package.module:function that returns (apply_fn, params) or (apply_fn, params, preprocess)"
+)
 BITS = 8
 FLOAT = "float"
 
@@ -36,8 +40,8 @@ _PARTS = {"weight": "weights", "input": "inputs", "output": "outputs"}  # option
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Declares what is quantized; `load_model` reads it."""
     add = parser.add_argument_group("what to quantize").add_argument
-    add("--model", default=MODEL, metavar="NAME|PATH", help="pretrained model (%(default)s)")
-    add("--dataset", metavar="NAME", help="digits or a TFDS name (the model's own)")
+    add("--model", default=MODEL, metavar="MODEL", help=f"{MODELS} (%(default)s)")
+    add_dataset(add)
     add(
         "--test-dataset",
         metavar="NAME",

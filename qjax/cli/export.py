@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pretrained
-from pretrained import datasets
 from qjax import artifact, atomic
 from qjax.cli.command import Command
 from qjax.cli.files import check_file
+from qjax.cli.loading import add_dataset, an_image
 from qjax.export import function
 from qjax.export.function import ONNX_TARGETS, to_onnx
 from qjax.formats.spec import check_choice
@@ -78,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|PATH",
         help="pretrained model that the folder was quantized from",
     )
+    add_dataset(add)
     add("--to", choices=tuple(FORMS), default=FORM, help="form to write (%(default)s)")
     add("--out", required=True, metavar="FILE", help="file to write: model.onnx")
     add(
@@ -109,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
             "it holds the codes and not the network."
         )
     model = pretrained.load(arguments.model or arguments.source)
-    x = model.preprocess(datasets.load(model.dataset, "test").images[:1])
+    x = an_image(model, arguments.dataset)
     network: tuple[Any, ...] = model.apply_fn, model.params, x
     if is_saved:
         network = artifact.load(arguments.source, model.apply_fn, model.params), x

@@ -1,5 +1,6 @@
 """What a command works on: a pretrained model, calibration images and test images."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +49,7 @@ def load(
     """
     progress("model", 0, 3)
     model = pretrained.load(model_name)
-    name = dataset_name or model.dataset
+    name = _dataset_of(model, dataset_name)
     progress("training images", 1, 3)
     images = _split("--dataset", name, "train").images
     size = calibration_size or min(CALIBRATION_SIZE, len(images))
@@ -58,6 +59,9 @@ def load(
     except Exception as error:  # each framework has its own
         raise ValueError(
             f"`--dataset` {name} has images of shape {images.shape[1:]}, which the model "
+            f"{model.name} does not take: {error}"
+            if not model.dataset
+            else f"`--dataset` {name} has images of shape {images.shape[1:]}, which the model "
             f"{model.name} does not take; leave it out to use the model's own, {model.dataset}."
         ) from error
     progress("test images", 2, 3)
@@ -68,6 +72,39 @@ def load(
         _check_test(test, images.shape[1:], logits.shape[-1], model.name)
     progress("", 3, 3)
     return Loaded(model, calibration, test)
+
+
+def add_dataset(add: Callable[..., Any]) -> None:
+    """Declares which images a command takes, by a parser's or a group's `add_argument`."""
+    add(
+        "--dataset",
+        metavar="NAME|PATH",
+        help="digits, a TFDS name, a folder train/CLASS/IMAGE and test/CLASS/IMAGE, or an .npz "
+        "file with x_train, y_train, x_test and y_test (the model's own)",
+    )
+
+
+def an_image(model: pretrained.Pretrained, dataset_name: str | None) -> Any:
+    """The first test image of a dataset, as the model takes it: [1, H, W, C].
+
+    Args:
+      model: whose images they are.
+      dataset_name: what `datasets.load` takes; None for the model's own.
+
+    Raises:
+      ValueError: there is no such dataset.
+    """
+    name = _dataset_of(model, dataset_name)
+    return model.preprocess(_split("--dataset", name, "test").images[:1])
+
+
+def _dataset_of(model: pretrained.Pretrained, name: str | None) -> str:
+    if not (name or model.dataset):
+        raise ValueError(
+            f"`--dataset` must name the images of {model.name}: a TFDS name, a folder of images by "
+            "class, or an .npz file."
+        )
+    return name or model.dataset
 
 
 def _split(option: str, name: str, split: str) -> datasets.Dataset:

@@ -5,13 +5,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from qjax.cli import accumulators, compilation_cache, explain, export, quantize, study
+from qjax.cli import accumulators, compilation_cache, explain, export, quantize, study, trace
 from qjax.cli.output import patient
 from qjax.cli.signals import Stopped, stopping
 from qjax.cli.wording import worded, words_of
 from qjax.table import printable
 
-COMMANDS = (quantize.COMMAND, explain.COMMAND, accumulators.COMMAND, study.COMMAND, export.COMMAND)
+COMMANDS = (
+    *(trace.COMMAND, quantize.COMMAND, explain.COMMAND, accumulators.COMMAND, study.COMMAND),
+    export.COMMAND,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -157,9 +157,8 @@ def _quantize(
     model, batches, input_range = loaded.model, loaded.calibration, None
     if arguments.data_free:
         batches = shapes_of(batches)
-        pixels = np.stack(
-            [np.full_like(loaded.test.images[0], value) for value in (0, model.preprocess.scale)]
-        )
+        white = getattr(model.preprocess, "scale", 255)
+        pixels = np.stack([np.full_like(loaded.test.images[0], value) for value in (0, white)])
         ends = model.preprocess(pixels)
         input_range = float(ends.min()), float(ends.max())
     given: dict[str, Any] = {"progress": progress, "input_range": input_range}
