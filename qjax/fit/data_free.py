@@ -260,5 +260,5 @@ def _without_input(
     elif spec is not None and known is None:
         raise UnknownRangeError(name, "input", "no batch norm leads to it")
     groups, patch, _ = task.operation.matrix_shape
-    identity = jnp.broadcast_to(jnp.eye(patch), (groups, patch, patch))
+    identity = jnp.broadcast_to(jnp.eye(patch, dtype=jnp.float32), (groups, patch, patch))
     return Prepared(None, None, inputs, None, folded, identity)

@@ -70,8 +70,8 @@ class Draws:
             del self._drawn[var]
 
     def read(self, var: core.Var) -> jax.Array | None:
-        """A variable's values with an axis of one batch, [1, ...]; None if they are unknown."""
-        return self._drawn[var][None] if var in self._drawn else None
+        """A variable's values with an axis of one batch, float32[1, ...]; None if unknown."""
+        return self._drawn[var][None].astype(jnp.float32) if var in self._drawn else None
 
     def write(self, var: core.Var, values: jax.Array) -> None:
         """Sets the values of a variable, given as `read` returns them."""

@@ -258,7 +258,9 @@ def in_units_of_codes(
     """
     if not isinstance(inputs, QParams) or not inputs.scale.ndim:
         return x, inputs
-    return x * inputs.inverse_scale[None], dataclasses.replace(inputs, scale=jnp.ones(()))
+    return x * inputs.inverse_scale[None], dataclasses.replace(
+        inputs, scale=jnp.ones((), jnp.float32)
+    )
 
 
 def _goal(task: Task, target: jax.Array, shortcut: tuple[jax.Array, jax.Array] | None) -> Goal:
@@ -465,6 +467,7 @@ def finish(
 
 def energies(values: jax.Array, values_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Those of values and of what others lack of them, sums by batch in a unit of their own."""
+    values, values_hat = values.astype(jnp.float32), values_hat.astype(jnp.float32)
     unit = magnitude(jnp.max(jnp.abs(values), initial=0))
     axes = tuple(range(1, values.ndim))
     signal = jnp.sum(jnp.square(values / unit), axes)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from qjax.fit.junction import FittedJunction, fit_junction
@@ -27,6 +28,7 @@ from qjax.fit.streams import Segment, Streams, cut
 from qjax.formats.affine import QParams
 from qjax.formats.dynamic import ActivationFormat
 from qjax.formats.spec import QuantSpec
+from qjax.graph import jaxpr
 from qjax.graph.activation import NONE, follow_codes
 from qjax.graph.examples import ExampleAxes
 from qjax.graph.fold import Folded
@@ -179,8 +181,8 @@ def _fit_site(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None
     streams, name = state.streams, site.layer.name
     shortcut = None
     if site.shortcut is not None and not site.movement and streams.holds(site.shortcut.value):
-        shortcut = streams.read(site.shortcut.value)
-    values = Values(*streams.read(site.input), shortcut)
+        shortcut = _read(state, site.shortcut.value)
+    values = Values(*_read(state, site.input), shortcut)
     known = known_grid(recipe.inputs, state.grids.get(site.input))
     divides = known is None and divides_channels(recipe.inputs, task.operation, values.x)
     found = fit_layer(task, divides, recipe.limits, values, state.folded[name], known)
@@ -190,6 +192,18 @@ def _fit_site(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None
         state.grids[site.output] = Grid(outputs, kind_of(recipe.outputs))
     state.fits[name] = found.fit
     streams.write(site.output, found.float_output, found.output)
+
+
+def _read(state: State, var: core.Var) -> tuple[jax.Array, jax.Array]:
+    """The values of a variable in the float and in the quantized network, in float32."""
+    floats, values = state.streams.read(var)
+    return floats.astype(jnp.float32), values.astype(jnp.float32)
+
+
+def _write(state: State, var: core.Var, floats: jax.Array, values: jax.Array) -> None:
+    """Sets the values of a variable, in its own type."""
+    own = jaxpr.dtype(var)
+    state.streams.write(var, floats.astype(own), values.astype(own))
 
 
 def kind_of(spec: QuantSpec) -> tuple[int, bool, str]:
@@ -220,7 +234,7 @@ def _fit_activated(site: Site, task: Task, recipe: LayerRecipe, state: State) ->
     is_already_done = position == "both" and not site.activating
     if recipe.outputs is None or position == "pre_activation" or is_already_done:
         return
-    floats, values = state.streams.read(site.activated)
+    floats, values = _read(state, site.activated)
     objective, limits, spec = task.output_objective, recipe.limits["outputs"], task.recipe.outputs
     assert spec is not None
     if spec.is_dynamic:
@@ -235,7 +249,7 @@ def _fit_activated(site: Site, task: Task, recipe: LayerRecipe, state: State) ->
             candidates=task.candidates,
         )
         state.grids[site.activated] = Grid(qparams, kind_of(recipe.outputs))
-    state.streams.write(site.activated, floats, _project(qparams, values))
+    _write(state, site.activated, floats, _project(qparams, values))
     fit = state.fits[site.layer.name]
     layer = dataclasses.replace(fit.layer, activated=qparams)
     output_clip = clip if fit.output_clip is None else fit.output_clip
@@ -246,11 +260,11 @@ def _fit_junction(junction: Junction, recipe: Recipe, state: State) -> None:
     """Fits the range of a junction, unless it lies on a grid already."""
     if junction.var in state.grids:
         return
-    floats, values = state.streams.read(junction.var)
+    floats, values = _read(state, junction.var)
     fitted, rounded = fit_junction(junction.activation, recipe, floats, values)
     state.grids[junction.var] = Grid(fitted.grid, kind_of(recipe.sum_spec))
     state.sums[junction.name] = fitted
-    state.streams.write(junction.var, floats, rounded)
+    _write(state, junction.var, floats, rounded)
 
 
 @program()

@@ -43,8 +43,8 @@ def moments(operation: Linear, stride: int = 1) -> Observer:
     def update(state: tuple[jax.Array, Moments], x: jax.Array) -> tuple[jax.Array, Moments]:
         return _add_patches(state, x, operation, stride)
 
-    zeros = Moments(jnp.zeros((groups, patch)), jnp.zeros((groups, patch, patch)))
-    return Observer(lambda: (jnp.zeros(()), zeros), update, _mean)
+    zeros = Moments(_zeros(groups, patch), _zeros(groups, patch, patch))
+    return Observer(lambda: (_zeros(), zeros), update, _mean)
 
 
 def centered(moments: Moments) -> Moments:
@@ -83,8 +83,12 @@ def cross_moments(operation: Linear, stride: int = 1) -> Observer:
     ) -> tuple[jax.Array, CrossMoments]:
         return _add_residual(state, *pair, operation, stride)
 
-    zeros = CrossMoments(jnp.zeros((groups, channels)), jnp.zeros((groups, patch, channels)))
-    return Observer(lambda: (jnp.zeros(()), zeros), update, _mean)
+    zeros = CrossMoments(_zeros(groups, channels), _zeros(groups, patch, channels))
+    return Observer(lambda: (_zeros(), zeros), update, _mean)
+
+
+def _zeros(*shape: int) -> jax.Array:
+    return jnp.zeros(shape, jnp.float32)
 
 
 def _mean(state: tuple[jax.Array, Any]) -> Any:

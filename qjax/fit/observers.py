@@ -92,7 +92,7 @@ def moving_average(decay: float = 0.9) -> Observer:
         raise ValueError(f"`decay` must be from 0 to below 1; got {decay}.")
 
     def init() -> tuple[jax.Array, jax.Array]:
-        return jnp.full(2, jnp.nan), jnp.array(False)
+        return jnp.full(2, jnp.nan, jnp.float32), jnp.array(False)
 
     def update(state: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _blend_extremes(state, x, decay)

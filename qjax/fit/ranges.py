@@ -129,8 +129,10 @@ def fit_input(
     if spec.is_dynamic:
         return dynamic(spec, limits, task.examples and task.examples.input), None
     if known is not None:
-        return known, jnp.ones(())  # the values are codes of the output before: nothing is lost
-    objective, width = task.recipe.objective, jnp.ones(())
+        return known, jnp.ones(
+            (), jnp.float32
+        )  # the values are codes of the output before: nothing is lost
+    objective, width = task.recipe.objective, jnp.ones((), jnp.float32)
     if divides_channels:
         axes = task.operation.input_axes
         by_input = _channel_widths(task, spec, limits, axes, x)
@@ -266,7 +268,7 @@ def choose_output(
     Returns:
       Scalar qparams, and their scale's share of the scale that the extremes need.
     """
-    nothing = jnp.zeros(0)
+    nothing = jnp.zeros(0, jnp.float32)
     target, actual = (
         nothing if array is None else array for array in (values.target, values.actual)
     )

@@ -141,7 +141,7 @@ class KernelSample:
 
         It is damped as H is for rounding, 1 without moments, and 0 for padding.
         """
-        weights = jnp.ones((self.kernel.shape[0], self.kernel.shape[1], 1))
+        weights = jnp.ones((self.kernel.shape[0], self.kernel.shape[1], 1), jnp.float32)
         if self.hessian is not None:
             diagonal = jnp.diagonal(damped(self.hessian), axis1=1, axis2=2)
             weights = (diagonal / jnp.mean(diagonal, axis=1, keepdims=True))[..., None]
@@ -288,7 +288,7 @@ class OutputSample(ActivationSample):
 
     def _shown(self, values: jax.Array) -> jax.Array:
         added = values if self.shortcut is None else values + self.shortcut
-        return self.activation.function(added)
+        return self.activation.function(added).astype(jnp.float32)
 
     def shown_extremes(self) -> Range:
         """The extremes, cut where the activation cuts them; a sum may need all of them."""

@@ -201,7 +201,7 @@ def _best_listed_share(
 
 
 def _best_pair(loss: Loss, ends: Range, count: int, nbytes: int) -> Range:
-    shares = jnp.arange(count + 1) / count
+    shares = jnp.arange(count + 1, dtype=jnp.float32) / count
     low, high = jnp.meshgrid(shares * ends[0], shares[1:] * ends[1])
     return _best_of(loss, jnp.stack([low.ravel(), high.ravel()], axis=1), nbytes)
 
@@ -232,7 +232,8 @@ def best_share(
         step = width / count
         return (best - step, 2 * step, (best, jnp.minimum(least, loss_found))), None
 
-    start = (jnp.zeros(shape), jnp.ones(()), (jnp.ones(shape), jnp.full(shape, jnp.inf)))
+    zeros, ones = jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32)
+    start = (zeros, jnp.ones((), jnp.float32), (ones, jnp.full(shape, jnp.inf, jnp.float32)))
     (_, _, (best, _)), _ = lax.scan(search_pass, start, length=candidates.refinements + 1)
     return best
 

@@ -119,7 +119,7 @@ def lloyd(values: jax.Array, weights: jax.Array, format: KMeans, rounds: int = R
     """
     shape = format.levels.shape
     tables, count = int(np.prod(shape[:-1])), shape[-1]
-    first = jnp.arange(tables).reshape(shape[:2] + (1, shape[2])) * count
+    first = jnp.arange(tables, dtype=jnp.int32).reshape(shape[:2] + (1, shape[2])) * count
     weights = jnp.broadcast_to(weights, values.shape)
 
     def do_round(_: int, levels: jax.Array) -> jax.Array:
@@ -176,7 +176,7 @@ def refit(
 
         def equations(channel: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             codes, slope = channel  # [groups, size]
-            hot = jax.nn.one_hot(codes, count)
+            hot = jax.nn.one_hot(codes, count, dtype=jnp.float32)
             weighted = jnp.matmul(square, hot, precision="highest")
             matrix = jnp.matmul(jnp.matrix_transpose(hot), weighted, precision="highest")
             return matrix, jnp.sum(hot * slope[..., None], axis=1)
@@ -187,7 +187,7 @@ def refit(
         matrix, target = (jnp.sum(a, axis=shared, keepdims=True) for a in found)
         diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
         ridge = _RIDGE * jnp.mean(diagonal, axis=-1) + jnp.finfo(jnp.float32).tiny
-        identity = jnp.broadcast_to(jnp.eye(count), matrix.shape)
+        identity = jnp.broadcast_to(jnp.eye(count, dtype=jnp.float32), matrix.shape)
         factor = jax.scipy.linalg.cho_factor(matrix + ridge[..., None, None] * identity, lower=True)
         change = jax.scipy.linalg.cho_solve(factor, -target[..., None])[..., 0]
         changed = table + jnp.moveaxis(change, 0, 1)[:, None]

@@ -27,7 +27,7 @@ def pack_codes(codes: jax.Array, lowest: int | jax.Array, bits: int, step: int =
       uint8[ceil(codes.size · bits / 8)].
     """
     offsets = (codes.astype(jnp.int32).reshape(-1, 1) - lowest) // step
-    flags = (offsets >> jnp.arange(bits)[None]) & 1
+    flags = (offsets >> jnp.arange(bits, dtype=jnp.int32)[None]) & 1
     return jnp.packbits(flags.astype(jnp.uint8).reshape(-1), bitorder="little")
 
 
@@ -87,5 +87,7 @@ def unpack_codes(
       Integers of that type and shape.
     """
     flags = jnp.unpackbits(stream, count=math.prod(shape) * bits, bitorder="little")
-    offsets = jnp.sum(flags.reshape(-1, bits).astype(jnp.int32) << jnp.arange(bits)[None], axis=1)
+    places = jnp.arange(bits, dtype=jnp.int32)[None]
+    shifted = flags.reshape(-1, bits).astype(jnp.int32) << places
+    offsets = jnp.sum(shifted, axis=1, dtype=jnp.int32)
     return (offsets * step + lowest).astype(dtype).reshape(shape)

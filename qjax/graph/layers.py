@@ -217,7 +217,8 @@ def find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Net
     """
     shapes = shapes_of((params, x))
     leaves, structure = jax.tree.flatten(shapes)
-    key = (apply_fn, structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+    widest = jnp.result_type(float)  # of numbers without a type: it depends on jax_enable_x64
+    key = (apply_fn, structure, widest, *((leaf.shape, leaf.dtype) for leaf in leaves))
     try:
         hash(key)
     except TypeError:  # a function without a hash cannot be recognised

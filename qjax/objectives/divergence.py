@@ -40,10 +40,12 @@ def divergence(data: tuple[jax.Array, jax.Array], format: Any) -> jax.Array:
       Migacz, 8-bit inference with TensorRT, GTC 2017.
     """
     counts, centers = data
-    low, high = format.project(jnp.array([-jnp.inf, jnp.inf]))
+    low, high = format.project(jnp.array([-jnp.inf, jnp.inf], jnp.float32))
     is_inside = (centers >= low) & (centers <= high)
     kept = jnp.where(is_inside, counts, 0.0)
-    clipped = jnp.clip(jnp.searchsorted(centers, jnp.stack([low, high])) - jnp.array([0, 1]), 0)
+    clipped = jnp.clip(
+        jnp.searchsorted(centers, jnp.stack([low, high])) - jnp.array([0, 1], jnp.int32), 0
+    )
     below, above = (
         jnp.sum(jnp.where(side, counts, 0.0)) for side in (centers < low, centers > high)
     )

@@ -72,7 +72,9 @@ def round_gptq(kernel: jax.Array, hessian: jax.Array, format: Any) -> jax.Array:
             rounded = element(formats, start + k).project(own + (before + inner) / pivot)
             return lax.dynamic_update_index_in_dim(block, own - rounded, k, axis=1)
 
-        block = lax.fori_loop(0, size, do_element, jnp.zeros((groups, size, channels)))
+        block = lax.fori_loop(
+            0, size, do_element, jnp.zeros((groups, size, channels), kernel.dtype)
+        )
         return lax.dynamic_update_slice_in_dim(errors, block, start, axis=1)
 
     errors = lax.fori_loop(0, patch // size, do_block, jnp.zeros_like(kernel))

@@ -10,7 +10,7 @@ def damped(hessian: jax.Array, damping: float = DAMPING) -> jax.Array:
     """Adds `damping` times the mean of the diagonal to it: float[..., k, k]."""
     diagonal = jnp.diagonal(hessian, axis1=-2, axis2=-1)
     extra = damping * jnp.mean(diagonal, axis=-1) + jnp.finfo(jnp.float32).tiny
-    identity = jnp.broadcast_to(jnp.eye(hessian.shape[-1]), hessian.shape)
+    identity = jnp.broadcast_to(jnp.eye(hessian.shape[-1], dtype=hessian.dtype), hessian.shape)
     return hessian + extra[..., None, None] * identity
 
 

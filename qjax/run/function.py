@@ -82,7 +82,11 @@ class QuantizedFunction:
           ValueError: the function has other layers at this input's shape than were quantized.
         """
         leaves, structure = jax.tree.flatten(x)
-        key = structure, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        key = (
+            structure,
+            jnp.result_type(float),
+            *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves),
+        )
         if key in self._networks:
             return self._networks[key]
         network = self._checked_network(x)

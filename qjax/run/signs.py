@@ -22,7 +22,7 @@ WORD = 32  # bits that are compared at once
 
 def center(operation: Linear, inputs: Signs, x: jax.Array) -> tuple[Linear, jax.Array]:
     """Pads an input with 0 and takes its shift away: (what is left to do, x − t)."""
-    left, padded = operation.padded(x.astype(jnp.float32), jnp.zeros(()))
+    left, padded = operation.padded(x.astype(jnp.float32), jnp.zeros((), jnp.float32))
     return left, padded - inputs.shift
 
 
