@@ -15,15 +15,18 @@ from qjax.recipe import Recipe, recipe
 from qjax.report import LayerReport, Report
 from qjax.run.packed import pack, unpack
 from qjax.study.accuracy import top1
+from qjax.study.check import Check, LayerCheck, check
 from qjax.study.cost import Cost, LayerCost, cost
 from qjax.study.explain import Explanation, explain
 
 __all__ = [
     "Explanation",
     "Accumulator",
+    "Check",
     "Cost",
     "FixedPoint",
     "Layer",
+    "LayerCheck",
     "LayerCost",
     "LayerReport",
     "QParams",
@@ -31,6 +34,7 @@ __all__ = [
     "Quantized",
     "Recipe",
     "Report",
+    "check",
     "cost",
     "dequantize",
     "explain",

@@ -140,7 +140,7 @@ def quantize(
     function = QuantizedFunction(apply_fn, shapes_of(params), kernel_shapes)
     quantized = {
         "layers": jax.tree.map(jnp.asarray, {name: fit.layer for name, fit in fitted.items()}),
-        "rest": rest_of_params(network, params),
+        "rest": jax.tree.map(jnp.copy, rest_of_params(network, params)),
     }
     if sums:
         grids = {name: fit.grid for name, fit in sums.items()}

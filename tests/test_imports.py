@@ -34,6 +34,7 @@ ORDER = (
     *("export.nodes", "export.sizes", "export.writer", "export.primitives", "export.layers"),
     *("export.model", "export.function", "export.tflite"),
     *("qat.steps", "qat.kernels", "qat.methods", "qat.function", "qat.prepare", "qat.finish"),
+    "study.check",
     *("study.accuracy", "study.quality", "study.cost", "study.sensitivity", "study.allocate"),
     *("study.curves", "study.layer_trace", "study.explain", "study.accumulators"),
     "study.questions",

@@ -202,13 +202,12 @@ def _check_rank(x: jax.Array, qparams: QParams) -> None:
 
 @jax.custom_jvp
 def straight_through(value: jax.Array, like: jax.Array) -> jax.Array:
-    """`value`, with the gradient of `like`.
+    """`value`, with the gradient of `like`; NaN where that is NaN.
 
     References:
       Bengio et al., 2013, arXiv:1308.3432 (straight-through estimator).
     """
-    del like
-    return value
+    return jnp.where(jnp.isnan(like), like, value)
 
 
 @straight_through.defjvp
@@ -260,6 +259,8 @@ def relative_limits(qparams: QParams) -> tuple[jax.Array, jax.Array]:
 def quantize_array(x: jax.Array, qparams: QParams) -> jax.Array:
     """Maps real values to codes: clip(round(x / scale) + zero_point, qmin, qmax).
 
+    Infinity becomes the outermost code. No code stands for NaN: it becomes that of 0.
+
     Args:
       x: float[...] in real units.
       qparams: scalar, or of the rank of `x`.
@@ -279,7 +280,8 @@ def quantize_array(x: jax.Array, qparams: QParams) -> jax.Array:
     References:
       Jacob et al., 2018, arXiv:1712.05877, eq. 1.
     """
-    codes = float_codes(x, qparams).astype(jnp.int32) + qparams.zero_point
+    floats = float_codes(x, qparams)
+    codes = jnp.where(jnp.isnan(floats), 0.0, floats).astype(jnp.int32) + qparams.zero_point
     return codes.astype(qparams.dtype)
 
 

@@ -62,7 +62,7 @@ class Dynamic:
         return self.spec.dtype
 
     def at(self, x: jax.Array) -> QParams:
-        """The grid of codes for the values of a tensor.
+        """The grid of codes for the values of a tensor; what is not finite does not count.
 
         Args:
           x: float[...].
@@ -75,6 +75,7 @@ class Dynamic:
         if self.axis is not None:
             axes = tuple(axis for axis in range(x.ndim) if axis != self.axis)
         x = jax.lax.stop_gradient(x).astype(jnp.float32)
+        x = jnp.where(jnp.isfinite(x), x, 0.0)
         ends = (end(x, axis=axes, keepdims=keeps) for end in (jnp.min, jnp.max))
         low, high = (jnp.clip(end, *self.bounds) for end in ends)
         return with_exact_products(self.spec.cover(low, high, (self.qmin, self.qmax)))
