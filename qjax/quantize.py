@@ -1,6 +1,7 @@
 """The function transformation: a float network in, a quantized one out."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from qjax.recipe import Recipe
 from qjax.recipe import recipe as make_recipe
 from qjax.report import Report, layer_report, sum_report
 from qjax.run.function import QuantizedFunction
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 128  # calibration images that go through the network together
 
@@ -61,14 +64,15 @@ def quantize(
       params: pytree of arrays; for Flax Linen the whole dict of variables.
       batches: calibration inputs: one array float[N, ...] (or a mapping of arrays, for a network
         with several inputs), or any other iterable of such. They are held in memory and cut into
-        batches of equal size (the last is filled up with the first images), so the result does not
-        depend on how the same images are handed over. Or, to quantize without a single image, the
-        shape of an input as `jax.ShapeDtypeStruct`, whose leading axis may have any size: ranges of
-        activations are then found at run time or from the statistics of batch norm, see
-        `qjax.fit.data_free`.
+        batches of equal size, so the result does not depend on how the same images are handed over
+        or on how many devices there are. Each image counts once; a few are left out, with a
+        warning, where their number has no divisor that suits. Or, to quantize without a single
+        image, the shape of an input as `jax.ShapeDtypeStruct`, whose leading axis may have any
+        size: ranges of activations are then found at run time or from the statistics of batch norm,
+        see `qjax.fit.data_free`.
       recipe: what to do; by default 8 bits everywhere.
       bits: short for `recipe=qjax.recipe(bits)`.
-      mesh: devices to spread the calibration images over, along its first axis.
+      mesh: devices to spread the calibration images over; as many of them as divide a batch.
       progress: whether to show a progress bar on standard error (needs rich), or a function to
         call with (layer name, layers done, layers).
       input_range: the least and the greatest value of the network's inputs; only without images.
@@ -101,7 +105,7 @@ def quantize(
     if has_images:
         images = _gather(batches)
         _check_finite("batches", images)
-        stacked = _stack(images, 1 if mesh is None else mesh.devices.size)
+        stacked = _stack(images)
         shapes = _resized(lambda shape: shape[1:], stacked)
     else:
         if recipe.quantizes_sums:
@@ -132,6 +136,14 @@ def quantize(
         else:
             given = (report_progress, examples, input_range)
             fitted = fit_without_data(network, leaves, folded, recipe, *given)
+    for name, fit in fitted.items():
+        if raised := int(fit.raised):
+            logger.warning(
+                "layer %r: the scales of %d channels of weights are raised, as their biases would "
+                "leave 32 bits.",
+                name,
+                raised,
+            )
     found = {junction.name: junction for junction in find_junctions(network)} if sums else {}
     sum_records = [sum_report(found[name], fit) for name, fit in sums.items()]
     layers = [site.layer for site in network.sites]
@@ -313,22 +325,38 @@ def _check_finite(argument: str, tree: Any) -> None:
             )
 
 
-def _stack(images: Any, devices: int) -> Any:
+def _stack(images: Any) -> Any:
     """Cuts images into equal batches, [batches, examples, ...].
 
-    The last batch is filled up with the first images.
+    No image counts twice: batches are made smaller, down to half, until they hold all images or
+    leave the fewest out.
     """
     total = len(jax.tree.leaves(images)[0])
-    count = -(-total // BATCH_SIZE)
-    size = -(-total // count)
-    size += -size % devices
-    order = np.arange(count * size) % total
-    return jax.tree.map(lambda x: x[order.reshape(count, size)], images)
+    least = -(-total // BATCH_SIZE)
+    count = min(range(least, 2 * least + 1), key=lambda count: (total % count, count))
+    size = total // count
+    if count * size < total:
+        logger.warning(
+            "%d of %d calibration images are used: batches of equal size hold no more.",
+            count * size,
+            total,
+        )
+    return jax.tree.map(lambda x: x[: count * size].reshape(count, size, *x.shape[1:]), images)
 
 
 def _place(stacked: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Puts batches on the devices, on as many as divide them."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, stacked)
-    automatic = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
-    spec = jax.sharding.PartitionSpec(None, mesh.axis_names)
-    return jax.device_put(stacked, jax.sharding.NamedSharding(automatic, spec))
+    size, devices = jax.tree.leaves(stacked)[0].shape[1], mesh.devices.size
+    used = max(count for count in range(1, devices + 1) if size % count == 0)
+    if used < devices:
+        logger.warning(
+            "%d of %d devices are used: batches of %d images do not divide among more.",
+            used,
+            devices,
+            size,
+        )
+    own = jax.sharding.Mesh(mesh.devices.ravel()[:used], "images")
+    spec = jax.sharding.PartitionSpec(None, "images")
+    return jax.device_put(stacked, jax.sharding.NamedSharding(own, spec))

@@ -26,6 +26,7 @@ from qjax.fit.layer import (
     fit_output,
     is_output_searched,
     prepare,
+    raised_scales,
     round_kernel,
     with_rounded_bias,
 )
@@ -155,7 +156,8 @@ class _Fitting:
             self.grids[site.output] = Grid(outputs, kind_of(recipe.outputs))
         layer = dataclasses.replace(layer, inputs=prepared.inputs, outputs=outputs)
         sqnr, clip = (math.inf, None) if rounded is None else (rounded.sqnr_db, rounded.clip)
-        self.fits[name] = Fit(layer, sqnr, None, clip, prepared.input_clip, output_clip)
+        clips = (clip, prepared.input_clip, output_clip)
+        self.fits[name] = Fit(layer, sqnr, None, *clips, raised_scales(layer, rounded))
         if y is not None:
             self.draws.write(site.output, jax.vmap(site.movement)(y))
 

@@ -69,6 +69,8 @@ class Fit(NamedTuple):
         in float.
       input_clip: of its input; None in float.
       output_clip: of its output; None in float.
+      raised: how many scales of its kernel are greater than its weights need, to leave room for
+        biases.
     """
 
     layer: QuantizedLayer
@@ -77,6 +79,7 @@ class Fit(NamedTuple):
     weight_clip: Any
     input_clip: Any
     output_clip: Any
+    raised: Any = 0
 
     @property
     def output_sqnr_db(self) -> float | None:
@@ -176,7 +179,8 @@ def _fit_in_steps(
     weight_sqnr_db, weight_clip = (
         (math.inf, None) if rounded is None else (rounded.sqnr_db, rounded.clip)
     )
-    fit = Fit(layer, weight_sqnr_db, energies, weight_clip, prepared.input_clip, output_clip)
+    clips = (weight_clip, prepared.input_clip, output_clip)
+    fit = Fit(layer, weight_sqnr_db, energies, *clips, raised_scales(layer, rounded))
     return Fitted(fit, floats, output)
 
 
@@ -393,6 +397,11 @@ def with_rounded_bias(
     codes, format = (folded.kernel, None) if rounded is None else (rounded.codes, rounded.format)
     layer = QuantizedLayer(codes, folded.bias, format, inputs, None, None)
     return with_bias(operation, layer, folded.bias)
+
+
+def raised_scales(layer: QuantizedLayer, rounded: Rounded | None) -> Any:
+    """How many scales of a kernel are greater than where it was rounded."""
+    return 0 if rounded is None else jnp.sum(layer.weights.step > rounded.format.step)
 
 
 def _has_output_range(recipe: LayerRecipe) -> bool:
