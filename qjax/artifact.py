@@ -12,7 +12,6 @@ another artifact have another name, so that renaming the manifest replaces one b
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -20,47 +19,48 @@ import math
 import os
 import platform
 import re
-import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from qjax import atomic
+from qjax import directory
+from qjax.directory import MANIFEST, PATTERNS, Files, check_destination, damaged
+from qjax.fields import check_fields
 from qjax.formats.affine import QParams
-from qjax.formats.binary import Signs
-from qjax.formats.dynamic import Dynamic
-from qjax.formats.packing import pack_kernel, unpack_kernel
-from qjax.formats.spec import FORMATS
-from qjax.graph.layers import Skipped
+from qjax.graph.fingerprint import fingerprint
+from qjax.graph.layers import Skipped, find_layers
 from qjax.graph.naming import path_names
 from qjax.quantize import Quantized
 from qjax.recipe import Recipe
 from qjax.report import LayerReport, Report, SumReport
 from qjax.run.function import QuantizedFunction
 from qjax.run.layer import QuantizedLayer
+from qjax.run.stored import (
+    UnknownFormatError,
+    arrays_of_format,
+    arrays_of_layer,
+    check_format,
+    check_layer,
+    describe_format,
+    describe_layer,
+    format_template,
+    layer_template,
+    restored_format,
+    restored_layer,
+)
 
 R = TypeVar("R", LayerReport, SumReport)
 
-FORMAT, VERSION = "qjax", 2
-READABLE = (1, 2)  # versions; the arrays of 1 are in `_OLDER_ARRAYS`
-MANIFEST, ARRAYS = "manifest.json", "model-{}.safetensors"
+__all__ = ["MANIFEST", "check_destination", "load", "save"]
 
-_OLDER_ARRAYS = "model.safetensors"
-_OURS = re.compile(
-    rf"{re.escape(MANIFEST)}|model(-[0-9a-f]{{16}})?\.safetensors|{atomic.TEMPORARY.pattern}"
-)
-
-_FORMATS = ("weights", "inputs", "outputs", "activated")  # fields of a layer
+_FEW = 2**24  # elements that may be missing from the file, as they are all 0, without suspicion
 
 
 def save(path: str | os.PathLike, q: Quantized) -> None:
@@ -88,36 +88,48 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
     """
     check_destination(path)
     layers: Mapping[str, QuantizedLayer] = q.params["layers"]
-    stored = {name: _storable_layer(layer) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        try:
+            check_layer(layer)
+        except ValueError as error:
+            raise ValueError(f"`q` cannot be saved: in layer {name!r}, {error}.") from error
     sums: Mapping[str, QParams] = q.params.get("sums", {})
-    grids = {name: _arrays_of(grid) for name, grid in sums.items()}
-    arrays = _by_path({"layers": stored, "rest": q.params["rest"], "sums": grids})
+    arrays = _by_path(
+        {
+            "layers": {name: arrays_of_layer(layer) for name, layer in layers.items()},
+            "rest": q.params["rest"],
+            "sums": {name: arrays_of_format(grid) for name, grid in sums.items()},
+        }
+    )
     data = safetensors.save(
         {name: _storable(array) for name, array in arrays.items() if not _is_integer_zero(array)}
     )
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "versions": versions(),
+    described = {name: [array.dtype.name, array.shape] for name, array in arrays.items()}
+    entries = {"versions": versions()} | _entries(q) | {"arrays": described}
+    directory.write(Path(path).resolve(), entries, data)
+
+
+def _entries(q: Quantized) -> dict[str, Any]:
+    """All that is no array, but for versions."""
+    layers = q.params["layers"].items()
+    sums = q.params.get("sums", {}).items()
+    return {
         "recipe": q.report.recipe.to_json(),
         "layers": {
-            name: {
-                "operand_shape": q.apply_fn.shapes[name],
-                "kernel_shape": layer.kernel.shape,
-                **{field: _described_format(getattr(layer, field)) for field in _FORMATS},
-            }
-            for name, layer in layers.items()
+            name: {"operand_shape": q.apply_fn.shapes[name], **describe_layer(layer)}
+            for name, layer in layers
         },
-        "sums": {name: _described_format(grid) for name, grid in sums.items()},
-        "arrays": {name: [array.dtype.name, array.shape] for name, array in arrays.items()},
+        "sums": {name: describe_format(grid) for name, grid in sums},
         "rest": list(q.params["rest"]),
         "params": _described(q.apply_fn.params),
         "structure": _structure(q.apply_fn.params),
+        "input": _described(q.apply_fn.input),
+        "input_structure": _structure(q.apply_fn.input),
+        "fingerprint": _fingerprint(q.apply_fn),
         "report": [record_to_json(record) for record in q.report],
         "report_of_sums": [record_to_json(record) for record in q.report.sums],
         "skipped": q.report.skipped,
     }
-    _write(Path(path).resolve(), manifest, data)
 
 
 def load(
@@ -140,66 +152,176 @@ def load(
         missing or not what was quantized.
       ImportError: `path` is a name in the Hugging Face Hub, and huggingface_hub is not installed.
     """
-    path = _located(path)
-    manifest, data = _read(path)
-    stored = safetensors.load(data)
-    arrays = {
-        name: _restored(name, stored.get(name), dtype, shape)
-        for name, (dtype, shape) in manifest["arrays"].items()
-    }
-    sums = manifest.get("sums", {})
-    template = {
-        "layers": {name: _template(layer) for name, layer in manifest["layers"].items()},
-        "rest": dict.fromkeys(manifest["rest"], 0),
-        "sums": {name: _format_template(grid) for name, grid in sums.items()},
-    }
+    files = directory.read(_located(path))
+    entries, file = files.entries, files.manifest
+    with _explained(file):
+        _check_entries(entries)
+        sums = entries.get("sums", {})
+        template = {
+            "layers": {name: layer_template(item) for name, item in entries["layers"].items()},
+            "rest": dict.fromkeys(entries["rest"], 0),
+            "sums": {name: format_template(grid) for name, grid in sums.items()},
+        }
+    arrays = _restored_arrays(files)
+    for name in sorted({*path_names(template)} ^ arrays.keys()):
+        raise damaged(file, f"arrays/{name}", "it is missing, or belongs to nothing")
     leaves = [arrays[name] for name in path_names(template)]
     tree = jax.tree.unflatten(jax.tree.structure(template), leaves)
-    layers = {
-        name: _restored_layer(layer, manifest["layers"][name])
-        for name, layer in tree["layers"].items()
-    }
-    restored = {"layers": layers, "rest": tree["rest"]}
+    restored = {"layers": {}, "rest": tree["rest"]}
+    for name, stored in tree["layers"].items():
+        with _explained(file, f"layers/{name}"):
+            layer = restored_layer(stored, entries["layers"][name])
+            shape = entries["layers"][name]["operand_shape"]
+            if math.prod(shape) != layer.kernel.size:
+                raise ValueError(f"a kernel of shape {shape} has no {layer.kernel.size:,} codes")
+        with _explained(files.arrays, f"layers/{name}"):
+            check_layer(layer)
+        restored["layers"][name] = layer
+    grids = {}
+    for name, stored in tree["sums"].items():
+        with _explained(file, f"sums/{name}"):
+            grids[name] = restored_format(stored, sums[name])
+            check_format(grids[name], "grid")
     if sums:
-        grids = tree["sums"].items()
-        restored["sums"] = {name: _restored_format(grid, sums[name]) for name, grid in grids}
+        restored["sums"] = grids
     function = QuantizedFunction(
         apply_fn,
-        _float_params(path, manifest, params),
-        {name: tuple(layer["operand_shape"]) for name, layer in manifest["layers"].items()},
+        _float_params(file, entries, params),
+        {name: tuple(item["operand_shape"]) for name, item in entries["layers"].items()},
+        input=_input(file, entries),
     )
-    report = Report(
-        [_record_from_json(LayerReport, record) for record in manifest["report"]],
-        Recipe.from_json(manifest["recipe"]),
-        [
-            Skipped(primitive, tuple(map(tuple, shapes)), reason)
-            for primitive, shapes, reason in manifest["skipped"]
-        ],
-        [_record_from_json(SumReport, record) for record in manifest.get("report_of_sums", ())],
-    )
-    return Quantized(function, jax.tree.map(jnp.asarray, restored), report)
+    report = _report(file, entries)
+    _check_rest(files, tree["rest"])
+    q = Quantized(function, jax.tree.map(jnp.asarray, restored), report)
+    if entries["version"] > 1:
+        _check_function(file, entries, function)
+        _check_entries_of(q, file, entries, params is not None)
+    return q
 
 
-def check_destination(path: str | os.PathLike) -> None:
-    """Checks that `save` can write to a directory, without leaving anything in it.
+@contextlib.contextmanager
+def _explained(file: Path, entry: str = "") -> Iterator[None]:
+    """Names the file and the entry where anything fails that is made of them."""
+    try:
+        yield
+    except UnknownFormatError:
+        raise
+    except (
+        *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError),
+        *(RecursionError, SafetensorError, TypeError, ValueError),
+    ) as error:
+        is_plain = isinstance(error, ValueError) and str(error)
+        reason = str(error).rstrip(".") if is_plain else f"{type(error).__name__} {error}"
+        raise damaged(file, entry, reason) from error
 
-    Args:
-      path: the directory, which need not exist; its parents are made.
 
-    Raises:
-      ValueError: `path` holds something else than an artifact.
-      OSError: `path` cannot be written.
-    """
-    path = Path(path).resolve()
-    if not (_is_ours(path) if path.is_dir() else not path.exists()):
+_ENTRIES: dict[str, type] = {
+    **dict.fromkeys(("versions", "recipe", "layers", "arrays"), dict),
+    **dict.fromkeys(("rest", "params", "report", "skipped"), list),
+}
+
+
+def _check_entries(entries: Mapping[str, Any]) -> None:
+    """Refuses a manifest without what every version has."""
+    for name, kind in _ENTRIES.items():
+        if not isinstance(entries.get(name), kind):
+            raise ValueError(f"{name!r} must be a {kind.__name__}; got {entries.get(name)!r:.60}")
+
+
+def _check_entries_of(
+    q: Quantized, file: Path, entries: Mapping[str, Any], is_params_given: bool
+) -> None:
+    """Refuses a manifest that is not the one that would be written of what was read."""
+    known = json.loads(json.dumps(_entries(q)))
+    others = {"format", "version", "versions", "arrays", "fingerprint"}
+    others |= {"structure"} if is_params_given else set()
+    found = {name: value for name, value in entries.items() if name not in others}
+    known = {name: value for name, value in known.items() if name not in others}
+    # Another qjax may know of more.
+    is_same = entries["versions"].get("qjax") == versions()["qjax"]
+    different = _difference(found, known, "", is_same)
+    if different is not None:
+        raise damaged(file, different, "it is not what was saved")
+
+
+def _difference(found: Any, known: Any, entry: str, is_same: bool) -> str | None:
+    """The first entry that is not the known one; an entry may be missing where not all is same."""
+    pairs = None
+    if isinstance(found, dict) and isinstance(known, dict):
+        names = {**found, **known} if is_same else found
+        pairs = [(name, found.get(name, ...), known.get(name, ...)) for name in names]
+    elif isinstance(found, list) and isinstance(known, list) and len(found) == len(known):
+        pairs = [(i, *both) for i, both in enumerate(zip(found, known, strict=True))]
+    if pairs is None:
+        return None if found == known else entry
+    below = (_difference(a, b, f"{entry}/{name}".strip("/"), is_same) for name, a, b in pairs)
+    return next((where for where in below if where is not None), None)
+
+
+# ---- The function
+
+
+def _fingerprint(function: QuantizedFunction) -> str | None:
+    """The fingerprint of a function at the input that it was quantized at, None if unknown."""
+    if function.input is None or _structure(function.input) is None:
+        return None
+    return fingerprint(find_layers(function.apply_fn, function.params, function.input).flat)
+
+
+def _check_function(file: Path, entries: Mapping[str, Any], function: QuantizedFunction) -> None:
+    """Refuses a function that is not the one that was quantized."""
+    if function.input is None:
+        return
+    try:
+        network = find_layers(function.apply_fn, function.params, function.input)
+    except Exception as error:  # whatever a function does that is given what it does not expect
         raise ValueError(
-            f"`path` must be new, empty or an artifact of qjax.save; {path} holds something else. "
-            "Choose another path, or remove it first."
+            "`apply_fn` must be the function that was quantized; it fails on params and an input "
+            f"of the shapes in {file}: {error}"
+        ) from error
+    if fingerprint(network.flat) != entries.get("fingerprint"):
+        before, now = entries["versions"].get("jax"), versions()["jax"]
+        if before == now:
+            raise ValueError(
+                "`apply_fn` must be the function that was quantized; it computes something else "
+                f"than the fingerprint in {file} tells (another activation, other constants, "
+                "another order). Pass that function, or quantize this one and save it."
+            )
+        warnings.warn(
+            f"{file} was saved under jax {before}, and jax {now} traces `apply_fn` to something "
+            "else: because of jax, or because it is another function. Check its accuracy, and save "
+            "it again.",
+            stacklevel=3,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    probe = atomic.temporary(path if path.is_dir() else path.parent)
-    probe.touch()
-    probe.unlink()
+    sites = {site.layer.name: site for site in network.sites}
+    for name in sorted(sites.keys() ^ function.shapes.keys()):
+        raise damaged(file, f"layers/{name}", "`apply_fn` has other layers")
+    for name, site in sites.items():
+        described = entries["layers"][name]["kernel_shape"]
+        is_same = site.layer.kernel_shape == function.shapes[name]
+        if not is_same or list(site.layer.operation.matrix_shape) != described:
+            raise damaged(file, f"layers/{name}", "`apply_fn` has a kernel of another shape there")
+
+
+# ---- The report
+
+
+def _report(file: Path, entries: Mapping[str, Any]) -> Report:
+    """The report of an artifact."""
+    records: dict[str, list[Any]] = {"report": [], "report_of_sums": []}
+    kinds = {"report": LayerReport, "report_of_sums": SumReport}
+    for entry, kind in kinds.items():
+        for number, fields in enumerate(entries.get(entry, ())):
+            with _explained(file, f"{entry}/{number}"):
+                records[entry].append(_record_from_json(kind, fields))
+    with _explained(file, "recipe"):
+        recipe = Recipe.from_json(entries["recipe"])
+    skipped = []
+    for number, fields in enumerate(entries["skipped"]):
+        with _explained(file, f"skipped/{number}"):
+            primitive, shapes, reason = fields
+            skipped.append(Skipped(primitive, tuple(map(tuple, shapes)), reason))
+    return Report(records["report"], recipe, skipped, records["report_of_sums"])
 
 
 def record_to_json(record: LayerReport | SumReport) -> dict[str, Any]:
@@ -225,7 +347,9 @@ def _record_from_json(record: type[R], fields: Mapping[str, Any]) -> R:
             return math.inf if value is None else None
         return tuple(value) if isinstance(value, list) else value
 
-    return record(**{name: decode(name, value) for name, value in fields.items()})
+    found = record(**{name: decode(name, value) for name, value in fields.items()})
+    check_fields(found)
+    return found
 
 
 def stored_bytes(q: Quantized) -> int:
@@ -265,119 +389,54 @@ def _is_integer_zero(array: np.ndarray) -> bool:
     return array.dtype.kind in "iu" and not array.any()
 
 
-def _restored(name: str, stored: np.ndarray | None, dtype: str, shape: Sequence[int]) -> np.ndarray:
+def _restored_arrays(files: Files) -> dict[str, np.ndarray]:
+    """The arrays of an artifact by name, each as the manifest says."""
+    entries, file = files.entries, files.manifest
+    with _explained(files.arrays):
+        stored = safetensors.load(files.data)
+    with _explained(file, "params"):
+        few = max(_FEW, sum(math.prod(shape) for _, shape, _ in entries["params"]))
+    arrays = {}
+    for name, described in entries["arrays"].items():
+        with _explained(file, f"arrays/{name}"):
+            dtype, shape = described
+            array = _restored(stored.get(name), jnp.dtype(dtype), shape, few)
+        if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+            raise ValueError(
+                f"`path` holds {dtype} values at {name!r}, which JAX would round; call "
+                'jax.config.update("jax_enable_x64", True) first.'
+            )
+        arrays[name] = array
+    for name in sorted(stored.keys() - arrays.keys()):
+        raise damaged(files.arrays, name, "the manifest has no such array")
+    return arrays
+
+
+def _restored(stored: np.ndarray | None, dtype: Any, shape: Sequence[int], few: int) -> np.ndarray:
+    """An array of a type and shape; one that is missing is integers that are all 0."""
+    if not (jnp.issubdtype(dtype, jnp.number) or dtype.kind == "b"):
+        raise ValueError(f"{dtype} is no type of an array")
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"{shape} is no shape")
     if stored is None:
-        array = np.zeros(shape, jnp.dtype(dtype))
-    else:
-        array = np.frombuffer(stored.tobytes(), jnp.dtype(dtype)).reshape(shape)
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        raise ValueError(
-            f"`path` holds {dtype} values at {name!r}, which JAX would round; call "
-            'jax.config.update("jax_enable_x64", True) first.'
-        )
-    return array
+        if dtype.kind not in "iu" or math.prod(shape) > few:
+            raise ValueError(f"the {dtype}{shape} is missing")
+        return np.zeros(shape, dtype)
+    expected = dtype if dtype.kind in "biuf" else np.dtype(np.uint8)
+    if stored.dtype != expected or stored.nbytes != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{dtype}{shape} is stored as {stored.dtype}{list(stored.shape)}")
+    return np.frombuffer(stored.tobytes(), dtype).reshape(shape)
 
 
-# ---- Layers
-
-
-def _storable_layer(layer: QuantizedLayer) -> dict[str, Any]:
-    """The arrays of a layer: its kernel as a stream of bits, its formats without what is no array.
-
-    The limits of affine codes stand in the manifest, and all of a format without other arrays.
-    """
-    kernel, format = layer.kernel, layer.weights
-    if format is not None:
-        kernel = pack_kernel(kernel, format)
-    formats = {field: _arrays_of(getattr(layer, field)) for field in _FORMATS}
-    return {"kernel": kernel, "bias": layer.bias} | formats
-
-
-def _arrays_of(format: Any) -> dict[str, Any] | None:
-    if format is None or isinstance(format, Dynamic):
-        return None
-    arrays = {field: getattr(format, field) for field in _array_fields(type(format))}
-    return {
-        field: a for field, a in arrays.items() if not (_is_affine(format) and field in _LIMITS)
-    }
-
-
-_LIMITS = ("qmin", "qmax")
-_INPUTS = {Signs.name: Signs}  # what an input may be in addition to a format
-
-
-def _is_affine(format: Any) -> bool:
-    return isinstance(format, QParams)
-
-
-def _is_dynamic(described: Any) -> bool:
-    return isinstance(described, dict) and described["format"] == Dynamic.name
-
-
-def _array_fields(type: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(type) if not f.metadata.get("static")]
-
-
-def _described_format(format: Any) -> Any:
-    """A format without its arrays, as JSON: affine ones by their limits, others by their name."""
-    if format is None:
-        return None
-    if _is_affine(format):
-        limits = [int(format.qmin), int(format.qmax)]
-        return limits if type(format) is QParams else {"format": format.name, "limits": limits}
-    if isinstance(format, Dynamic):
-        return format.to_json()
-    fields = dataclasses.fields(format)
-    static = {f.name: getattr(format, f.name) for f in fields if f.metadata.get("static")}
-    return {"format": format.name, "lowest": int(format.lowest), "bits": format.bits} | static
-
-
-def _restored_layer(stored: Mapping[str, Any], described: Mapping[str, Any]) -> QuantizedLayer:
-    formats = {field: _restored_format(stored[field], described[field]) for field in _FORMATS}
-    kernel, format = stored["kernel"], formats["weights"]
-    if format is not None:
-        kernel = unpack_kernel(kernel, format, format.bits, described["kernel_shape"])
-    return QuantizedLayer(kernel, stored["bias"], **formats)
-
-
-def _restored_format(arrays: Mapping[str, Any] | None, described: Any) -> Any:
-    if described is None:
-        return None
-    if _is_dynamic(described):
-        return Dynamic.from_json(described)
-    assert arrays is not None
-    if isinstance(described, list):
-        return QParams(arrays["scale"], arrays["zero_point"], *described)
-    if described["format"] in _INPUTS:
-        return _INPUTS[described["format"]](**arrays)
-    if "limits" in described:
-        limits = dict(zip(_LIMITS, described["limits"], strict=True))
-        return FORMATS[described["format"]].type(**arrays, **limits)
-    fields = _array_fields(FORMATS[described["format"]].type)
-    static = {k: v for k, v in described.items() if k not in ("format", "lowest", "bits")}
-    return FORMATS[described["format"]].type(**{f: arrays[f] for f in fields}, **static)
-
-
-def _template(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a layer, a placeholder for each."""
-    formats = {field: _format_template(layer[field]) for field in _FORMATS}
-    return {"kernel": 0, "bias": 0} | formats
-
-
-def _format_template(described: Any) -> dict[str, int] | None:
-    if described is None or _is_dynamic(described):
-        return None
-    if isinstance(described, list):
-        return {"scale": 0, "zero_point": 0}
-    if described["format"] in _INPUTS:
-        return dict.fromkeys(_array_fields(_INPUTS[described["format"]]), 0)
-    if described["format"] not in FORMATS:
-        raise ValueError(
-            f"`path` holds weights in the format {described['format']!r}, which this qjax does not "
-            f"know; it knows {', '.join(FORMATS)}. Add it to qjax.formats.spec.FORMATS first."
-        )
-    fields = _array_fields(FORMATS[described["format"]].type)
-    return {field: 0 for field in fields if not ("limits" in described and field in _LIMITS)}
+def _check_rest(files: Files, rest: Mapping[str, np.ndarray]) -> None:
+    """Checks that what was not quantized is like the float params, and finite."""
+    known = {path: described for path, *described in files.entries["params"]}
+    for name, array in rest.items():
+        if [list(array.shape), array.dtype.name] != known.get(name):
+            raise damaged(files.manifest, f"arrays/rest/{name}", "`params` has another leaf there")
+        is_float = jnp.issubdtype(array.dtype, jnp.floating)
+        if is_float and not np.all(np.isfinite(array.astype(np.float32))):
+            raise damaged(files.arrays, f"rest/{name}", "it holds NaN or infinity")
 
 
 # ---- What is no array
@@ -412,21 +471,32 @@ def _structure(params: Any) -> Any:
         return None
 
 
-def _float_params(path: Path, manifest: Mapping[str, Any], params: Any) -> Any:
+def _float_params(file: Path, entries: Mapping[str, Any], params: Any) -> Any:
     """The shapes of the float params, from the caller's or from the manifest."""
     if params is not None:
-        _check_params(manifest["params"], _described(params))
+        _check_params(entries["params"], _described(params))
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    if manifest["structure"] is None:
+    if entries.get("structure") is None:
         raise ValueError(
-            f"`params` must be given to load {path}: the params that were quantized are no nested "
-            "dicts, lists and tuples, and only you can rebuild them. Pass the float params, or "
-            "their shapes (`jax.eval_shape` of the function that makes them)."
+            f"`params` must be given to load {file.parent}: the params that were quantized are no "
+            "nested dicts, lists and tuples, and only you can rebuild them. Pass the float params, "
+            "or their shapes (`jax.eval_shape` of the function that makes them)."
         )
-    leaves = [
-        jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
-        for _, shape, dtype in manifest["params"]
-    ]
+    with _explained(file, "structure"):
+        return _rebuilt(entries["params"], entries["structure"])
+
+
+def _input(file: Path, entries: Mapping[str, Any]) -> Any:
+    """The shapes of the input that was quantized at, None if they are unknown."""
+    if entries.get("input_structure") is None:
+        return None
+    with _explained(file, "input"):
+        return _rebuilt(entries["input"], entries["input_structure"])
+
+
+def _rebuilt(described: Sequence[Any], structure: Any) -> Any:
+    """The pytree that has this description and structure."""
+    leaves = [jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for _, shape, dtype in described]
 
     def decode(node: Any) -> Any:
         match node:
@@ -441,7 +511,10 @@ def _float_params(path: Path, manifest: Mapping[str, Any], params: Any) -> Any:
             case _:
                 return leaves[node]
 
-    return decode(manifest["structure"])
+    found = decode(structure)
+    if [_described(found), _structure(found)] != [described, structure]:
+        raise ValueError("it is not the structure of these leaves")
+    return found
 
 
 def _check_params(expected: Sequence[Any], given: Sequence[Any]) -> None:
@@ -456,9 +529,6 @@ def _check_params(expected: Sequence[Any], given: Sequence[Any]) -> None:
             )
 
 
-# ---- Files
-
-
 def _located(path: str | os.PathLike) -> Path:
     """The directory of an artifact, downloaded where it is a name in the Hugging Face Hub."""
     if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -471,131 +541,6 @@ def _located(path: str | os.PathLike) -> Path:
             f"{here}; to read it from the Hugging Face Hub, pip install huggingface_hub."
         ) from error
     try:
-        names = [MANIFEST, ARRAYS.format("*"), _OLDER_ARRAYS]
-        return Path(snapshot_download(str(path), allow_patterns=names))
+        return Path(snapshot_download(str(path), allow_patterns=list(PATTERNS)))
     except (OSError, ValueError) as error:
         raise ValueError(f"{here}, and not to be had from the Hugging Face Hub: {error}") from error
-
-
-def _write(path: Path, manifest: dict[str, Any], data: bytes) -> None:
-    """Writes both files: the arrays by a name of their own, then the manifest that names them.
-
-    Who reads meanwhile finds the older artifact until the manifest has changed, and so does
-    everybody if this is killed before. Others who save there wait.
-    """
-    digest = hashlib.sha256(data).hexdigest()
-    arrays = ARRAYS.format(digest[:16])
-    digests = {arrays: digest, MANIFEST: _manifest_digest(manifest)}
-    text = json.dumps(manifest | {"sha256": digests}, indent=1, allow_nan=False)
-    is_new = not path.exists()
-    path.mkdir(exist_ok=True)
-    with _alone(path):
-        try:
-            atomic.write(path / arrays, data)
-            atomic.write(path / MANIFEST, text)
-        finally:
-            _sweep(path)
-            if is_new and not any(path.iterdir()):
-                path.rmdir()
-    atomic.sync(path.parent)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Waits until nobody else is in this context for a folder; a process that ends leaves it."""
-    if fcntl is None:  # there is no such lock on Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # nor on some file systems
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _sweep(path: Path) -> None:
-    """Removes what earlier saves left: all of it but the manifest and the arrays that it names."""
-    kept = {MANIFEST, *_digests(path)}
-    for entry in path.iterdir():
-        if entry.name not in kept and _OURS.fullmatch(entry.name):
-            entry.unlink(missing_ok=True)
-    # Folders that an older qjax left beside the artifact when it was killed.
-    for entry in path.parent.iterdir():
-        is_left = re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}", entry.name)
-        if is_left and entry.is_dir() and _is_ours(entry):
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _digests(path: Path) -> Mapping[str, str]:
-    """The SHA-256 of the files of an artifact, by name; nothing if there is none."""
-    try:
-        return json.loads((path / MANIFEST).read_bytes())["sha256"]
-    except FileNotFoundError:
-        return {}
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a folder holds an artifact, what was left of one, or nothing."""
-    names = {entry.name for entry in path.iterdir()}
-    is_whole = _is_artifact(path) if MANIFEST in names else _OLDER_ARRAYS not in names
-    return is_whole and all(_OURS.fullmatch(name) for name in names)
-
-
-def _read(path: Path, attempts: int = 9) -> tuple[dict[str, Any], bytes]:
-    """Reads and checks both files: (manifest, bytes of the arrays)."""
-    if not (path / MANIFEST).is_file():
-        raise ValueError(
-            f"`path` must be a directory that qjax.save wrote; {path} has no {MANIFEST}."
-        )
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-    except ValueError as error:
-        raise _damaged(path / MANIFEST) from error
-    if not _is_manifest(manifest):
-        raise ValueError(
-            f"`path` must be a directory that qjax.save wrote; {path / MANIFEST} is of another "
-            "program."
-        )
-    if manifest.get("version") not in READABLE:
-        raise ValueError(
-            f"{path} has artifact format {manifest.get('version')!r}, and this qjax reads formats "
-            f"{' and '.join(map(str, READABLE))}; load it with the qjax that wrote it, or a newer "
-            "one (pip install -U qjax)."
-        )
-    digests = manifest.pop("sha256", {})
-    if digests.get(MANIFEST) != _manifest_digest(manifest):
-        raise _damaged(path / MANIFEST)
-    [arrays] = digests.keys() - {MANIFEST}
-    try:
-        data = (path / arrays).read_bytes()
-    except FileNotFoundError:
-        if attempts:  # a save has put others in their place
-            return _read(path, attempts - 1)
-        raise _damaged(path / arrays) from None
-    if digests[arrays] != hashlib.sha256(data).hexdigest():
-        raise _damaged(path / arrays)
-    return manifest, data
-
-
-def _damaged(file: Path) -> ValueError:
-    return ValueError(
-        f"{file} is missing, truncated or edited (its SHA-256 is not the one that was saved); copy "
-        "it again, or quantize and save again."
-    )
-
-
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _is_manifest(manifest: Any) -> bool:
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
-
-
-def _is_artifact(path: Path) -> bool:
-    try:
-        return _is_manifest(json.loads((path / MANIFEST).read_bytes()))
-    except (OSError, ValueError):
-        return False

@@ -149,7 +149,7 @@ def quantize(
     layers = [site.layer for site in network.sites]
     records = [layer_report(layer, fitted[layer.name]) for layer in layers]
     kernel_shapes = {layer.name: layer.kernel_shape for layer in layers}
-    function = QuantizedFunction(apply_fn, shapes_of(params), kernel_shapes)
+    function = QuantizedFunction(apply_fn, shapes_of(params), kernel_shapes, input=shapes)
     quantized = {
         "layers": jax.tree.map(jnp.asarray, {name: fit.layer for name, fit in fitted.items()}),
         "rest": jax.tree.map(jnp.copy, rest_of_params(network, params)),

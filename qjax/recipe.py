@@ -5,6 +5,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from qjax.fields import check_fields
 from qjax.formats.affine import AFFINE
 from qjax.formats.base import NumberFormat
 from qjax.formats.scales import FREE, POWER_OF_TWO
@@ -67,10 +68,11 @@ class LayerRecipe:
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, (*_WIDTHS.values(), *_COUNTS, "bias_correction"))
         check_choice("output_position", self.output_position, get_args(OutputPosition))
         in_table("range_method", self.range_method, OBJECTIVES)
         in_table("rounding", self.rounding, ROUNDINGS)
-        for argument in ("reconstructions", "sweeps"):
+        for argument in _COUNTS:
             if getattr(self, argument) < 0:
                 raise ValueError(f"`{argument}` must be at least 0; got {getattr(self, argument)}.")
         if self.weights is not None and self.weights.is_dynamic:
@@ -150,6 +152,7 @@ class LayerRecipe:
         return any(uses)
 
 
+_COUNTS = ("reconstructions", "sweeps")
 _WIDTHS = {"weight_bits": "weights", "input_bits": "inputs", "output_bits": "outputs"}
 _WIDTHS_OF_WEIGHTS = {"bits", "weight_bits"}
 _LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerRecipe))
@@ -192,6 +195,8 @@ class Recipe(LayerRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        names = ("equalize", "logits", "sequential", "grid_size", "refinements")
+        check_fields(self, names)
         if self.grid_size < 2:
             raise ValueError(f"`grid_size` must be at least 2 candidates; got {self.grid_size}.")
         if self.refinements < 0:

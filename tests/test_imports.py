@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "qjax"
 # Folders and modules in the order of the pipeline: each may import only what stands before
 # it. A new module is given its place here.
 ORDER = (
-    *("atomic", "programs", "progress", "pytree", "table"),
+    *("atomic", "fields", "programs", "progress", "pytree", "table"),
     *("formats.base", "formats.affine", "formats.binary", "formats.codebook", "formats.multiples"),
     *("formats.apot", "formats.kmeans", "formats.nf4", "formats.power_of_two", "formats.quantile"),
     *("formats.packing", "formats.scales"),
@@ -22,13 +22,13 @@ ORDER = (
     *("targets", "recipe"),
     *("graph.jaxpr", "graph.operation", "graph.naming", "graph.chain", "graph.activation"),
     *("graph.layers", "graph.fold", "graph.junctions", "graph.schedule", "graph.examples"),
-    *("graph.purity", "graph.batch_norm"),
+    *("graph.purity", "graph.batch_norm", "graph.fingerprint"),
     *("run.interpreter", "run.signs", "run.layer", "run.packed", "run.fake", "run.function"),
-    "run.tap",
+    *("run.tap", "run.stored"),
     *("fit.streams", "fit.equalize", "fit.sampling", "fit.observers", "fit.moments"),
     *("fit.samples", "fit.search", "fit.ranges", "fit.refit", "fit.layer", "fit.junction"),
     *("fit.layerwise", "fit.draws", "fit.data_free"),
-    *("report", "quantize", "artifact"),
+    *("report", "quantize", "directory", "artifact"),
     *("integer.accumulator", "integer.requantize", "integer.lowerings", "integer.codes"),
     *("integer.rules", "integer.function"),
     *("export.nodes", "export.sizes", "export.writer", "export.primitives", "export.layers"),

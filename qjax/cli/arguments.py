@@ -261,8 +261,9 @@ def _recipe_of_file(path: Path) -> Recipe:
     try:
         found = json.loads(path.read_text())
         return Recipe.from_json(found.get("recipe", found))
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        reason = str(error).rstrip(".") if isinstance(error, ValueError) else repr(error)
         raise ValueError(
             f"`--recipe` must name a file with a recipe (the JSON line of --json, or the manifest "
-            f"of --out); {path} holds none: {error}."
+            f"of --out); {path} holds none: {reason}."
         ) from error

@@ -60,9 +60,14 @@ def unpack_kernel(stream: jax.Array, format: Any, bits: int, shape: Sequence[int
       bits: its width, which is not known where the format is traced.
       shape: of the codes.
     """
+    return codes_at(unpack_codes(stream, 0, bits, jnp.int32, shape), format)
+
+
+def codes_at(positions: jax.Array, format: Any) -> jax.Array:
+    """The codes of a format by their positions, counted from the smallest."""
     if isinstance(format, Multiples):
-        return format.at_positions(unpack_codes(stream, 0, bits, jnp.int32, shape))
-    return unpack_codes(stream, format.lowest, bits, format.dtype, shape, spacing(format))
+        return format.at_positions(positions)
+    return (positions * spacing(format) + format.lowest).astype(format.dtype)
 
 
 def unpack_codes(

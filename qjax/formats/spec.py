@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
+from qjax.fields import check_fields
 from qjax.formats.affine import AFFINE, limits_of, storage_type
 from qjax.formats.apot import ADDITIVE_POWERS
 from qjax.formats.base import NumberFormat
@@ -108,6 +109,7 @@ class QuantSpec:
     def __post_init__(self) -> None:
         check_bits("bits", self.bits)
         object.__setattr__(self, "bits", int(self.bits))
+        check_fields(self, ("symmetric", "group_size"))
         check_choice("granularity", self.granularity, get_args(Granularity))
         if self.group_size < 1:
             raise ValueError(f"`group_size` must be at least 1; got {self.group_size}.")

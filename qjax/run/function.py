@@ -29,12 +29,14 @@ class QuantizedFunction:
       params: the shapes of its params, as `jax.ShapeDtypeStruct`.
       shapes: of every layer's kernel, by name, to notice a function that changed.
       rules: how layers are evaluated.
+      input: the shapes of an input that it was quantized at; None if they are not known.
     """
 
     apply_fn: Callable[[Any, Any], Any]
     params: Any
     shapes: Mapping[str, tuple[int, ...]]
     rules: Rules = FAKE
+    input: Any = None
     _networks: dict[Any, Network] = dataclasses.field(default_factory=dict, repr=False, init=False)
 
     def __call__(self, params: Mapping[str, Any], x: Any) -> Any:
