@@ -12,12 +12,10 @@ another artifact have another name, so that renaming the manifest replaces one b
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import itertools
 import json
 import math
 import os
-import platform
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +44,7 @@ from qjax.run.stored import (
     UnknownFormatError,
     arrays_of_format,
     arrays_of_layer,
+    by_path,
     check_format,
     check_layer,
     describe_format,
@@ -54,11 +53,13 @@ from qjax.run.stored import (
     layer_template,
     restored_format,
     restored_layer,
+    storable,
 )
+from qjax.versions import versions
 
 R = TypeVar("R", LayerReport, SumReport)
 
-__all__ = ["MANIFEST", "check_destination", "load", "save"]
+__all__ = ["MANIFEST", "check_destination", "load", "save", "versions"]
 
 _FEW = 2**24  # elements that may be missing from the file, as they are all 0, without suspicion
 
@@ -94,7 +95,7 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
         except ValueError as error:
             raise ValueError(f"`q` cannot be saved: in layer {name!r}, {error}.") from error
     sums: Mapping[str, QParams] = q.params.get("sums", {})
-    arrays = _by_path(
+    arrays = by_path(
         {
             "layers": {name: arrays_of_layer(layer) for name, layer in layers.items()},
             "rest": q.params["rest"],
@@ -102,7 +103,7 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
         }
     )
     data = safetensors.save(
-        {name: _storable(array) for name, array in arrays.items() if not _is_integer_zero(array)}
+        {name: storable(array) for name, array in arrays.items() if not _is_integer_zero(array)}
     )
     described = {name: [array.dtype.name, array.shape] for name, array in arrays.items()}
     entries = {"versions": versions()} | _entries(q) | {"arrays": described}
@@ -358,31 +359,7 @@ def stored_bytes(q: Quantized) -> int:
     return rest + sum(record.bytes_quantized for record in (*q.report, *q.report.sums))
 
 
-def versions() -> dict[str, str]:
-    """The versions of qjax, jax, numpy and Python that are running."""
-    try:
-        own = importlib.metadata.version("qjax")
-    except importlib.metadata.PackageNotFoundError:
-        own = "not installed"
-    return {
-        "qjax": own,
-        "jax": jax.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
-
-
 # ---- Arrays
-
-
-def _by_path(tree: Any) -> dict[str, np.ndarray]:
-    leaves = map(np.asarray, jax.tree.leaves(tree))
-    return dict(zip(path_names(tree), leaves, strict=True))
-
-
-def _storable(array: np.ndarray) -> np.ndarray:
-    is_native = array.dtype.kind in "biuf"
-    return np.ascontiguousarray(array) if is_native else np.frombuffer(array.tobytes(), np.uint8)
 
 
 def _is_integer_zero(array: np.ndarray) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.fit.checkpoint import Checkpoint
 from qjax.fit.data_free import fit_without_data
 from qjax.fit.draws import EXAMPLES
 from qjax.fit.equalize import equalize
 from qjax.fit.layerwise import calibrate
 from qjax.graph.examples import ExampleAxes, example_axes
+from qjax.graph.fingerprint import digest, fingerprint
 from qjax.graph.fold import fold
 from qjax.graph.junctions import find_junctions
 from qjax.graph.layers import Network, find_layers, shapes_of
@@ -25,6 +28,7 @@ from qjax.recipe import Recipe
 from qjax.recipe import recipe as make_recipe
 from qjax.report import Report, layer_report, sum_report
 from qjax.run.function import QuantizedFunction
+from qjax.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +60,7 @@ def quantize(
     mesh: jax.sharding.Mesh | None = None,
     progress: bool | Progress = False,
     input_range: tuple[float, float] | None = None,
+    checkpoint: str | os.PathLike | None = None,
 ) -> Quantized:
     """Quantizes a pretrained network without retraining it.
 
@@ -76,6 +81,9 @@ def quantize(
       progress: whether to show a progress bar on standard error (needs rich), or a function to
         call with (layer name, layers done, layers).
       input_range: the least and the greatest value of the network's inputs; only without images.
+      checkpoint: a folder for the layers that are finished, with images. Called again with the same
+        arguments after it was killed, `quantize` goes on there and ends with the same result, bit
+        for bit. What is finished stays in the folder: remove it once the result is saved.
 
     Returns:
       A `Quantized`.
@@ -100,6 +108,11 @@ def quantize(
         raise TypeError(f"`recipe` must be a qjax.Recipe; got {type(recipe).__name__}.")
     _check_kinds(apply_fn, params, batches, mesh)
     _check_data(batches, mesh, input_range)
+    if checkpoint is not None and _is_shape(batches):
+        raise ValueError(
+            "`checkpoint` keeps layers that are fitted on images, and `batches` has none; leave it "
+            "out."
+        )
     _check_finite("params", params)
     has_images = not _is_shape(batches)
     if has_images:
@@ -131,7 +144,18 @@ def quantize(
             placed = jax.tree.leaves(_place(stacked, mesh))
             if recipe.equalize:
                 folded = equalize(network, leaves, folded, placed)
-            given = (placed, recipe, report_progress, examples)
+            kept = None
+            if checkpoint is not None:
+                about = {
+                    "function": fingerprint(network.flat),
+                    "params": digest(params),
+                    "images": digest(images),
+                    "recipe": recipe.to_json(),
+                    "versions": versions(),
+                    "devices": sorted(device.device_kind for device in placed[0].devices()),
+                }
+                kept = Checkpoint(checkpoint, about)
+            given = (placed, recipe, report_progress, examples, kept)
             fitted, sums = calibrate(network, leaves, folded, *given)
         else:
             given = (report_progress, examples, input_range)

@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "qjax"
 # Folders and modules in the order of the pipeline: each may import only what stands before
 # it. A new module is given its place here.
 ORDER = (
-    *("atomic", "fields", "programs", "progress", "pytree", "table"),
+    *("atomic", "fields", "programs", "progress", "pytree", "table", "versions"),
     *("formats.base", "formats.affine", "formats.binary", "formats.codebook", "formats.multiples"),
     *("formats.apot", "formats.kmeans", "formats.nf4", "formats.power_of_two", "formats.quantile"),
     *("formats.packing", "formats.scales"),
@@ -26,7 +26,15 @@ ORDER = (
     *("run.interpreter", "run.signs", "run.layer", "run.packed", "run.fake", "run.function"),
     *("run.tap", "run.stored"),
     *("fit.streams", "fit.equalize", "fit.sampling", "fit.observers", "fit.moments"),
-    *("fit.samples", "fit.search", "fit.ranges", "fit.refit", "fit.layer", "fit.junction"),
+    *(
+        "fit.samples",
+        "fit.search",
+        "fit.ranges",
+        "fit.refit",
+        "fit.layer",
+        "fit.junction",
+        "fit.checkpoint",
+    ),
     *("fit.layerwise", "fit.draws", "fit.data_free"),
     *("report", "quantize", "directory", "artifact"),
     *("integer.accumulator", "integer.requantize", "integer.lowerings", "integer.codes"),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from qjax.fit.checkpoint import Checkpoint
 from qjax.fit.junction import FittedJunction, fit_junction
 from qjax.fit.layer import Fit, Values, fit_layer
 from qjax.fit.ranges import (
@@ -83,11 +84,13 @@ class Unit(NamedTuple):
       segment: the plain equations before it, and the step itself.
       name: of the layer that is finished by it, None if none is.
       fit: fits it and writes what it computes to the streams.
+      note: writes the grid that its value lies on, once it is fitted.
     """
 
     segment: Segment
     name: str | None
     fit: Callable[[State], None]
+    note: Callable[[State], None]
 
 
 def units(
@@ -112,13 +115,15 @@ def units(
                 own, axes = recipes[layer.name], examples.get(layer.name)
                 task = task_of(site, own, candidates, site is logits, axes)
                 fit = partial(_fit_site, site, task, own)
-                found.append(Unit(segment, layer.name, fit))
+                found.append(Unit(segment, layer.name, fit, partial(_note_site, site, own)))
             case Activated(site=site):
                 own, axes = recipes[site.layer.name], examples.get(site.layer.name)
                 task = task_of(site, own, candidates, site is logits, axes)
-                found.append(Unit(segment, None, partial(_fit_activated, site, task, own)))
+                fit = partial(_fit_activated, site, task, own)
+                found.append(Unit(segment, None, fit, partial(_note_activated, site, own)))
             case Junction() as junction:
-                found.append(Unit(segment, None, partial(_fit_junction, junction, recipe)))
+                fit = partial(_fit_junction, junction, recipe)
+                found.append(Unit(segment, None, fit, partial(_note_junction, junction, recipe)))
     return tuple(found)
 
 
@@ -130,6 +135,7 @@ def calibrate(
     recipe: Recipe,
     progress: Progress,
     examples: Mapping[str, ExampleAxes] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[dict[str, Fit], dict[str, FittedJunction]]:
     """Quantizes every layer of a network, and its junctions where the recipe says so.
 
@@ -141,6 +147,7 @@ def calibrate(
       recipe: what to do.
       progress: called with (layer name, layers done, layers).
       examples: the axes of the examples by layer; needed where ranges are those of examples.
+      checkpoint: where what is finished is read and written.
 
     Returns:
       A `Fit` per layer and a `FittedJunction` per junction that needs a grid of its own, by name,
@@ -150,19 +157,38 @@ def calibrate(
     streams = Streams(network, leaves, batches, recipe.sequential)
     state = State(streams, dict(zip(names, folded, strict=True)), {}, {}, {})
     started: list[str] = []
-    for unit in units(network, recipe, examples):
+    todo = units(network, recipe, examples)
+    done = 0 if checkpoint is None else checkpoint.restore(state.fits, state.sums)
+    for unit in todo[:done]:
+        streams.pass_over(unit.segment)
+        _follow(unit.segment, state)
+        unit.note(state)
+        started += [unit.name] if unit.name else []
+    if checkpoint is not None and 0 < done < len(todo):
+        streams.restore(*checkpoint.values(network, batches))
+    for number, unit in enumerate(todo[done:], done + 1):
         if unit.name is not None:
             if len(started) > 1:  # one layer may still be computed while the next is compiled
                 jax.block_until_ready(state.fits[started[-2]].energies)
             progress(unit.name, len(started), len(names))
             started.append(unit.name)
         streams.advance(unit.segment)
-        for equation in unit.segment.equations:
-            follow_codes(equation, state.grids, lambda grid: grid.greatest)
+        _follow(unit.segment, state)
         unit.fit(state)
+        unit.note(state)
+        if checkpoint is not None:
+            is_last = number == len(todo)
+            live = ({}, {}) if is_last else streams.values
+            checkpoint.write(number, state.fits, state.sums, network, live, is_last)
     jax.block_until_ready([fit.energies for fit in state.fits.values()])
     progress("", len(names), len(names))
     return state.fits, state.sums
+
+
+def _follow(segment: Segment, state: State) -> None:
+    """Writes the grids that the plain equations of a segment leave their values on."""
+    for equation in segment.equations:
+        follow_codes(equation, state.grids, lambda grid: grid.greatest)
 
 
 def _logits(network: Network) -> Site:
@@ -186,12 +212,15 @@ def _fit_site(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None
     known = known_grid(recipe.inputs, state.grids.get(site.input))
     divides = known is None and divides_channels(recipe.inputs, task.operation, values.x)
     found = fit_layer(task, divides, recipe.limits, values, state.folded[name], known)
-    outputs = found.fit.layer.outputs
+    state.fits[name] = found.fit
+    streams.write(site.output, found.float_output, found.output)
+
+
+def _note_site(site: Site, recipe: LayerRecipe, state: State) -> None:
+    outputs = state.fits[site.layer.name].layer.outputs
     if isinstance(outputs, QParams) and not outputs.scale.ndim:
         assert recipe.outputs is not None
         state.grids[site.output] = Grid(outputs, kind_of(recipe.outputs))
-    state.fits[name] = found.fit
-    streams.write(site.output, found.float_output, found.output)
 
 
 def _read(state: State, var: core.Var) -> tuple[jax.Array, jax.Array]:
@@ -248,12 +277,18 @@ def _fit_activated(site: Site, task: Task, recipe: LayerRecipe, state: State) ->
             activation=NONE,
             candidates=task.candidates,
         )
-        state.grids[site.activated] = Grid(qparams, kind_of(recipe.outputs))
     _write(state, site.activated, floats, _project(qparams, values))
     fit = state.fits[site.layer.name]
     layer = dataclasses.replace(fit.layer, activated=qparams)
     output_clip = clip if fit.output_clip is None else fit.output_clip
     state.fits[site.layer.name] = fit._replace(layer=layer, output_clip=output_clip)
+
+
+def _note_activated(site: Site, recipe: LayerRecipe, state: State) -> None:
+    activated = state.fits[site.layer.name].layer.activated
+    if isinstance(activated, QParams):
+        assert recipe.outputs is not None
+        state.grids[site.activated] = Grid(activated, kind_of(recipe.outputs))
 
 
 def _fit_junction(junction: Junction, recipe: Recipe, state: State) -> None:
@@ -262,9 +297,13 @@ def _fit_junction(junction: Junction, recipe: Recipe, state: State) -> None:
         return
     floats, values = _read(state, junction.var)
     fitted, rounded = fit_junction(junction.activation, recipe, floats, values)
-    state.grids[junction.var] = Grid(fitted.grid, kind_of(recipe.sum_spec))
     state.sums[junction.name] = fitted
     _write(state, junction.var, floats, rounded)
+
+
+def _note_junction(junction: Junction, recipe: Recipe, state: State) -> None:
+    if junction.name in state.sums:
+        state.grids[junction.var] = Grid(state.sums[junction.name].grid, kind_of(recipe.sum_spec))
 
 
 @program()

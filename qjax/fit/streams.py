@@ -79,6 +79,24 @@ class Streams:
             for var in stream.keys() - segment.needed:
                 del stream[var]
 
+    def pass_over(self, segment: Segment) -> None:
+        """Evaluates of a segment what params alone lead to: all else will be restored."""
+        operands = {var for equation in segment.equations for var in reads(equation)}
+        written = {var for equation in segment.equations for var in equation.outvars}
+        if segment.equations and operands - written <= self._fixed.keys():
+            self._evaluate(segment)
+
+    @property
+    def values(self) -> tuple[dict[core.Var, jax.Array], dict[core.Var, jax.Array]]:
+        """The live values of the float and of the quantized stream, which may be the same."""
+        return self._floats, self._quantized
+
+    def restore(self, floats: dict[core.Var, Any], quantized: dict[core.Var, Any]) -> None:
+        """Sets the live values of both streams."""
+        for stream, values in zip(self._streams, (floats, quantized), strict=False):
+            stream.clear()
+            stream.update(values)
+
     def _evaluate(self, segment: Segment) -> None:
         written = {var for equation in segment.equations for var in equation.outvars}
         read = dict.fromkeys(var for equation in segment.equations for var in reads(equation))

@@ -13,6 +13,7 @@ from jax.extend import core
 
 from qjax.graph import jaxpr
 from qjax.graph.jaxpr import Atom, FlatJaxpr
+from qjax.graph.naming import path_names
 
 # Equations that do nothing where shape and type stay.
 _IDENTITIES = frozenset({*jaxpr.MOVEMENT, "sharding_constraint"} - {"transpose"})
@@ -51,6 +52,16 @@ def fingerprint(flat: FlatJaxpr) -> str:
     env |= {var: _array(value) for var, value in flat.constants.items()}
     _walk(flat.equations, env)
     return _hash(*(_atom(atom, env) for atom in flat.outputs))
+
+
+def digest(tree: Any) -> str:
+    """The SHA-256 of the arrays of a pytree and of their paths."""
+    found = hashlib.sha256()
+    for name, leaf in zip(path_names(tree), jax.tree.leaves(tree), strict=True):
+        array = np.asarray(leaf)
+        found.update(f"{name} {array.dtype}{array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
 
 
 def _walk(equations: Sequence[core.JaxprEqn], env: Env) -> None:

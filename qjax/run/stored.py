@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +18,7 @@ from qjax.formats.binary import Signs
 from qjax.formats.dynamic import Dynamic
 from qjax.formats.packing import codes_at, pack_kernel, spacing, unpack_codes
 from qjax.formats.spec import FORMATS, MAX_BITS
+from qjax.graph.naming import path_names
 from qjax.run.layer import QuantizedLayer
 
 FORMAT_FIELDS = ("weights", "inputs", "outputs", "activated")  # of a layer
@@ -37,6 +39,18 @@ class UnknownFormatError(ValueError):
 
 
 # ---- To arrays and JSON
+
+
+def by_path(tree: Any) -> dict[str, np.ndarray]:
+    """The arrays of a pytree by their paths."""
+    leaves = map(np.asarray, jax.tree.leaves(tree))
+    return dict(zip(path_names(tree), leaves, strict=True))
+
+
+def storable(array: np.ndarray) -> np.ndarray:
+    """An array in a type that safetensors has a NumPy name for: others as their bytes."""
+    is_native = array.dtype.kind in "biuf"
+    return np.ascontiguousarray(array) if is_native else np.frombuffer(array.tobytes(), np.uint8)
 
 
 def arrays_of_layer(layer: QuantizedLayer) -> dict[str, Any]:

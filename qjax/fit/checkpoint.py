@@ -1,0 +1,234 @@
+"""Finished layers on a disk, so that a run that was killed goes on where it was.
+
+One file holds the layers that are fitted, and the values that flow through both networks after the
+last one of them; it is replaced whole. What it belongs to stands in it: it is read by a run of the
+same network, params, images, recipe and versions, and refused by any other.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from qjax import atomic
+from qjax.fit.junction import FittedJunction
+from qjax.fit.layer import Fit
+from qjax.graph.layers import Network
+from qjax.graph.naming import path_names
+from qjax.run.stored import (
+    arrays_of_format,
+    arrays_of_layer,
+    by_path,
+    describe_format,
+    describe_layer,
+    format_template,
+    layer_template,
+    restored_format,
+    restored_layer,
+    storable,
+)
+
+FILE = "layers.safetensors"
+PAUSE = 20.0  # seconds of work for every second of writing, before the values are written again
+
+Values = dict[core.Var, Any]
+
+
+class Checkpoint:
+    """The file of a run, which may have been interrupted."""
+
+    def __init__(self, folder: str | os.PathLike, about: Mapping[str, Any]) -> None:
+        """Reads what is there.
+
+        Args:
+          folder: made if it does not exist.
+          about: what the run depends on, as JSON values.
+
+        Raises:
+          ValueError: the file there is of another run, or damaged.
+        """
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"`checkpoint` must be a folder; {folder} is a file.")
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in folder.iterdir():
+            if atomic.TEMPORARY.fullmatch(entry.name):
+                entry.unlink(missing_ok=True)
+        self._file, self._about = folder / FILE, json.loads(json.dumps(about))
+        self._entries, self._arrays = self._read() if self._file.exists() else ({}, {})
+        self._is_due_at = -np.inf
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        remedy = "remove it to start again"
+        try:
+            with safe_open(self._file, "np") as file:
+                metadata = file.metadata()
+                stored = {name: file.get_tensor(name) for name in file.keys()}
+            entries = json.loads(metadata["entries"])
+            arrays = {
+                name: np.frombuffer(stored[name].tobytes(), jnp.dtype(dtype)).reshape(shape)
+                for name, (dtype, shape) in entries["arrays"].items()
+            }
+            is_whole = metadata["sha256"] == _digest(metadata["entries"], stored)
+        except (LookupError, TypeError, ValueError, SafetensorError) as error:
+            message = f"`checkpoint` {self._file} is damaged ({error}); {remedy}."
+            raise ValueError(message) from error
+        if not is_whole:
+            raise ValueError(f"`checkpoint` {self._file} is damaged; {remedy}.")
+        names = {**entries["about"], **self._about}
+        different = [n for n in names if entries["about"].get(n) != self._about.get(n)]
+        if different:
+            raise ValueError(
+                f"`checkpoint` {self._file} is of another run: different {', '.join(different)}. "
+                f"Name another folder, or {remedy}."
+            )
+        return entries, arrays
+
+    def restore(self, fits: dict[str, Fit], sums: dict[str, FittedJunction]) -> int:
+        """Writes what is finished, and returns how many units of work that is."""
+        if not self._entries:
+            return 0
+        described = self._entries["fits"]
+        template = {
+            "fits": {
+                name: {"layer": layer_template(item["layer"]), **item["numbers"]}
+                for name, item in described.items()
+            },
+            "sums": {
+                name: {"grid": format_template(item["grid"]), **item["numbers"]}
+                for name, item in self._entries["sums"].items()
+            },
+        }
+        leaves = [self._arrays[name] for name in path_names(template)]
+        tree = jax.tree.unflatten(jax.tree.structure(template), leaves)
+        for name, item in described.items():
+            layer, *numbers = (tree["fits"][name][field] for field in Fit._fields)
+            fits[name] = _fit(restored_layer(layer, item["layer"]), *numbers)
+        for name, item in self._entries["sums"].items():
+            found = tree["sums"][name]
+            grid = restored_format(found["grid"], item["grid"])
+            energies, shape = tuple(found["energies"]), tuple(item["shape"])
+            sums[name] = FittedJunction(grid, energies, found["clip"], shape)
+        return self._entries["done"]
+
+    def values(self, network: Network, batches: Sequence[jax.Array]) -> tuple[Values, Values]:
+        """The live values of the float and of the quantized stream, where the work goes on."""
+        variables = _variables(network)
+        sharding = batches[0].sharding
+
+        def value(stream: str, number: int) -> Any:
+            if number < len(batches):
+                return batches[number]
+            array = self._arrays[f"{stream}/{number}"]
+            is_spread = isinstance(sharding, jax.sharding.NamedSharding)
+            return jax.device_put(array, sharding) if is_spread else jnp.asarray(array)
+
+        live = self._entries["live"]
+        floats = {number: value("floats", number) for number in live["floats"]}
+        quantized = {
+            number: floats[number] if number in live["shared"] else value("quantized", number)
+            for number in live["quantized"]
+        }
+        of = [{variables[n]: value for n, value in each.items()} for each in (floats, quantized)]
+        return of[0], of[1]
+
+    def write(
+        self,
+        done: int,
+        fits: Mapping[str, Fit],
+        sums: Mapping[str, FittedJunction],
+        network: Network,
+        live: tuple[Values, Values],
+        is_last: bool,
+    ) -> None:
+        """Writes what is finished, unless writing would take more than a share of the time."""
+        start = time.monotonic()
+        if start < self._is_due_at and not is_last:
+            return
+        numbers = {var: number for number, var in enumerate(_variables(network))}
+        floats, quantized = ({numbers[v]: x for v, x in values.items()} for values in live)
+        shared = [n for n, x in quantized.items() if x is floats.get(n)]
+        inputs = len(network.flat.inputs)
+        arrays = by_path(
+            {
+                "fits": {name: _arrays_of(fit) for name, fit in fits.items()},
+                "sums": {
+                    name: {
+                        "grid": arrays_of_format(fit.grid),
+                        "energies": list(fit.energies),
+                        "clip": fit.clip,
+                    }
+                    for name, fit in sums.items()
+                },
+                "floats": {str(n): x for n, x in floats.items() if n >= inputs},
+                "quantized": {
+                    str(n): x for n, x in quantized.items() if n >= inputs and n not in shared
+                },
+            }
+        )
+        entries = {
+            "about": self._about,
+            "done": done,
+            "fits": {
+                name: {"layer": describe_layer(fit.layer), "numbers": _places(_numbers(fit))}
+                for name, fit in fits.items()
+            },
+            "sums": {
+                name: {
+                    "grid": describe_format(fit.grid),
+                    "shape": list(fit.shape),
+                    "numbers": {"energies": [0, 0], "clip": 0},
+                }
+                for name, fit in sums.items()
+            },
+            "live": {"floats": list(floats), "quantized": list(quantized), "shared": shared},
+            "arrays": {name: [a.dtype.name, list(a.shape)] for name, a in arrays.items()},
+        }
+        stored = {name: storable(array) for name, array in arrays.items()}
+        text = json.dumps(entries)
+        atomic.write(self._file, save(stored, {"entries": text, "sha256": _digest(text, stored)}))
+        now = time.monotonic()
+        self._is_due_at = now + PAUSE * (now - start)
+
+
+def _fit(layer: Any, *numbers: Any) -> Fit:
+    fit = Fit(layer, *numbers)
+    return fit if fit.energies is None else fit._replace(energies=tuple(fit.energies))
+
+
+def _numbers(fit: Fit) -> dict[str, Any]:
+    """All of a fit but the layer."""
+    found = {**fit._asdict(), "energies": fit.energies and list(fit.energies)}
+    del found["layer"]
+    return found
+
+
+def _arrays_of(fit: Fit) -> dict[str, Any]:
+    return {"layer": arrays_of_layer(fit.layer), **_numbers(fit)}
+
+
+def _places(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: 0, tree)
+
+
+def _variables(network: Network) -> list[core.Var]:
+    """The variables that values flow through, in an order that is the same in every process."""
+    flat = network.flat
+    return [*flat.inputs, *(var for equation in flat.equations for var in equation.outvars)]
+
+
+def _digest(text: str, arrays: Mapping[str, np.ndarray]) -> str:
+    found = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        found.update(arrays[name].tobytes())
+    return found.hexdigest()
