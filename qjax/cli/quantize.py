@@ -12,7 +12,7 @@ import numpy as np
 
 from qjax import artifact
 from qjax.atomic import write
-from qjax.cli import export, widths
+from qjax.cli import checkpoint, export, widths
 from qjax.cli.arguments import add_model, add_recipe, load_model, read_recipe
 from qjax.cli.command import Command, Stage, add_quiet, stages
 from qjax.cli.files import check_apart, check_file
@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--report", metavar="FILE", help="write a page to read: report.html")
     add("--out", metavar="DIR", help="save the quantized model for qjax.load")
     add("--export", metavar="FILE", help="write the quantized model as ONNX: model.onnx")
+    checkpoint.add_argument(add)
     add("--json", action="store_true", help="end standard output with the results as one JSON line")
     add_quiet(add)
 
@@ -69,6 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     recipe = read_recipe(arguments)
     outputs = {"--out": arguments.out, "--report": arguments.report, "--export": arguments.export}
+    outputs["--checkpoint"] = arguments.checkpoint
     for option in ("--report", "--export"):
         check_file(option, outputs[option])
     if arguments.out is not None:
@@ -79,12 +81,26 @@ def run(arguments: argparse.Namespace) -> None:
         export.check(arguments.export, recipe, _target(arguments))
     widths.check(arguments, recipe)
     _check_data_free(arguments)
+    if arguments.checkpoint is not None and arguments.search_bits is not None:
+        raise ValueError("`--search-bits` keeps nothing; leave out `--checkpoint`.")
     stage = stages(arguments)
     with stage("loading") as progress:
         loaded = load_model(arguments, progress)
     q, seconds = _quantized(arguments, loaded, recipe, stage)
     accuracies = _accuracies(arguments, loaded, q, stage)
     result = _result(arguments, loaded, q, accuracies, seconds)
+    with checkpoint.removed_at_end(arguments):
+        _write(arguments, loaded, q, result, stage)
+
+
+def _write(
+    arguments: argparse.Namespace,
+    loaded: Loaded,
+    q: Quantized,
+    result: dict[str, Any],
+    stage: Stage,
+) -> None:
+    """Prints and writes what was asked for."""
     try:
         print(q.report.text(columns()), _summary(result), sep="\n\n")
         if arguments.cost is not None:
@@ -113,8 +129,10 @@ def _check_data_free(arguments: argparse.Namespace) -> None:
         raise ValueError(
             "`--data-free` has no images to choose widths on; give --bits, or leave it out."
         )
-    if arguments.calibration_size is not None:
-        raise ValueError("`--data-free` takes no images; leave out `--calibration-size`.")
+    for option in ("calibration_size", "checkpoint"):
+        if getattr(arguments, option) is not None:
+            flag = f"--{option.replace('_', '-')}"
+            raise ValueError(f"`--data-free` takes no images; leave out `{flag}`.")
 
 
 def _export(
@@ -146,12 +164,16 @@ def _quantized(
             q, found = widths.run(arguments, loaded, recipe, progress)
             print(f"{found}\n")
         else:
-            q = _quantize(arguments, loaded, recipe, progress)
+            q = _quantize(arguments, loaded, recipe, progress, arguments.checkpoint)
     return q, time.perf_counter() - start
 
 
 def _quantize(
-    arguments: argparse.Namespace, loaded: Loaded, recipe: Recipe, progress: Progress
+    arguments: argparse.Namespace,
+    loaded: Loaded,
+    recipe: Recipe,
+    progress: Progress,
+    folder: str | None = None,
 ) -> Quantized:
     """Quantizes the model on its calibration images, or without any."""
     model, batches, input_range = loaded.model, loaded.calibration, None
@@ -161,7 +183,7 @@ def _quantize(
         pixels = np.stack([np.full_like(loaded.test.images[0], value) for value in (0, white)])
         ends = model.preprocess(pixels)
         input_range = float(ends.min()), float(ends.max())
-    given: dict[str, Any] = {"progress": progress, "input_range": input_range}
+    given: dict[str, Any] = {"progress": progress, "input_range": input_range, "checkpoint": folder}
     try:
         return quantize(model.apply_fn, model.params, batches, recipe, **given)
     except UnknownRangeError as error:

@@ -5,7 +5,7 @@ import textwrap
 from functools import partial
 
 from qjax.atomic import write
-from qjax.cli import command, training
+from qjax.cli import checkpoint, command, training
 from qjax.cli.arguments import width_in_bits
 from qjax.cli.loading import Loaded
 from qjax.page.study import render_study
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fixed-point, 8 4 3 2 1 for training, else 8 4)",
     )
     add("--report", metavar="FILE", help="write a page to look at: study.html")
+    checkpoint.add_argument(add)
     training.add_arguments(parser)
 
 
@@ -45,7 +46,8 @@ def answer(
     Returns:
       The table to print.
     """
-    return ANSWERS.get(arguments.name, _ask)(arguments, loaded, recipe, progress)
+    with checkpoint.removed_at_end(arguments):
+        return ANSWERS.get(arguments.name, _ask)(arguments, loaded, recipe, progress)
 
 
 def _ask(
@@ -67,6 +69,7 @@ def _ask(
         recipe,
         widths=arguments.widths,
         progress=progress,
+        kept=checkpoint.kept(arguments, loaded, recipe, study=arguments.name),
     )
     note = (
         f"top-1 in percent of {len(test.images):,} test images of {test.name}; agreement with the "

@@ -100,5 +100,10 @@ def _check(arguments: argparse.Namespace, chosen: Recipe) -> None:
             f"the study {NAME} draws its own training images to calibrate on; leave out "
             "`--calibration-size`, and give `--seeds` for `--seed`."
         )
+    if arguments.checkpoint is not None:
+        raise ValueError(
+            f"the study {NAME} keeps what is finished in the cache folder; leave out "
+            "`--checkpoint`."
+        )
     if not (arguments.epochs is None or arguments.epochs > 0):
         raise ValueError(f"`--epochs` must be positive; got {arguments.epochs}.")

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from qjax import artifact
+from qjax.cli import checkpoint
 from qjax.cli.arguments import FLOAT
 from qjax.cli.loading import Loaded
 from qjax.cli.wording import flag
@@ -107,7 +108,7 @@ def run(
     model, calibration, _ = loaded
     few = calibration[:SENSITIVITY_IMAGES]
     network = (model.apply_fn, model.params)
-    found = measure_sensitivities(*network, few, recipe, progress=progress)
+    found = _sensitivities(arguments, loaded, recipe, progress)
     if arguments.target_drop is not None:
         chosen, q, drop = meet_target(
             *network, calibration, recipe, found, arguments.target_drop, progress
@@ -117,7 +118,24 @@ def run(
         chosen = allocate(found, recipe, average_bits=arguments.average_bits)
     else:
         chosen = _within_bytes(arguments.max_bytes, network, few, recipe, found)
-    return quantize(*network, calibration, chosen.recipe, progress=progress), str(chosen)
+    options = {"progress": progress, "checkpoint": arguments.checkpoint}
+    return quantize(*network, calibration, chosen.recipe, **options), str(chosen)
+
+
+def _sensitivities(
+    arguments: argparse.Namespace, loaded: Loaded, recipe: Recipe, progress: Progress
+) -> tuple[Sensitivity, ...]:
+    """Those of all layers, kept for a run that goes on."""
+    model, calibration, _ = loaded
+    few = calibration[:SENSITIVITY_IMAGES]
+
+    def measure() -> list[Any]:
+        network = (model.apply_fn, model.params)
+        found = measure_sensitivities(*network, few, recipe, progress=progress)
+        return [[*item[:-1], [*item.errors.items()]] for item in found]
+
+    found = checkpoint.kept(arguments, loaded, recipe).of("sensitivities", measure)
+    return tuple(Sensitivity(*item[:3], dict(item[3])) for item in found)
 
 
 def _one_for_all(

@@ -25,6 +25,7 @@ from qjax.fit.junction import FittedJunction
 from qjax.fit.layer import Fit
 from qjax.graph.layers import Network
 from qjax.graph.naming import path_names
+from qjax.kept import REMEDY, refuse_other_run
 from qjax.run.stored import (
     arrays_of_format,
     arrays_of_layer,
@@ -69,7 +70,6 @@ class Checkpoint:
         self._is_due_at = -np.inf
 
     def _read(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        remedy = "remove it to start again"
         try:
             with safe_open(self._file, "np") as file:
                 metadata = file.metadata()
@@ -81,17 +81,11 @@ class Checkpoint:
             }
             is_whole = metadata["sha256"] == _digest(metadata["entries"], stored)
         except (LookupError, TypeError, ValueError, SafetensorError) as error:
-            message = f"`checkpoint` {self._file} is damaged ({error}); {remedy}."
+            message = f"`checkpoint` {self._file} is damaged ({error}); {REMEDY}."
             raise ValueError(message) from error
         if not is_whole:
-            raise ValueError(f"`checkpoint` {self._file} is damaged; {remedy}.")
-        names = {**entries["about"], **self._about}
-        different = [n for n in names if entries["about"].get(n) != self._about.get(n)]
-        if different:
-            raise ValueError(
-                f"`checkpoint` {self._file} is of another run: different {', '.join(different)}. "
-                f"Name another folder, or {remedy}."
-            )
+            raise ValueError(f"`checkpoint` {self._file} is damaged; {REMEDY}.")
+        refuse_other_run(self._file, entries["about"], self._about)
         return entries, arrays
 
     def restore(self, fits: dict[str, Fit], sums: dict[str, FittedJunction]) -> int:

@@ -11,6 +11,7 @@ from qjax.fit.data_free import UnknownRangeError
 from qjax.formats.scales import SCALES
 from qjax.formats.spec import FORMATS, MAX_BITS, KernelGranularity, QuantSpec
 from qjax.graph.layers import shapes_of
+from qjax.kept import Kept
 from qjax.objectives.errors import MSE, OUTPUT_MSE
 from qjax.objectives.table import OBJECTIVES
 from qjax.progress import Progress
@@ -134,6 +135,7 @@ def study(
     *,
     widths: Sequence[int] | None = None,
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> Study:
     """Makes a study.
 
@@ -146,6 +148,7 @@ def study(
       base: the recipe that the study varies; by default 8 bits everywhere.
       widths: in bits; by default the question's own.
       progress: called with (case, cases done, cases).
+      kept: the rows of a run that was interrupted; by default none.
 
     Returns:
       A `Study`.
@@ -156,6 +159,7 @@ def study(
     if name not in QUESTIONS:
         raise ValueError(f"`name` must be one of {', '.join(QUESTIONS)}; got {name!r}.")
     question = QUESTIONS[name]
+    kept = kept or Kept()
     measure = Measure(apply_fn, params, batches, top1)
     cases = list(question.cases(base or Recipe(), widths or question.widths, measure.quantize))
     rows, refused = [], []
@@ -163,7 +167,8 @@ def study(
         if progress is not None:
             progress(", ".join(labels), done, len(cases))
         try:
-            rows.append(measure.row(labels, measure.quantize(way)))
+            row = kept.of(" ".join(labels), lambda way=way: measure.row((), measure.quantize(way)))
+            rows.append(Row(*row)._replace(labels=labels))
         except UnknownRangeError as error:
             refused.append(f"not possible: {', '.join(labels)}: {error}")
     float_top1 = top1(apply_fn, params)
