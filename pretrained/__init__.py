@@ -49,7 +49,7 @@ def load(name: str) -> Pretrained:
       ValueError: if there is no such model, or its weights are not the ones of its card.
     """
     if name.endswith(".safetensors") or name.startswith("hf-hub:"):
-        model, params = converters.convert_resnet(converters.read_torch(name))
+        model, params = _converted(name)
         dataset = "cifar10" if model.num_classes == 10 else "imagenet2012"
         return Pretrained(name, model.apply, params, IMAGENET, dataset, {})
     if own_models.is_own(name):
@@ -61,9 +61,26 @@ def load(name: str) -> Pretrained:
             f"params); got {name!r}."
         )
     params, card = cards.read(FOLDER / name)
-    preprocess = Preprocessing(
-        card["preprocessing"]["scale"],
-        *(tuple(card["preprocessing"][field]) for field in ("mean", "std")),
-    )
-    model = build(card["architecture"])
+    try:
+        preprocess = Preprocessing(
+            card["preprocessing"]["scale"],
+            *(tuple(card["preprocessing"][field]) for field in ("mean", "std")),
+        )
+        model = build(card["architecture"])
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{FOLDER / name / cards.CARD} is damaged: {error!r}. Fetch it again."
+        ) from error
     return Pretrained(name, model.apply, params, preprocess, card["dataset"], card)
+
+
+def _converted(source: str) -> tuple[Any, Any]:
+    """The network of a file of PyTorch weights."""
+    tensors = converters.read_torch(source)
+    try:
+        return converters.convert_resnet(tensors)
+    except (LookupError, TypeError, ValueError) as error:
+        reason = (
+            str(error) if isinstance(error, ValueError) else f"shapes of another kind ({error})"
+        )
+        raise ValueError(f"{source} holds no weights of a ResNet: {reason}") from error

@@ -31,6 +31,10 @@ Made from `card.json`, which holds the whole recipe and the accuracy by epoch.
 """
 
 
+CARD = "card.json"
+_NEEDED = {"sha256", "command", "preprocessing", "architecture", "dataset"}
+
+
 def write(folder: Path, variables: Any, card: Mapping[str, Any]) -> None:
     """Writes the three files of a model, adding checksum and number of parameters to the card.
 
@@ -45,7 +49,7 @@ def write(folder: Path, variables: Any, card: Mapping[str, Any]) -> None:
     card = {**card, "parameters": parameters, "sha256": hashlib.sha256(weights).hexdigest()}
     folder.mkdir(parents=True, exist_ok=True)
     atomic.write(folder / "model.safetensors", weights)
-    atomic.write(folder / "card.json", json.dumps(card, indent=1) + "\n")
+    atomic.write(folder / CARD, json.dumps(card, indent=1) + "\n")
     atomic.write(folder / "README.md", _readme(card))
 
 
@@ -59,9 +63,18 @@ def read(folder: Path) -> tuple[Any, dict[str, Any]]:
       The variables as nested dicts of arrays, and the card.
 
     Raises:
-      ValueError: if the weights are not the ones that the card was written for.
+      ValueError: if the card is damaged, or the weights are not the ones that it was written for.
     """
-    card = json.loads((folder / "card.json").read_text())
+    file = folder / CARD
+    try:
+        card = json.loads(file.read_text())
+        missing = _NEEDED - card.keys()
+    except (AttributeError, RecursionError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}. Fetch it again.") from error
+    if missing:
+        raise ValueError(
+            f"{file} is damaged: it lacks {', '.join(sorted(missing))}. Fetch it again."
+        )
     weights = (folder / "model.safetensors").read_bytes()
     sha256 = hashlib.sha256(weights).hexdigest()
     if sha256 != card["sha256"]:

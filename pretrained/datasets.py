@@ -71,8 +71,9 @@ def load(
         )
     folder = cache_dir() / "datasets" / name / str(builder.version)
     files = [folder / f"{split}_{part}.npy" for part in ("images", "labels")]
-    if cache and all(file.is_file() for file in files):
-        images, labels = map(np.load, files)
+    cached = _cached(*files) if cache else None
+    if cached is not None:
+        images, labels = cached
     else:
         images, labels = _decode(builder, name, split)
         if cache:
@@ -158,6 +159,12 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(f"`name` must be 'digits' or a TFDS dataset, got {name!r}.") from error
+    except Exception as error:  # TFDS, protobuf and json have their own each
+        raise ValueError(
+            f"`name` must be 'digits' or a TFDS dataset, and {name!r} cannot be read in "
+            f"{data_dir or 'the folder of TFDS'}: {_line(error)}. Check name and version, or "
+            "remove what is there and prepare it again."
+        ) from error
     if builder.is_prepared():
         return builder
     if importlib.util.find_spec("tensorflow") is None:
@@ -173,6 +180,20 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
     return builder
 
 
+def _cached(*files: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Images and labels of the cache, None if it has none or damaged ones."""
+    try:
+        images, labels = map(np.load, files)
+    except (EOFError, OSError, ValueError):
+        return None
+    return (images, labels) if images.ndim == 4 and labels.shape == images.shape[:1] else None
+
+
+def _line(error: Exception) -> str:
+    """The beginning of an error, in one line."""
+    return " ".join(str(error).split())[:200].rstrip(".") or repr(error)
+
+
 def _decode(builder, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Decodes all images and labels of a split, ordered by id where records have one."""
     features = builder.info.features
@@ -180,7 +201,13 @@ def _decode(builder, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"`name` must be a dataset with `image` and `label`; {name!r} has {sorted(features)}."
         )
-    records = list(builder.as_data_source(split=split))
+    try:
+        records = list(builder.as_data_source(split=split))
+    except Exception as error:  # array_record, protobuf and PIL have their own each
+        raise ValueError(
+            f"the records of {name!r} in {builder.data_dir} are damaged: {_line(error)}. Remove "
+            "that folder and prepare it again."
+        ) from error
     if "id" in features:
         records.sort(key=lambda record: record["id"])
     try:

@@ -93,10 +93,12 @@ def killed_saves(count: int, seed: int, loads: int = 100) -> Iterator[Case]:
         target = Path(folder, "target")
         for _ in range(count):
             with _saving(folder) as saver:
-                for _ in range(loads):
-                    yield _loaded(target, known)
-                time.sleep(instants.uniform(0, 0.05))
-                saver.kill()
+                try:
+                    for _ in range(loads):
+                        yield _loaded(target, known)
+                    time.sleep(instants.uniform(0, 0.05))
+                finally:
+                    saver.kill()
             yield _loaded(target, known)
         qjax.save(target, known["a"])
         left = sorted(entry.name for entry in (*target.iterdir(), *target.parent.iterdir()))

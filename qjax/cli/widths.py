@@ -135,7 +135,9 @@ def _sensitivities(
         return [[*item[:-1], [*item.errors.items()]] for item in found]
 
     found = checkpoint.kept(arguments, loaded, recipe).of("sensitivities", measure)
-    return tuple(Sensitivity(*item[:3], dict(item[3])) for item in found)
+    return tuple(
+        Sensitivity(layer, part, elements, dict(errors)) for layer, part, elements, errors in found
+    )
 
 
 def _one_for_all(

@@ -163,3 +163,14 @@ def test_hub_name_without_huggingface_hub_says_what_to_install(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match="pip install huggingface_hub"):
         pretrained.load("hf-hub:timm/resnet18.a1_in1k")
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "layer1.0.conv1.weight", "fc.weight"])
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_tensors_of_another_rank_name_their_file(tmp_path: pathlib.Path, name: str, rank: int):
+    tensors = make_tensors(CASES[0])
+    assert name in tensors
+    file = tmp_path / "weights.safetensors"
+    save_file(tensors | {name: np.zeros((1,) * rank, np.float32)}, file)
+    with pytest.raises(ValueError, match=f"{file} holds no weights of a ResNet"):
+        pretrained.load(str(file))

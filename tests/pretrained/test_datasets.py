@@ -167,3 +167,35 @@ def test_calibration_draw_is_seeded_and_without_repetition():
 def test_calibration_draw_of_impossible_size_is_an_error(size: int):
     with pytest.raises(ValueError, match=f"`size` must be between 1 and 10.*got {size}"):
         datasets.calibration_draw(np.zeros((10, 1)), size, seed=0)
+
+
+DAMAGES = {
+    "dataset_info.json": ["", "{", "{}"],
+    "features.json": ["{"],
+    "tiny-test.array_record-00000-of-00001": ["", "cut off"],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(n, t) for n in DAMAGES for t in DAMAGES[n]])
+def test_damaged_files_are_named(data_dir: pathlib.Path, name: str, text: str):
+    (data_dir / "tiny" / "1.2.3" / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"'tiny' .*{data_dir}.*prepare it again") as caught:
+        datasets.load("tiny", "test", data_dir)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tiny:9.9.9", "mnist:9.9.9", "no//such:::x", "../x"])
+def test_names_that_are_none(data_dir: pathlib.Path, name: str):
+    with pytest.raises(ValueError, match=f"`name` must be 'digits' or a TFDS .*{name}") as caught:
+        datasets.load(name, "test", data_dir)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", b"PK", None])
+def test_a_damaged_cache_is_rebuilt(data_dir: pathlib.Path, damage: bytes | None):
+    datasets.load("tiny", "test", data_dir)
+    [file] = datasets.cache_dir().rglob("test_images.npy")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] if damage is None else damage)
+    np.testing.assert_array_equal(datasets.load("tiny", "test", data_dir).images, PIXELS)
+    assert file.read_bytes() == whole

@@ -158,6 +158,17 @@ def test_shipped_digits_model_is_as_accurate_as_its_card_says(digits: Digits):
     assert accuracy == pytest.approx(model.card["accuracy"]) and accuracy >= 98.5
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{", "card", "preprocessing", "architecture"])
+def test_a_damaged_card_is_named(tmp_path: pathlib.Path, monkeypatch, text: str):
+    shutil.copytree(pretrained.FOLDER / "lenet5-mnist", tmp_path / "lenet5-mnist")
+    monkeypatch.setattr(pretrained, "FOLDER", tmp_path)
+    file = tmp_path / "lenet5-mnist" / "card.json"
+    card = json.loads(file.read_text())
+    file.write_text(json.dumps(card | {text: 1}) if text in card else text)
+    with pytest.raises(ValueError, match=f"{file} is damaged.*Fetch it again"):
+        pretrained.load("lenet5-mnist")
+
+
 def test_damaged_weights_are_an_error(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     shutil.copytree(pretrained.FOLDER / "lenet5-mnist", tmp_path / "lenet5-mnist")
     monkeypatch.setattr(pretrained, "FOLDER", tmp_path)
