@@ -311,6 +311,17 @@ def dequantize(codes: jax.Array, qparams: QParams) -> jax.Array:
     return qparams.scale * (codes.astype(jnp.int32) - qparams.zero_point).astype(jnp.float32)
 
 
+def cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` as another type of floats, rounded in every program.
+
+    A compiler may leave out a rounding to bfloat16 where the next operation is in float32 again,
+    and two programs are then not the same.
+    """
+    if dtype == jnp.bfloat16 and x.dtype == jnp.float32:
+        x = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
+
+
 def fake_quant(x: jax.Array, qparams: QParams) -> jax.Array:
     """Rounds real values to representable ones, differentiably.
 
@@ -327,7 +338,7 @@ def fake_quant(x: jax.Array, qparams: QParams) -> jax.Array:
       >>> print(fake_quant(jnp.array([0.6, -2.0, 99.0]), qparams))
       [ 0.5 -2.   3.5]
     """
-    return (qparams.scale * float_codes(x, qparams)).astype(x.dtype)
+    return cast(qparams.scale * float_codes(x, qparams), x.dtype)
 
 
 def sqnr_db(reference: jax.Array, approximation: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend import core
 
+from qjax.formats.affine import cast
 from qjax.graph import jaxpr
 from qjax.graph.activation import Activation, find_activation
 from qjax.graph.chain import ChannelOperation, Graph, affine_chain
@@ -117,7 +118,7 @@ class Movement(NamedTuple):
         """Moves an output, in float."""
         for equation in self.equations:
             y = equation.single(y)
-        return y.astype(self.dtype)
+        return cast(y, self.dtype)
 
     def of_codes(self, codes: jax.Array) -> jax.Array:
         """Moves codes: their type stays."""

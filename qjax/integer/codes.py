@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.formats.affine import QParams, quantize_array
+from qjax.formats.affine import QParams, cast, quantize_array
 from qjax.formats.dynamic import ActivationFormat
 from qjax.formats.scales import power_of_two_above
 from qjax.graph import jaxpr
@@ -98,7 +98,7 @@ class Codes(NamedTuple):
 
 def real_value(value: Any, atom: jaxpr.Atom) -> Any:
     """A value in real units, of the type that its readers expect."""
-    return value.real.astype(jaxpr.dtype(atom)) if isinstance(value, Codes) else value
+    return cast(value.real, jaxpr.dtype(atom)) if isinstance(value, Codes) else value
 
 
 def on_grid(codes: jax.Array, qparams: QParams, key: GridKey) -> Codes:
@@ -112,7 +112,23 @@ def on_grid(codes: jax.Array, qparams: QParams, key: GridKey) -> Codes:
     return Codes(codes, qparams.scale, qparams.zero_point, key.qmax - key.qmin, key)
 
 
-def to_grid(value: Any, qparams: QParams, key: GridKey, arithmetic: Arithmetic) -> Codes:
+def held(value: Codes, qparams: QParams, dtype: Any, arithmetic: Arithmetic) -> Codes:
+    """The codes of what a type of few bits holds of a value, as fake quantization passes it on.
+
+    Args:
+      value: `Codes` of a layer's output.
+      qparams: their grid.
+      dtype: that the network gives the value.
+      arithmetic: of requantization; those of integers alone round nothing.
+    """
+    if arithmetic.only_integers or value.limit < 2 ** jnp.finfo(dtype).nmant:
+        return value
+    return value.replace(quantize_array(cast(value.real, dtype), signed(qparams)))
+
+
+def to_grid(
+    value: Any, qparams: QParams, key: GridKey, arithmetic: Arithmetic, dtype: Any
+) -> Codes:
     """Brings a value to the codes of a layer's input or output.
 
     Args:
@@ -120,6 +136,7 @@ def to_grid(value: Any, qparams: QParams, key: GridKey, arithmetic: Arithmetic) 
       qparams: the grid.
       key: of the grid.
       arithmetic: of requantization.
+      dtype: that the network gives the value.
     """
     qparams = signed(qparams)
     if isinstance(value, Codes) and value.key == key:
@@ -127,7 +144,8 @@ def to_grid(value: Any, qparams: QParams, key: GridKey, arithmetic: Arithmetic) 
     if isinstance(value, Codes) and arithmetic.only_integers:
         codes = arithmetic.to_codes(value.centered, value.scale / qparams.scale, qparams)
     else:
-        codes = quantize_array(value.real if isinstance(value, Codes) else value, qparams)
+        real = cast(value.real, dtype) if isinstance(value, Codes) else value
+        codes = quantize_array(real, qparams)
     return on_grid(codes, qparams, key)
 
 

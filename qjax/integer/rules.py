@@ -38,6 +38,7 @@ from qjax.integer.codes import (
     GridKey,
     for_sum,
     for_union,
+    held,
     of_sum,
     on_grid,
     real_value,
@@ -121,7 +122,8 @@ def integer_rules(
             y = _sum_dynamic_codes(site, layer, planned.lowering, real_value(value, site.input))
             return _real_output(site, layer, planned, y, arithmetic)
         assert layer.grid is not None and planned.inputs is not None
-        x = to_grid(value, layer.grid, planned.inputs, arithmetic)
+        dtype = jaxpr.dtype(site.input)
+        x = to_grid(value, layer.grid, planned.inputs, arithmetic, dtype)
         acc = _accumulate(site, layer, planned, biases[name], x)
         acc = acc.astype(jnp.int32) if arithmetic.only_integers else acc
         record(name, acc)
@@ -136,10 +138,13 @@ def integer_rules(
                 return format.project(real_value(value, site.activated))
             case grid:
                 assert key is not None
-                return to_grid(value, grid, key, arithmetic)
+                return on_own_grid(value, grid, key, jaxpr.dtype(site.activated))
 
     def joined_rule(junction: Junction, grid: QParams, value: Any) -> Codes:
-        return to_grid(value, grid, sums[junction.name], arithmetic)
+        return on_own_grid(value, grid, sums[junction.name], jaxpr.dtype(junction.var))
+
+    def on_own_grid(value: Any, grid: QParams, key: GridKey, dtype: Any) -> Codes:
+        return held(to_grid(value, grid, key, arithmetic, dtype), grid, dtype, arithmetic)
 
     primitives = primitive_rules(arithmetic)
     return Rules(layer_rule, activated_rule, primitives, real_value, joined_rule)
@@ -159,7 +164,9 @@ def _real_output(
             return site.movement(format.project(y))
         case grid:
             assert plan.outputs is not None
-            return to_grid(site.movement(y), grid, plan.outputs, arithmetic)
+            codes = to_grid(y, grid, plan.outputs, arithmetic, y.dtype)
+            found = held(codes, grid, site.movement.dtype, arithmetic)
+            return found.replace(site.movement.of_codes(found.codes))
 
 
 def _sum_dynamic_codes(
@@ -226,7 +233,9 @@ def _output(
     if layer.outputs is not None and plan.outputs is not None:
         qparams = signed(layer.outputs)
         codes = arithmetic.to_codes(acc, unit * qparams.inverse_scale, qparams)
-        return on_grid(site.movement.of_codes(codes), qparams, plan.outputs)
+        found = on_grid(codes, qparams, plan.outputs)
+        found = held(found, layer.outputs, site.movement.dtype, arithmetic)
+        return found.replace(site.movement.of_codes(found.codes))
     if not arithmetic.only_integers:
         return site.movement(acc.astype(jnp.float32) * unit)
     wide = wide_scale(jnp.max(scale) * float(plan.limit), arithmetic)
@@ -244,7 +253,7 @@ def primitive_rules(arithmetic: Arithmetic) -> dict[str, PrimitiveRule]:
       arithmetic: of requantization.
     """
     rules: dict[str, PrimitiveRule] = dict.fromkeys((*_MOVES, *_MAXIMA), move)
-    rules |= {"convert_element_type": convert, "pad": pad}
+    rules |= {"convert_element_type": partial(convert, arithmetic), "pad": pad}
     rules |= dict.fromkeys(_CLIPS, partial(clip, arithmetic))
     rules["concatenate"] = partial(concatenate, arithmetic)
     if arithmetic.only_integers:
@@ -267,10 +276,18 @@ def move(equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
     return [value.replace(array) for array in jaxpr.bind(equation, [value.codes])]
 
 
-def convert(equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
-    """Leaves codes as they are where another type of real numbers is asked for."""
-    is_float = jnp.issubdtype(jaxpr.dtype(equation.outvars[0]), jnp.floating)
-    return [values[0]] if isinstance(values[0], Codes) and is_float else None
+def convert(
+    arithmetic: Arithmetic, equation: core.JaxprEqn, values: Sequence[Any]
+) -> list[Any] | None:
+    """Leaves codes as they are where another type of real numbers is asked for.
+
+    Not after a type of few bits, unless nothing is rounded anyway: what it lost stays lost.
+    """
+    before, after = (jaxpr.dtype(v) for v in (equation.invars[0], equation.outvars[0]))
+    if not isinstance(values[0], Codes) or not jnp.issubdtype(after, jnp.floating):
+        return None
+    is_exact = arithmetic.only_integers or jnp.finfo(before).nmant >= jnp.finfo(jnp.float32).nmant
+    return [values[0]] if is_exact else None
 
 
 def pad(equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any] | None:

@@ -1,6 +1,7 @@
 """A quantized network as a pure function of its params and an input."""
 
 import dataclasses
+import pickle
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -105,6 +106,21 @@ class QuantizedFunction:
                 f"{dict(self.shapes)}, got {shapes}; quantize with an input of this shape."
             )
         return network
+
+    def __reduce__(self) -> Any:
+        """Pickled without what was traced, which is traced again."""
+        try:
+            pickle.dumps(self.apply_fn)
+        except Exception as error:  # each kind of function has its own
+            raise TypeError(
+                f"a quantized network is pickled with its `apply_fn`, and {self.apply_fn!r} cannot "
+                "be: define it by `def` in a module, or use qjax.save(path, q) and "
+                "qjax.load(path, apply_fn)."
+            ) from error
+        return type(self), (self.apply_fn, self.params, dict(self.shapes), self.rules)
+
+    def __deepcopy__(self, memo: Any) -> "QuantizedFunction":
+        return self
 
     def __hash__(self) -> int:
         return hash(self._key)
