@@ -55,7 +55,7 @@ from qjax.run.stored import (
     restored_layer,
     storable,
 )
-from qjax.versions import versions
+from qjax.versions import environment, versions
 
 R = TypeVar("R", LayerReport, SumReport)
 
@@ -106,12 +106,13 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
         {name: storable(array) for name, array in arrays.items() if not _is_integer_zero(array)}
     )
     described = {name: [array.dtype.name, array.shape] for name, array in arrays.items()}
-    entries = {"versions": versions()} | _entries(q) | {"arrays": described}
+    entries = {"versions": versions(), "environment": environment()}
+    entries |= _entries(q) | {"arrays": described}
     directory.write(Path(path).resolve(), entries, data)
 
 
 def _entries(q: Quantized) -> dict[str, Any]:
-    """All that is no array, but for versions."""
+    """All that is no array, but for what describes the process that writes it."""
     layers = q.params["layers"].items()
     sums = q.params.get("sums", {}).items()
     return {
@@ -234,7 +235,7 @@ def _check_entries_of(
 ) -> None:
     """Refuses a manifest that is not the one that would be written of what was read."""
     known = json.loads(json.dumps(_entries(q)))
-    others = {"format", "version", "versions", "arrays", "fingerprint"}
+    others = {"format", "version", "versions", "environment", "arrays", "fingerprint"}
     others |= {"structure"} if is_params_given else set()
     found = {name: value for name, value in entries.items() if name not in others}
     known = {name: value for name, value in known.items() if name not in others}

@@ -1,7 +1,9 @@
-"""What is running: versions of packages."""
+"""What is running: versions of packages, and on what."""
 
 import importlib.metadata
+import os
 import platform
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,3 +21,10 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
+
+
+def environment() -> dict[str, Any]:
+    """What sums in float32 depend on in addition to versions: cores, kind of device, machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    kind = jax.devices()[0].device_kind
+    return {"cores": cores, "device": kind, "machine": platform.machine()}

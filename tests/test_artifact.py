@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
 import pytest
+import small
 from flax import nnx
 from jax import export
 from models import CASES
@@ -410,3 +411,13 @@ def test_orbax_keeps_codes_and_static_fields(q: qjax.Quantized, tmp_path: Path, 
         restored = checkpointer.restore(tmp_path / "params", like)
     chex.assert_trees_all_equal(restored, params, strict=True)
     assert jax.tree.structure(restored) == jax.tree.structure(params)
+
+
+def test_the_manifest_names_what_sums_depend_on(tmp_path: Path):
+    q = small.quantized()
+    qjax.save(tmp_path / "artifact", q)
+    manifest = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
+    environment = manifest["environment"]
+    assert environment.keys() == {"cores", "device", "machine"}
+    assert 1 <= environment["cores"] <= (os.cpu_count() or 1)
+    assert environment["device"] == jax.devices()[0].device_kind
