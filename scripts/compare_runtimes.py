@@ -1,13 +1,19 @@
-"""Accuracy, agreement, size and speed of a model in JAX and in other runtimes, side by side."""
+"""Accuracy, agreement, size and speed of models in JAX and in other runtimes, side by side.
+
+The quantized networks and what was measured are kept, so that a run that was interrupted goes on
+where it stopped.
+"""
 
 import argparse
+import collections
+import contextlib
 import importlib.util
+import io
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, get_args
 
 import jax
 import numpy as np
@@ -19,14 +25,19 @@ import qjax
 from pretrained import datasets
 from qjax import artifact
 from qjax.cli.loading import CALIBRATION_SIZE
-from qjax.progress import progress_bar
+from qjax.progress import Progress, progress_bar
+from qjax.recipe import Sums
 from qjax.table import table
 
 TEST_BATCH = 500
 CLOSE = 1e-5  # logits that are this close count as the same
 CALIBRATIONS = ("MinMax", "Percentile", "Entropy")  # of ONNX Runtime's quantize_static
+FLOAT_OPERATORS = {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}
+OPENVINO_LAYERS = {"Convolution", "FullyConnected", "MatMul"}
+INTEGERS = {"i8", "u8"}
 
 Predict = Callable[[np.ndarray], Any]
+Result = dict[str, Any]
 
 
 class Models(NamedTuple):
@@ -38,7 +49,7 @@ class Models(NamedTuple):
       calibration: the preprocessed images that it was calibrated on.
       floats: the float model in ONNX.
       quantized: the quantized one.
-      threads: of ONNX Runtime, 0 for one per core.
+      threads: of the runtimes, 0 for one per core.
     """
 
     model: pretrained.Pretrained
@@ -58,6 +69,7 @@ class Row(NamedTuple):
       predict: of preprocessed images: the logits.
       size: bytes of the file or the arrays.
       like: what it should compute: float or quantized, as JAX does.
+      in_float: how many layers the runtime computes in float; None if it does not tell.
       is_timed: whether its speed is of interest.
     """
 
@@ -66,6 +78,7 @@ class Row(NamedTuple):
     predict: Predict
     size: int
     like: str
+    in_float: int | None = None
     is_timed: bool = True
 
 
@@ -73,12 +86,24 @@ class Runtime(NamedTuple):
     """A runtime.
 
     Attributes:
-      package: that it needs.
-      rows: of the models: its rows.
+      name: its own.
+      packages: that it needs.
+      extra: of qjax, that installs them.
+      rows: of the models: its rows, the float network first.
     """
 
-    package: str
+    name: str
+    packages: tuple[str, ...]
+    extra: str
     rows: Callable[[Models], Iterator[Row]]
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether all of its packages are."""
+        return all(map(importlib.util.find_spec, self.packages))
+
+
+# ---- Runtimes
 
 
 def in_jax(models: Models) -> Iterator[Row]:
@@ -95,25 +120,26 @@ def in_jax(models: Models) -> Iterator[Row]:
 def in_onnx_runtime(models: Models) -> Iterator[Row]:
     """The float model, qjax's quantized one, and those of ONNX Runtime's own quantization."""
     own = {name: _quantize_static(models, name) for name in CALIBRATIONS}
-    name, size = "ONNX Runtime", models.quantized.ByteSize()
-    session = partial(_session, models.threads)
-    yield Row(name, "float", session(models.floats), models.floats.ByteSize(), "float")
-    as_written = session(models.quantized, optimizes=False)
-    yield Row(name, "qjax, as written", as_written, size, "quantized", is_timed=False)
-    for precise, kernels in ((True, "exact sums"), (False, "default")):
-        predict = session(models.quantized, precise=precise)
-        yield Row(name, f"qjax, {kernels}", predict, size, "quantized")
+
+    def row(network: str, model: onnx.ModelProto, like: str, **options: Any) -> Row:
+        predict, in_float = _session(models.threads, model, **options)
+        is_optimized = options.get("optimizes", True)
+        fields = network, predict, model.ByteSize(), like, in_float if is_optimized else None
+        return Row("ONNX Runtime", *fields, is_timed=is_optimized)
+
+    yield row("float", models.floats, "float")
+    yield row("qjax, not optimized", models.quantized, "quantized", optimizes=False)
+    for precise, kernels in ((True, "exact sums"), (False, "default kernels")):
+        yield row(f"qjax, {kernels}", models.quantized, "quantized", precise=precise)
         # Saturation costs them all alike: one shows it.
         for calibration, quantized in list(own.items())[: None if precise else 1]:
-            predict = session(quantized, precise=precise)
-            network = f"its own {calibration}, {kernels}"
-            yield Row(name, network, predict, quantized.ByteSize(), "float")
+            yield row(f"its own, {calibration}, {kernels}", quantized, "float", precise=precise)
 
 
 def _session(
     threads: int, model: onnx.ModelProto, optimizes: bool = True, precise: bool = True
-) -> Predict:
-    """A model in ONNX Runtime.
+) -> tuple[Predict, int]:
+    """A model in ONNX Runtime, and the number of its layers in float.
 
     Args:
       threads: that it uses, 0 for one per core.
@@ -126,14 +152,20 @@ def _session(
 
     options, levels = onnxruntime.SessionOptions(), onnxruntime.GraphOptimizationLevel
     options.intra_op_num_threads = threads
+    options.log_severity_level = 3
     if not optimizes:
         options.graph_optimization_level = levels.ORT_DISABLE_ALL
     options.add_session_config_entry("session.x64quantprecision", str(int(precise)))
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        options.optimized_model_filepath = str(path)
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        operators = collections.Counter(node.op_type for node in onnx.load(path).graph.node)
     [name] = (value.name for value in session.get_inputs())
-    return lambda x: session.run(None, {name: x})[0]
+    in_float = sum(operators[operator] for operator in FLOAT_OPERATORS)
+    return lambda x: session.run(None, {name: x})[0], in_float
 
 
 def _quantize_static(models: Models, calibration: str) -> onnx.ModelProto:
@@ -149,7 +181,8 @@ def _quantize_static(models: Models, calibration: str) -> onnx.ModelProto:
             batch = next(self.batches, None)
             return None if batch is None else {models.floats.graph.input[0].name: batch}
 
-    with tempfile.TemporaryDirectory() as folder:
+    # It prints what it does; the table is for the results.
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         prepared, path = (str(Path(folder) / f"{name}.onnx") for name in ("prepared", "quantized"))
         quantization.quant_pre_process(models.floats, prepared)
         quantization.quantize_static(
@@ -164,80 +197,172 @@ def _quantize_static(models: Models, calibration: str) -> onnx.ModelProto:
         return onnx.load(path)
 
 
+def in_litert(models: Models) -> Iterator[Row]:
+    """The float model and qjax's quantized one."""
+    float_network = models.model.apply_fn, models.model.params
+    networks = (("float", float_network, "float"), ("qjax", (models.q,), "quantized"))
+    for network, given, like in networks:
+        predict = _Interpreted(given, models.threads)
+        one = models.calibration[:1]
+        size, in_float = len(predict.written(one)), None if like == "float" else predict.floats(one)
+        yield Row("LiteRT", network, predict, size, like, in_float)
+
+
+class _Interpreted:
+    """A network in LiteRT; a model takes one number of images, so there is one for each."""
+
+    def __init__(self, network: tuple[Any, ...], threads: int) -> None:
+        self._network, self._threads = network, threads
+        self._runs: dict[int, tuple[bytes, Any]] = {}
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        run = self._made(x)[1].get_signature_runner("serving_default")
+        return run(input_0=x)["output_0"]
+
+    def written(self, x: np.ndarray) -> bytes:
+        """The model for as many images."""
+        return self._made(x)[0]
+
+    def floats(self, x: np.ndarray) -> int:
+        """The number of tensors in float that are neither input nor output."""
+        tensors = self._made(x)[1].get_tensor_details()
+        return sum(tensor["dtype"] == np.float32 for tensor in tensors) - 2
+
+    def _made(self, x: np.ndarray) -> tuple[bytes, Any]:
+        from ai_edge_litert.interpreter import Interpreter
+
+        if len(x) not in self._runs:
+            model = qjax.to_tflite(*self._network, x)
+            # Of no number of threads LiteRT makes one.
+            interpreter = Interpreter(model_content=model, num_threads=self._threads or None)
+            self._runs[len(x)] = model, interpreter
+        return self._runs[len(x)]
+
+
 def in_openvino(models: Models) -> Iterator[Row]:
     """The float model and qjax's quantized one."""
-    import openvino  # type: ignore
+    import openvino
 
     core = openvino.Core()
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if models.threads:
+        options["INFERENCE_NUM_THREADS"] = models.threads
     networks = (("float", models.floats, "float"), ("qjax", models.quantized, "quantized"))
     for network, model, like in networks:
-        read = core.read_model(model.SerializeToString())
-        compiled = core.compile_model(read, "CPU")
+        read = core.read_model(cast(Any, model.SerializeToString()))
+        compiled = core.compile_model(read, "CPU", options)
+        infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+        layers = (i for i in infos if i["layerType"].astype(str) in OPENVINO_LAYERS)
+        in_float = sum(i["runtimePrecision"].astype(str) not in INTEGERS for i in layers)
         predict = lambda x, run=compiled: run(x)[0]  # noqa: E731
-        yield Row("OpenVINO", network, predict, model.ByteSize(), like)
+        yield Row("OpenVINO", network, predict, model.ByteSize(), like, in_float)
 
 
 RUNTIMES = (
-    Runtime("jax", in_jax),
-    Runtime("onnxruntime", in_onnx_runtime),
-    Runtime("openvino", in_openvino),
+    Runtime("JAX", ("jax",), "all", in_jax),
+    Runtime("ONNX Runtime", ("onnxruntime",), "export", in_onnx_runtime),
+    Runtime("LiteRT", ("ai_edge_litert", "litert_converter"), "runtimes", in_litert),
+    Runtime("OpenVINO", ("openvino",), "runtimes", in_openvino),
 )
+
+
+# ---- The comparison
 
 
 def main() -> None:
     """Compares."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--model", default="resnet20-digits", metavar="NAME|PATH", help="(%(default)s)")
-    add("--artifact", metavar="DIR", help="what `qjax quantize --out DIR` made of it")
+    add("--models", nargs="+", default=pretrained.names(), metavar="NAME|PATH", help="(all)")
     add("--bits", type=int, default=8, metavar="N", help="of all tensors (%(default)s)")
+    add("--sums", choices=get_args(Sums), default="quantized", help="(%(default)s)")
     add("--batches", nargs="+", type=int, default=[1, 32, 128], metavar="N", help="images per call")
-    add("--threads", type=int, default=0, metavar="N", help="of ONNX Runtime (one per core)")
+    add("--threads", type=int, default=1, metavar="N", help="0: one per core (%(default)s)")
     add("--seconds", type=float, default=4.0, metavar="S", help="per variant (%(default)s)")
-    add("--json", action="store_true", help="end with the results as one line of JSON")
+    add("--no-speed", action="store_true", help="leave the timing out")
+    add(
+        "--out",
+        type=Path,
+        default=Path("out/runtimes"),
+        metavar="DIR",
+        help="where networks and measurements are kept; delete what is to be made again "
+        "(%(default)s)",
+    )
     arguments = parser.parse_args()
-    models = load(arguments)
-    rows = [
-        row
-        for runtime in RUNTIMES
-        if importlib.util.find_spec(runtime.package)
-        for row in runtime.rows(models)
-    ]
-    missing = [r.package for r in RUNTIMES if not importlib.util.find_spec(r.package)]
-    with progress_bar("evaluating") as progress:
-        results = evaluate(models, rows, progress)
-    with progress_bar("timing") as progress:
-        time(models, rows, results, arguments, progress)
-    print(written(results, arguments.batches))
-    test = datasets.load(models.model.dataset, "test")
-    print(f"\n{len(test.images):,} test images of {test.name}; {device()}")
-    if missing:
-        print(f"not installed: {', '.join(missing)}")
-    if arguments.json:
-        print(json.dumps(results))
+    for name in arguments.models:
+        label = Path(name).stem
+        folder = arguments.out / f"{label}-{arguments.bits}-{arguments.sums}"
+        results, test = compare(name, folder, arguments)
+        batches = [] if arguments.no_speed else arguments.batches
+        print(f"{label}, {arguments.bits} bits, {arguments.sums} sums\n")
+        print(written(results, batches))
+        print(f"\n{test}; {device()}\n")
+    for runtime in RUNTIMES:
+        if not runtime.is_installed:
+            print(
+                f"{runtime.name} is left out, as it is not installed: "
+                f'pip install -e ".[{runtime.extra}]"'
+            )
 
 
-def load(arguments: argparse.Namespace) -> Models:
-    """Quantizes and exports a model."""
-    model = pretrained.load(arguments.model)
+def compare(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[list[Result], str]:
+    """Measures what the folder does not hold yet: the results by row, and which images they use."""
+    folder.mkdir(parents=True, exist_ok=True)
+    accuracy, speed = folder / "accuracy.json", folder / "speed.json"
+    runtimes = [runtime.name for runtime in RUNTIMES if runtime.is_installed]
+    setting = {"runtimes": runtimes}
+    timing = setting | {key: getattr(arguments, key) for key in ("batches", "threads", "seconds")}
+    results, speeds = read(accuracy, setting), read(speed, timing)
+    model = pretrained.load(name)
+    test = datasets.load(model.dataset, "test")
+    if results is None or (speeds is None and not arguments.no_speed):
+        models = load(model, folder, arguments)
+        rows = [row for r in RUNTIMES if r.is_installed for row in r.rows(models)]
+        if results is None:
+            with progress_bar(f"{folder.name}: evaluating") as progress:
+                results = evaluate(models, rows, test, progress)
+            write(accuracy, setting, results)
+        if speeds is None and not arguments.no_speed:
+            with progress_bar(f"{folder.name}: timing") as progress:
+                speeds = time(models, rows, arguments, progress)
+            write(speed, timing, speeds)
+    pairs = zip(results, speeds or [{}] * len(results), strict=True)
+    return [a | b for a, b in pairs], f"{len(test.images):,} test images of {test.name}"
+
+
+def read(path: Path, setting: dict[str, Any]) -> list[Result] | None:
+    """Results that were kept, if they were measured in the same setting."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    return kept["results"] if kept.get("setting") == setting else None
+
+
+def write(path: Path, setting: dict[str, Any], results: list[Result]) -> None:
+    """Keeps results."""
+    path.write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
+
+
+def load(model: pretrained.Pretrained, folder: Path, arguments: argparse.Namespace) -> Models:
+    """Quantizes a model, unless the folder holds it, and exports it."""
     images = datasets.load(model.dataset, "train").images
     count = min(CALIBRATION_SIZE, len(images))
     calibration = np.asarray(model.preprocess(datasets.calibration_draw(images, count, 0)))
-    if arguments.artifact is None:
-        recipe = qjax.recipe(arguments.bits, target="onnxruntime")
-        q = qjax.quantize(model.apply_fn, model.params, calibration, recipe, progress=True)
+    if (folder / artifact.MANIFEST).exists():
+        q = qjax.load(str(folder), model.apply_fn, model.params)
     else:
-        q = qjax.load(arguments.artifact, model.apply_fn, model.params)
+        recipe = qjax.recipe(arguments.bits, target="onnxruntime", sums=arguments.sums)
+        q = qjax.quantize(model.apply_fn, model.params, calibration, recipe, progress=True)
+        qjax.save(str(folder), q)
     x = calibration[:1]
     floats = qjax.to_onnx(model.apply_fn, model.params, x)
     return Models(model, q, calibration, floats, qjax.to_onnx(q, x), arguments.threads)
 
 
-def evaluate(models: Models, rows: list[Row], progress: Any) -> list[dict[str, Any]]:
+def evaluate(
+    models: Models, rows: Iterable[Row], test: datasets.Dataset, progress: Progress
+) -> list[Result]:
     """Top-1 and agreement with JAX on all test images."""
-    test = datasets.load(models.model.dataset, "test")
-    logits = {}
-    results = []
+    logits: dict[str, np.ndarray] = {}
+    results, rows = [], list(rows)
     for done, row in enumerate(rows):
         progress(f"{row.runtime} {row.network}", done, len(rows))
         batches = (
@@ -255,43 +380,50 @@ def evaluate(models: Models, rows: list[Row], progress: Any) -> list[dict[str, A
                 "same_class": float(100 * (found.argmax(-1) == reference.argmax(-1)).mean()),
                 "close": float(100 * (np.abs(found - reference).max(-1) <= CLOSE).mean()),
                 "bytes": row.size,
+                "in_float": row.in_float,
             }
         )
     return results
 
 
 def time(
-    models: Models,
-    rows: list[Row],
-    results: list[dict[str, Any]],
-    arguments: argparse.Namespace,
-    progress: Any,
-) -> None:
-    """Adds images per second to the results, all rows taking turns."""
-    timed = [(row, result) for row, result in zip(rows, results, strict=True) if row.is_timed]
+    models: Models, rows: list[Row], arguments: argparse.Namespace, progress: Progress
+) -> list[Result]:
+    """Images per second by row, all rows taking turns, and how many times the float network's."""
+    results: list[Result] = [{} for _ in rows]
+    timed = [index for index, row in enumerate(rows) if row.is_timed]
+    floats = {row.runtime: i for i, row in reversed(list(enumerate(rows)))}  # each one's first row
     for done, batch in enumerate(arguments.batches):
         progress(f"{batch} images", done, len(arguments.batches))
         x = np.resize(models.calibration, (batch, *models.calibration.shape[1:]))
-        turns = [partial(row.predict, x) for row, _ in timed]
+        turns = [lambda predict=rows[index].predict, x=x: predict(x) for index in timed]
         times = side_by_side(turns, arguments.seconds)
-        for (_, result), seconds in zip(timed, times.median, strict=True):
-            result[f"images_per_second_{batch}"] = batch / seconds
+        for place, index in enumerate(timed):
+            base = timed.index(floats[rows[index].runtime])
+            results[index] |= {
+                f"images_per_second_{batch}": batch / times.median[place],
+                f"over_float_{batch}": times.speedup(place, base),
+            }
+    return results
 
 
-def written(results: list[dict[str, Any]], batches: list[int]) -> str:
+def written(results: list[Result], batches: list[int]) -> str:
     """The results as a table."""
-    header = ("runtime", "network", "top-1", "same class", "within 1e-5", "kB")
-    speeds = tuple(f"images/s at {batch}" for batch in batches)
+    header = ("runtime", "network", "top-1", "same class", "within 1e-5", "in float", "kB")
+    speeds = (f"images/s at {batch} (over float)" for batch in batches)
 
-    def cells(result: dict[str, Any]) -> tuple[str, ...]:
+    def speed(result: Result, batch: int) -> str:
+        found = result.get(f"images_per_second_{batch}")
+        return "" if found is None else f"{found:,.0f} ({result[f'over_float_{batch}']:.2f})"
+
+    def cells(result: Result) -> tuple[str, ...]:
         shares = (f"{result[key]:.2f}" for key in ("top1", "same_class", "close"))
-        found = (result.get(f"images_per_second_{batch}") for batch in batches)
-        return (
-            *(result["runtime"], result["network"], *shares, f"{result['bytes'] / 1e3:,.0f}"),
-            *("" if speed is None else f"{speed:,.0f}" for speed in found),
-        )
+        in_float = "" if result["in_float"] is None else str(result["in_float"])
+        sizes = in_float, f"{result['bytes'] / 1e3:,.0f}"
+        found = (speed(result, batch) for batch in batches)
+        return (result["runtime"], result["network"], *shares, *sizes, *found)
 
-    align = "<<" + ">" * (len(header) + len(speeds) - 2)
+    align = "<<" + ">" * (len(header) + len(batches) - 2)
     return table((*header, *speeds), [cells(result) for result in results], align)
 
 

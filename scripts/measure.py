@@ -63,13 +63,25 @@ class Times(NamedTuple):
 
     Attributes:
       first: seconds of each one's first call, compilation included.
-      median: seconds of each one's later calls.
-      ratios: medians of time(first variant) / time(variant) over rounds in which all took turns.
+      rounds: seconds of each one's later calls, in which all took turns.
     """
 
     first: list[float]
-    median: list[float]
-    ratios: list[float]
+    rounds: list[list[float]]
+
+    @property
+    def median(self) -> list[float]:
+        """Seconds of each one's later calls."""
+        return [statistics.median(column) for column in zip(*self.rounds, strict=True)]
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times as fast as the first variant each one is."""
+        return [self.speedup(variant, 0) for variant in range(len(self.first))]
+
+    def speedup(self, variant: int, base: int) -> float:
+        """The median of time(base) / time(variant) over the rounds."""
+        return statistics.median(row[base] / row[variant] for row in self.rounds)
 
 
 def side_by_side(variants: list[Callable[[], Any]], seconds: float) -> Times:
@@ -79,9 +91,7 @@ def side_by_side(variants: list[Callable[[], Any]], seconds: float) -> Times:
     end = time.perf_counter() + seconds * len(variants)
     while len(rounds) < 5 or time.perf_counter() < end:
         rounds.append(list(map(_seconds, variants)))
-    columns = list(zip(*rounds, strict=True))
-    ratios = [statistics.median(row[0] / row[i] for row in rounds) for i in range(len(variants))]
-    return Times(first, [statistics.median(column) for column in columns], ratios)
+    return Times(first, rounds)
 
 
 def device() -> str:

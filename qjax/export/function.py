@@ -70,7 +70,7 @@ def to_onnx(
     chosen = in_table("target", target, ONNX_TARGETS)
     known: dict[str, Any] = {"versions": versions()}
     if isinstance(network, Quantized):
-        [x] = _counted(arguments, "q, x")
+        [x] = counted("to_onnx", arguments, "q, x")
         traced = trace_twice(network.apply_fn.apply_fn, network.apply_fn.params, x)
         params = unpack(network.params)
         check_network(network, traced[0].sites, params["layers"], chosen)
@@ -78,7 +78,7 @@ def to_onnx(
         known |= {"target": chosen.name, "recipe": network.report.recipe.to_json()}
         known["layers"] = records
     else:
-        leaves, x = _counted(arguments, "apply_fn, params, x")
+        leaves, x = counted("to_onnx", arguments, "apply_fn, params, x")
         traced = trace_twice(network, leaves, x)
         params = float_layers(traced[0], leaves)
         known["layers"] = [site.layer.name for site in traced[0].sites]
@@ -104,9 +104,14 @@ def check_installed() -> None:
         ) from error
 
 
-def _counted(arguments: tuple[Any, ...], wanted: str) -> tuple[Any, ...]:
+def counted(function: str, arguments: tuple[Any, ...], wanted: str) -> tuple[Any, ...]:
+    """Refuses another number of arguments than what is wanted after the first one.
+
+    Raises:
+      TypeError: there are more or fewer.
+    """
     if len(arguments) != wanted.count(","):
-        raise TypeError(f"`to_onnx` takes ({wanted}) here; got {len(arguments) + 1} arguments.")
+        raise TypeError(f"`{function}` takes ({wanted}) here; got {len(arguments) + 1} arguments.")
     return arguments
 
 

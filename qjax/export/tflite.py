@@ -7,6 +7,7 @@ grid: the converter then makes the ReLU a part of the layer.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from jax import export, lax
 from jax.extend import core
 
-from qjax.export.function import check_network
+from qjax.export.function import check_network, counted
 from qjax.formats.affine import QParams
 from qjax.graph import jaxpr
 from qjax.graph.activation import NONE, Activation, clip_bounds
@@ -46,13 +47,16 @@ class OnGrid(NamedTuple):
     least: float
 
 
-def to_tflite(q: Quantized, x: Any) -> bytes:
-    """Writes a quantized network as a .tflite model.
+def to_tflite(network: Quantized | Callable[[Any, Any], Any], *arguments: Any) -> bytes:
+    """Writes a network as a .tflite model.
+
+    `to_tflite(q, x)` writes a quantized network, `to_tflite(apply_fn, params, x)` a float one.
 
     Args:
-      q: the result of `qjax.quantize`; inputs and outputs of layers of 8 bits, asymmetric, one
-        scale to a tensor.
-      x: an input, or its shape; the model takes as many examples.
+      network: the result of `qjax.quantize`, inputs and outputs of layers of 8 bits, asymmetric,
+        one scale to a tensor; or a pure inference function of (params, x).
+      *arguments: x, an input, or its shape; the model takes as many examples. Before it the params,
+        for a float network.
 
     Returns:
       The model; its signature `serving_default` has the inputs `input_0`, … and outputs `output_0`,
@@ -62,23 +66,14 @@ def to_tflite(q: Quantized, x: Any) -> bytes:
       ValueError: a format that LiteRT does not run on integers, or an operation that it has not.
       ImportError: litert-converter is not installed.
     """
-    try:
-        from litert_converter import converter_api_ext as api  # pyright: ignore
-        from litert_converter.mlir import ir, passmanager  # pyright: ignore
-    except ImportError as error:
-        raise ImportError(
-            "writing .tflite needs the package litert-converter; install it with "
-            '`pip install "qjax[runtimes]"`.'
-        ) from error
-    mlir: Any = ir  # its members are native
-    passes: Any = passmanager
-    network = q.apply_fn.network(x)
-    layers = q.params["layers"]
-    check_network(q, network.sites, layers, LITERT)
-    for name, layer in layers.items():
-        _check(name, layer)
-    shapes = shapes_of(x)
-    exported = export.export(jax.jit(lambda x: _evaluated(network, q.params, x)))(shapes)
+    api, mlir, passes = _converter()
+    if isinstance(network, Quantized):
+        [x] = counted("to_tflite", arguments, "q, x")
+        function = _quantized(network, x)
+    else:
+        params, x = counted("to_tflite", arguments, "apply_fn, params, x")
+        function = partial(network, params)
+    exported = export.export(jax.jit(function))(shapes_of(x))
     inputs, outputs = (
         [f"{kind}_{i}" for i in range(len(avals))]
         for kind, avals in (("input", exported.in_avals), ("output", exported.out_avals))
@@ -94,10 +89,36 @@ def to_tflite(q: Quantized, x: Any) -> bytes:
         left = str(module).count("stablehlo.")
         if left:
             raise ValueError(
-                f"`q` cannot be a .tflite model: the converter left {left} operations that LiteRT "
-                "does not have. Replace what stands between its layers, or use qjax.to_onnx."
+                f"`network` cannot be a .tflite model: the converter left {left} operations that "
+                "LiteRT does not have. Replace what stands between its layers, or use qjax.to_onnx."
             )
         return api.export_flatbuffer_to_bytes(module.operation)
+
+
+def _converter() -> tuple[Any, Any, Any]:
+    """The converter's programming interface, MLIR and its passes, whose members are native."""
+    try:
+        from litert_converter import converter_api_ext as api  # pyright: ignore
+        from litert_converter.mlir import ir, passmanager  # pyright: ignore
+    except ImportError as error:
+        raise ImportError(
+            "writing .tflite needs the package litert-converter; install it with "
+            '`pip install "qjax[runtimes]"`.'
+        ) from error
+    return api, ir, passmanager
+
+
+def _quantized(q: Quantized, x: Any) -> Callable[[Any], Any]:
+    """The function that the converter reads as quantized.
+
+    Raises:
+      ValueError: a format that LiteRT does not run on integers.
+    """
+    network, layers = q.apply_fn.network(x), q.params["layers"]
+    check_network(q, network.sites, layers, LITERT)
+    for name, layer in layers.items():
+        _check(name, layer)
+    return lambda x: _evaluated(network, q.params, x)
 
 
 def _check(name: str, layer: QuantizedLayer) -> None:

@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,33 @@ def test_the_example_of_the_page_runs(tmp_path: Path):
     exec(code, names)
     step = float(q.params["layers"]["head"].outputs.scale)
     np.testing.assert_allclose(names["logits"], q.apply_fn(q.params, images), atol=1.01 * step)
+
+
+def test_a_process_without_jax_runs_it(tmp_path: Path):
+    q, x = small.quantized(), small.images(5)
+    (tmp_path / "model.tflite").write_bytes(qjax.to_tflite(q, x))
+    np.save(tmp_path / "x.npy", x)
+    code = """
+import sys
+sys.modules["jax"] = None
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+network = Interpreter(model_path="model.tflite").get_signature_runner("serving_default")
+np.save("logits.npy", network(input_0=np.load("x.npy"))["output_0"])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    step = float(q.params["layers"]["head"].outputs.scale)
+    found = np.load(tmp_path / "logits.npy")
+    np.testing.assert_allclose(found, q.apply_fn(q.params, x), atol=1.01 * step)
+
+
+def test_a_float_network_computes_the_same():
+    from ai_edge_litert.interpreter import Interpreter
+
+    x, params = small.images(5), small.make_params()
+    interpreter = Interpreter(model_content=qjax.to_tflite(small.apply_fn, params, x))
+    found = interpreter.get_signature_runner("serving_default")(input_0=x)["output_0"]
+    np.testing.assert_allclose(found, small.apply_fn(params, x), atol=1e-5)
 
 
 @pytest.mark.parametrize(
