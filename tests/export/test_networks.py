@@ -13,7 +13,7 @@ import qjax
 
 IDS = (
     *("linen_cnn", "linen_mobilenet", "linen_transformer", "nnx_cnn", "equinox_cnn", "haiku_cnn"),
-    *("plain_nchw", "shared_kernel", "two_inputs", "grouped_dense"),
+    *("plain_nchw", "shared_kernel", "two_inputs", "grouped_dense", "linen_resnet", "nested"),
 )
 CASES = {case.id: case for case in models.CASES if case.id in IDS}
 FLOAT = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "NhwcFusedConv")
