@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from qjax.formats.affine import AFFINE
 from qjax.formats.spec import QuantSpec
 
+SMALLEST_BLOCK = 16  # a power of two, as all blocks are
+
 
 class Target(NamedTuple):
     """A runtime for quantized networks.
@@ -19,6 +21,8 @@ class Target(NamedTuple):
         the layer leaves it, so that layer and rounding become one operation.
       min_bits: of the weights of a layer that runs on integers.
       max_bits: of codes that run on integers.
+      block_bits: of weights that a dense layer multiplies with as they are, a scale to a block of
+        inputs, its input in float; 0 for none.
       reads_onnx: whether it takes ONNX models.
     """
 
@@ -29,12 +33,18 @@ class Target(NamedTuple):
     clips_first: bool = False
     min_bits: int = 5
     max_bits: int = 8
+    block_bits: int = 0
     reads_onnx: bool = True
 
     @property
     def activations(self) -> Mapping[str, Any]:
         """The fields of `QuantSpec` that inputs and outputs have for it."""
         return {"symmetric": self.symmetric}
+
+    def multiplies_blocks(self, bits: int, size: int) -> bool:
+        """Whether a dense layer reads weights of that width in blocks of that size as they are."""
+        is_block = size >= SMALLEST_BLOCK and size & (size - 1) == 0
+        return bits <= self.block_bits and is_block
 
     def check(self, argument: str, spec: QuantSpec | None) -> None:
         """Refuses a format that the target cannot run.
@@ -82,7 +92,7 @@ class Target(NamedTuple):
 
 _FOLDED = ("per_tensor", "per_channel")  # scales per channel of an input are part of the kernel
 
-ONNXRUNTIME = Target("onnxruntime", "ONNX Runtime", input_granularities=_FOLDED)
+ONNXRUNTIME = Target("onnxruntime", "ONNX Runtime", input_granularities=_FOLDED, block_bits=4)
 OPENVINO = Target("openvino", "OpenVINO", input_granularities=_FOLDED)
 TENSORRT = Target("tensorrt", "TensorRT", symmetric=True, clips_first=True)
 LITERT = Target("litert", "LiteRT", min_bits=2, reads_onnx=False)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qjax.artifact import record_to_json, versions
+from qjax.export.blocks import is_block_product
 from qjax.formats.spec import in_table
 from qjax.graph.layers import Site
 from qjax.graph.operation import Convolution
@@ -139,6 +140,8 @@ def check_network(
 def _in_float(site: Site, layer: QuantizedLayer, target: Target) -> str | None:
     """Why a layer whose weights are codes does not run on integers; None if it does."""
     if layer.weights is None:
+        return None
+    if is_block_product(site.layer.operation, layer, target):
         return None
     if layer.grid is None:
         return "its input is in float"

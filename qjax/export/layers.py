@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.export.blocks import blocks_of, is_block_product
 from qjax.export.primitives import write_equation
 from qjax.export.sizes import Batch, Size, Sizes
 from qjax.export.writer import EVERYTHING, Tensor, Writer, clipped, with_zero
@@ -106,6 +107,8 @@ def _dense(writer: Writer, site: Site, layer: QuantizedLayer, value: Tensor) -> 
         by_group = Arrangement((0, 2, 1), (groups * channels, patch, 1), (0, 1, 2))
         inputs = _operands(writer, site, layer, x, by_group, 0)
         y = writer.graph.node("Conv", *inputs, kernel_shape=[1], group=groups)
+    elif is_block_product(operation, layer, writer.target):
+        y = _block_product(writer, layer, x)
     else:
         as_it_is = Arrangement((0, 1, 2), (patch, channels), (0, 1))
         y = writer.graph.node("Gemm", *_operands(writer, site, layer, x, as_it_is, 1))
@@ -256,6 +259,21 @@ def _blocked_kernel(writer: Writer, layer: QuantizedLayer, arrangement: Arrangem
     )
     real = graph.node("DequantizeLinear", *names, axis=axis, block_size=-(-patch // blocks))
     return real if arrangement.is_none else arrangement.of_tensor(writer, real)
+
+
+def _block_product(writer: Writer, layer: QuantizedLayer, x: Tensor) -> str:
+    """A product with codes of 4 bits, in one operation of ONNX Runtime's own."""
+    graph, blocks, bias = writer.graph, blocks_of(layer), np.asarray(layer.bias)
+    return graph.node(
+        "MatMulNBits",
+        x.name,
+        graph.own_constant(blocks.codes, "kernel"),
+        graph.constant(blocks.scale, "kernel_scale"),
+        *(["", "", graph.constant(bias, "bias")] if bias.any() else []),
+        K=layer.kernel.shape[1],
+        domain="com.microsoft",
+        **blocks.attributes,
+    )
 
 
 def stored_type(format: QParams) -> np.dtype:

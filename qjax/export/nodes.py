@@ -115,9 +115,10 @@ class Graph:
             if name in wanted
         ]
         graph = helper.make_graph(nodes[::-1], "qjax", inputs, outputs, constants)
-        opset = helper.make_opsetid("", OPSET)
+        domains = {node.domain for node in nodes} - {""}
+        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(d, 1) for d in domains)]
         model = helper.make_model(
-            graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="qjax"
+            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="qjax"
         )
         helper.set_model_props(model, metadata)
         return model

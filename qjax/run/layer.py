@@ -75,6 +75,11 @@ class QuantizedLayer:
         return self.weights is not None and self.weights.step.shape[1] > 1
 
     @property
+    def group_size(self) -> int:
+        """How many elements of a patch share a scale; the last group may have fewer."""
+        return -(-self.kernel.shape[1] // self.weights.step.shape[1])
+
+    @property
     def has_scale_per_sum(self) -> bool:
         """Whether the kernel's values are integers times one scale per output channel."""
         return self.weights is not None and self.weights.is_uniform and not self.is_per_group

@@ -139,6 +139,34 @@ def test_four_bits_are_stored_two_to_a_byte():
     assert len(kernel.raw_data) == 2 * 2 * 2 * 6 // 2
 
 
+@pytest.mark.parametrize("size", [16, 32])
+def test_blocks_of_four_bits_are_multiplied_as_they_are(size: int, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    shapes = {"up": (63, 32), "bias": (1, 32), "down": (32, 6)}
+    params = {name: jnp.float32(rng.normal(size=shape) / 6) for name, shape in shapes.items()}
+    x = np.float32(rng.normal(size=(3, 63)))
+
+    def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+        return jax.nn.relu(x @ params["up"] + params["bias"]) @ params["down"]
+
+    weights = qjax.QuantSpec(4, granularity="per_group", group_size=size)
+    recipe = qjax.recipe(8, weights=weights, inputs=None, outputs=None).naive()
+    q = qjax.quantize(apply_fn, params, x, recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = checked(q, x)
+    kernels = [t for t in model.graph.initializer if t.name.endswith("kernel")]
+    assert [tuple(t.dims) for t in kernels] == [
+        (32, 64 // size, size // 2),
+        (6, 32 // size, size // 2),
+    ]
+    optimized = run(model, x, tmp_path)
+    np.testing.assert_allclose(optimized.outputs[0], q.apply_fn(q.params, x), atol=1e-5)
+    assert optimized.operators["MatMulNBits"] == 2
+    with pytest.warns(UserWarning, match="OpenVINO computes in float in the layers up"):
+        assert operators(checked(q, x, "openvino"))["MatMulNBits"] == 0
+
+
 def test_narrow_activations_are_clipped():
     x = small.images(2)
     q = quantized(small.apply_fn, small.make_params(), x, qjax.recipe(8, input_bits=5))
