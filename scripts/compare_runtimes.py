@@ -11,7 +11,7 @@ import importlib.util
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
@@ -23,6 +23,7 @@ from measure import device, side_by_side
 import pretrained
 import qjax
 from pretrained import datasets
+from pretrained.recipes import RECIPES
 from qjax import artifact
 from qjax.cli.loading import CALIBRATION_SIZE
 from qjax.progress import Progress, progress_bar
@@ -30,6 +31,8 @@ from qjax.recipe import Sums
 from qjax.table import table
 
 TEST_BATCH = 500
+MEASURED = ("accuracy", "speed")
+UNTRAINED = sorted(RECIPES.keys() - set(pretrained.names()))
 CLOSE = 1e-5  # logits that are this close count as the same
 CALIBRATIONS = ("MinMax", "Percentile", "Entropy")  # of ONNX Runtime's quantize_static
 FLOAT_OPERATORS = {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}
@@ -273,13 +276,19 @@ def main() -> None:
     """Compares."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--models", nargs="+", default=pretrained.names(), metavar="NAME|PATH", help="(all)")
+    add(
+        "--models",
+        nargs="+",
+        default=pretrained.names(),
+        metavar="NAME|PATH",
+        help=f"(all with weights); for speed alone: {', '.join(UNTRAINED)}",
+    )
     add("--bits", type=int, default=8, metavar="N", help="of all tensors (%(default)s)")
     add("--sums", choices=get_args(Sums), default="quantized", help="(%(default)s)")
     add("--batches", nargs="+", type=int, default=[1, 32, 128], metavar="N", help="images per call")
     add("--threads", type=int, default=1, metavar="N", help="0: one per core (%(default)s)")
     add("--seconds", type=float, default=4.0, metavar="S", help="per variant (%(default)s)")
-    add("--no-speed", action="store_true", help="leave the timing out")
+    add("--measure", nargs="+", choices=MEASURED, default=MEASURED, help="(both)")
     add(
         "--out",
         type=Path,
@@ -293,7 +302,7 @@ def main() -> None:
         label = Path(name).stem
         folder = arguments.out / f"{label}-{arguments.bits}-{arguments.sums}"
         results, test = compare(name, folder, arguments)
-        batches = [] if arguments.no_speed else arguments.batches
+        batches = arguments.batches if "speed" in arguments.measure else []
         print(f"{label}, {arguments.bits} bits, {arguments.sums} sums\n")
         print(written(results, batches))
         print(f"\n{test}; {device()}\n")
@@ -308,26 +317,41 @@ def main() -> None:
 def compare(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[list[Result], str]:
     """Measures what the folder does not hold yet: the results by row, and which images they use."""
     folder.mkdir(parents=True, exist_ok=True)
-    accuracy, speed = folder / "accuracy.json", folder / "speed.json"
-    runtimes = [runtime.name for runtime in RUNTIMES if runtime.is_installed]
-    setting = {"runtimes": runtimes}
-    timing = setting | {key: getattr(arguments, key) for key in ("batches", "threads", "seconds")}
-    results, speeds = read(accuracy, setting), read(speed, timing)
-    model = pretrained.load(name)
+    if name in UNTRAINED and "accuracy" in arguments.measure:
+        raise SystemExit(
+            f"`--models` has {name}, of which there are no weights and no accuracy; pass "
+            "--measure speed."
+        )
+    model = untrained(name) if name in UNTRAINED else pretrained.load(name)
     test = datasets.load(model.dataset, "test")
-    if results is None or (speeds is None and not arguments.no_speed):
-        models = load(model, folder, arguments)
-        rows = [row for r in RUNTIMES if r.is_installed for row in r.rows(models)]
-        if results is None:
-            with progress_bar(f"{folder.name}: evaluating") as progress:
-                results = evaluate(models, rows, test, progress)
-            write(accuracy, setting, results)
-        if speeds is None and not arguments.no_speed:
-            with progress_bar(f"{folder.name}: timing") as progress:
-                speeds = time(models, rows, arguments, progress)
-            write(speed, timing, speeds)
-    pairs = zip(results, speeds or [{}] * len(results), strict=True)
-    return [a | b for a, b in pairs], f"{len(test.images):,} test images of {test.name}"
+    setting = {"runtimes": [runtime.name for runtime in RUNTIMES if runtime.is_installed]}
+    timing = setting | {key: getattr(arguments, key) for key in ("batches", "threads", "seconds")}
+    settings, ways = dict(zip(MEASURED, (setting, timing), strict=True)), (evaluate, time)
+    models, rows, results = None, [], []
+    for way, (what, setting) in zip(ways, settings.items(), strict=True):
+        if what not in arguments.measure:
+            continue
+        path = folder / f"{what}.json"
+        found = read(path, setting)
+        if found is None:
+            if models is None:
+                models = load(model, folder, arguments)
+                rows = [row for r in RUNTIMES if r.is_installed for row in r.rows(models)]
+            with progress_bar(f"{folder.name}: {what}") as progress:
+                found = way(models, rows, test, arguments, progress)
+            write(path, setting, found)
+        results = [a | b for a, b in zip(results or [{}] * len(found), found, strict=True)]
+    return results, f"{len(test.images):,} test images of {test.name}"
+
+
+def untrained(name: str) -> pretrained.Pretrained:
+    """A network of random weights."""
+    recipe = RECIPES[name]
+    size = datasets.load(recipe.dataset, "train").images.shape[1:]
+    params = recipe.model.init(jax.random.key(0), np.zeros((1, *size), np.float32))
+    return pretrained.Pretrained(
+        name, recipe.model.apply, params, recipe.preprocessing, recipe.dataset, {}
+    )
 
 
 def read(path: Path, setting: dict[str, Any]) -> list[Result] | None:
@@ -350,6 +374,7 @@ def load(model: pretrained.Pretrained, folder: Path, arguments: argparse.Namespa
         q = qjax.load(str(folder), model.apply_fn, model.params)
     else:
         recipe = qjax.recipe(arguments.bits, target="onnxruntime", sums=arguments.sums)
+        recipe = recipe.naive() if model.name in UNTRAINED else recipe
         q = qjax.quantize(model.apply_fn, model.params, calibration, recipe, progress=True)
         qjax.save(str(folder), q)
     x = calibration[:1]
@@ -358,11 +383,15 @@ def load(model: pretrained.Pretrained, folder: Path, arguments: argparse.Namespa
 
 
 def evaluate(
-    models: Models, rows: Iterable[Row], test: datasets.Dataset, progress: Progress
+    models: Models,
+    rows: list[Row],
+    test: datasets.Dataset,
+    arguments: argparse.Namespace,
+    progress: Progress,
 ) -> list[Result]:
     """Top-1 and agreement with JAX on all test images."""
     logits: dict[str, np.ndarray] = {}
-    results, rows = [], list(rows)
+    results = []
     for done, row in enumerate(rows):
         progress(f"{row.runtime} {row.network}", done, len(rows))
         batches = (
@@ -371,26 +400,25 @@ def evaluate(
         )
         found = np.concatenate(list(batches))
         reference = logits.setdefault(row.like, found)  # JAX comes first
-        results.append(
-            {
-                "runtime": row.runtime,
-                "network": row.network,
-                "top1": float(100 * (found.argmax(-1) == test.labels).mean()),
-                "like": row.like,
-                "same_class": float(100 * (found.argmax(-1) == reference.argmax(-1)).mean()),
-                "close": float(100 * (np.abs(found - reference).max(-1) <= CLOSE).mean()),
-                "bytes": row.size,
-                "in_float": row.in_float,
-            }
-        )
+        shares = {
+            "top1": found.argmax(-1) == test.labels,
+            "same_class": found.argmax(-1) == reference.argmax(-1),
+            "close": np.abs(found - reference).max(-1) <= CLOSE,
+        }
+        percent = {key: float(100 * share.mean()) for key, share in shares.items()}
+        results.append(_described(row) | percent)
     return results
 
 
 def time(
-    models: Models, rows: list[Row], arguments: argparse.Namespace, progress: Progress
+    models: Models,
+    rows: list[Row],
+    test: datasets.Dataset,
+    arguments: argparse.Namespace,
+    progress: Progress,
 ) -> list[Result]:
     """Images per second by row, all rows taking turns, and how many times the float network's."""
-    results: list[Result] = [{} for _ in rows]
+    results = [_described(row) for row in rows]
     timed = [index for index, row in enumerate(rows) if row.is_timed]
     floats = {row.runtime: i for i, row in reversed(list(enumerate(rows)))}  # each one's first row
     for done, batch in enumerate(arguments.batches):
@@ -407,6 +435,16 @@ def time(
     return results
 
 
+def _described(row: Row) -> Result:
+    return {
+        "runtime": row.runtime,
+        "network": row.network,
+        "like": row.like,
+        "bytes": row.size,
+        "in_float": row.in_float,
+    }
+
+
 def written(results: list[Result], batches: list[int]) -> str:
     """The results as a table."""
     header = ("runtime", "network", "top-1", "same class", "within 1e-5", "in float", "kB")
@@ -417,7 +455,8 @@ def written(results: list[Result], batches: list[int]) -> str:
         return "" if found is None else f"{found:,.0f} ({result[f'over_float_{batch}']:.2f})"
 
     def cells(result: Result) -> tuple[str, ...]:
-        shares = (f"{result[key]:.2f}" for key in ("top1", "same_class", "close"))
+        keys = ("top1", "same_class", "close")
+        shares = (f"{result[key]:.2f}" if key in result else "" for key in keys)
         in_float = "" if result["in_float"] is None else str(result["in_float"])
         sizes = in_float, f"{result['bytes'] / 1e3:,.0f}"
         found = (speed(result, batch) for batch in batches)
