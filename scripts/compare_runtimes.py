@@ -53,6 +53,7 @@ class Models(NamedTuple):
       floats: the float model in ONNX.
       quantized: the quantized one.
       threads: of the runtimes, 0 for one per core.
+      folder: where models are kept.
     """
 
     model: pretrained.Pretrained
@@ -61,6 +62,7 @@ class Models(NamedTuple):
     floats: onnx.ModelProto
     quantized: onnx.ModelProto
     threads: int
+    folder: Path
 
 
 class Row(NamedTuple):
@@ -175,6 +177,10 @@ def _quantize_static(models: Models, calibration: str) -> onnx.ModelProto:
     """ONNX Runtime's own quantization of the float model, on the same images."""
     from onnxruntime import quantization
 
+    kept = models.folder / f"{calibration}.onnx"
+    if kept.exists():
+        return onnx.load(kept)
+
     class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
             images = models.calibration
@@ -186,7 +192,7 @@ def _quantize_static(models: Models, calibration: str) -> onnx.ModelProto:
 
     # It prints what it does; the table is for the results.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        prepared, path = (str(Path(folder) / f"{name}.onnx") for name in ("prepared", "quantized"))
+        prepared, path = str(Path(folder) / "prepared.onnx"), str(Path(folder) / "quantized.onnx")
         quantization.quant_pre_process(models.floats, prepared)
         quantization.quantize_static(
             prepared,
@@ -197,7 +203,8 @@ def _quantize_static(models: Models, calibration: str) -> onnx.ModelProto:
             weight_type=quantization.QuantType.QInt8,
             calibrate_method=getattr(quantization.CalibrationMethod, calibration),
         )
-        return onnx.load(path)
+        onnx.save(onnx.load(path), kept)
+    return onnx.load(kept)
 
 
 def in_litert(models: Models) -> Iterator[Row]:
@@ -284,7 +291,10 @@ def main() -> None:
         help=f"(all with weights); for speed alone: {', '.join(UNTRAINED)}",
     )
     add("--bits", type=int, default=8, metavar="N", help="of all tensors (%(default)s)")
+    add("--weight-bits", type=int, metavar="N", help="of weights alone (as --bits)")
     add("--sums", choices=get_args(Sums), default="quantized", help="(%(default)s)")
+    names = [runtime.name for runtime in RUNTIMES[1:]]
+    add("--runtimes", nargs="+", choices=names, default=names, help="next to JAX (all)")
     add("--batches", nargs="+", type=int, default=[1, 32, 128], metavar="N", help="images per call")
     add("--threads", type=int, default=1, metavar="N", help="0: one per core (%(default)s)")
     add("--seconds", type=float, default=4.0, metavar="S", help="per variant (%(default)s)")
@@ -300,14 +310,17 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.models:
         label = Path(name).stem
-        folder = arguments.out / f"{label}-{arguments.bits}-{arguments.sums}"
+        bits = f"{arguments.bits}-bits"
+        if arguments.weight_bits is not None:
+            bits += f"-weights-{arguments.weight_bits}"
+        folder = arguments.out / f"{label}-{bits}-{arguments.sums}-sums"
         results, test = compare(name, folder, arguments)
         batches = arguments.batches if "speed" in arguments.measure else []
-        print(f"{label}, {arguments.bits} bits, {arguments.sums} sums\n")
+        print(f"{folder.name}\n")
         print(written(results, batches))
         print(f"\n{test}; {device()}\n")
     for runtime in RUNTIMES:
-        if not runtime.is_installed:
+        if runtime.name in arguments.runtimes and not runtime.is_installed:
             print(
                 f"{runtime.name} is left out, as it is not installed: "
                 f'pip install -e ".[{runtime.extra}]"'
@@ -316,15 +329,17 @@ def main() -> None:
 
 def compare(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[list[Result], str]:
     """Measures what the folder does not hold yet: the results by row, and which images they use."""
-    folder.mkdir(parents=True, exist_ok=True)
     if name in UNTRAINED and "accuracy" in arguments.measure:
         raise SystemExit(
             f"`--models` has {name}, of which there are no weights and no accuracy; pass "
             "--measure speed."
         )
+    folder.mkdir(parents=True, exist_ok=True)
     model = untrained(name) if name in UNTRAINED else pretrained.load(name)
     test = datasets.load(model.dataset, "test")
-    setting = {"runtimes": [runtime.name for runtime in RUNTIMES if runtime.is_installed]}
+    wanted = (RUNTIMES[0].name, *arguments.runtimes)
+    runtimes = [runtime for runtime in RUNTIMES if runtime.name in wanted and runtime.is_installed]
+    setting = {"runtimes": [runtime.name for runtime in runtimes]}
     timing = setting | {key: getattr(arguments, key) for key in ("batches", "threads", "seconds")}
     settings, ways = dict(zip(MEASURED, (setting, timing), strict=True)), (evaluate, time)
     models, rows, results = None, [], []
@@ -336,7 +351,7 @@ def compare(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[lis
         if found is None:
             if models is None:
                 models = load(model, folder, arguments)
-                rows = [row for r in RUNTIMES if r.is_installed for row in r.rows(models)]
+                rows = [row for runtime in runtimes for row in runtime.rows(models)]
             with progress_bar(f"{folder.name}: {what}") as progress:
                 found = way(models, rows, test, arguments, progress)
             write(path, setting, found)
@@ -373,13 +388,16 @@ def load(model: pretrained.Pretrained, folder: Path, arguments: argparse.Namespa
     if (folder / artifact.MANIFEST).exists():
         q = qjax.load(str(folder), model.apply_fn, model.params)
     else:
-        recipe = qjax.recipe(arguments.bits, target="onnxruntime", sums=arguments.sums)
+        weights = arguments.bits if arguments.weight_bits is None else arguments.weight_bits
+        recipe = qjax.recipe(
+            arguments.bits, weight_bits=weights, target="onnxruntime", sums=arguments.sums
+        )
         recipe = recipe.naive() if model.name in UNTRAINED else recipe
         q = qjax.quantize(model.apply_fn, model.params, calibration, recipe, progress=True)
         qjax.save(str(folder), q)
     x = calibration[:1]
     floats = qjax.to_onnx(model.apply_fn, model.params, x)
-    return Models(model, q, calibration, floats, qjax.to_onnx(q, x), arguments.threads)
+    return Models(model, q, calibration, floats, qjax.to_onnx(q, x), arguments.threads, folder)
 
 
 def evaluate(
@@ -431,6 +449,7 @@ def time(
             results[index] |= {
                 f"images_per_second_{batch}": batch / times.median[place],
                 f"over_float_{batch}": times.speedup(place, base),
+                f"fastest_over_float_{batch}": times.least[base] / times.least[place],
             }
     return results
 
@@ -448,11 +467,12 @@ def _described(row: Row) -> Result:
 def written(results: list[Result], batches: list[int]) -> str:
     """The results as a table."""
     header = ("runtime", "network", "top-1", "same class", "within 1e-5", "in float", "kB")
-    speeds = (f"images/s at {batch} (over float)" for batch in batches)
+    speeds = (f"images/s at {batch} (over float, at best)" for batch in batches)
 
     def speed(result: Result, batch: int) -> str:
         found = result.get(f"images_per_second_{batch}")
-        return "" if found is None else f"{found:,.0f} ({result[f'over_float_{batch}']:.2f})"
+        ratios = (result.get(f"{key}over_float_{batch}") for key in ("", "fastest_"))
+        return "" if found is None else "{:,.0f} ({:.2f}, {:.2f})".format(found, *ratios)
 
     def cells(result: Result) -> tuple[str, ...]:
         keys = ("top1", "same_class", "close")

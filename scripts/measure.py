@@ -79,6 +79,11 @@ class Times(NamedTuple):
         """How many times as fast as the first variant each one is."""
         return [self.speedup(variant, 0) for variant in range(len(self.first))]
 
+    @property
+    def least(self) -> list[float]:
+        """Seconds of each one's fastest call, which other processes disturb least."""
+        return [min(column) for column in zip(*self.rounds, strict=True)]
+
     def speedup(self, variant: int, base: int) -> float:
         """The median of time(base) / time(variant) over the rounds."""
         return statistics.median(row[base] / row[variant] for row in self.rounds)
