@@ -7,6 +7,7 @@ where it stopped.
 import argparse
 import collections
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -31,6 +32,7 @@ from qjax.recipe import Sums
 from qjax.table import table
 
 TEST_BATCH = 500
+SPEED_SIZE = 64  # images that a network without weights is calibrated on
 MEASURED = ("accuracy", "speed")
 UNTRAINED = sorted(RECIPES.keys() - set(pretrained.names()))
 CLOSE = 1e-5  # logits that are this close count as the same
@@ -383,7 +385,8 @@ def write(path: Path, setting: dict[str, Any], results: list[Result]) -> None:
 def load(model: pretrained.Pretrained, folder: Path, arguments: argparse.Namespace) -> Models:
     """Quantizes a model, unless the folder holds it, and exports it."""
     images = datasets.load(model.dataset, "train").images
-    count = min(CALIBRATION_SIZE, len(images))
+    size = SPEED_SIZE if model.name in UNTRAINED else CALIBRATION_SIZE
+    count = min(size, len(images))
     calibration = np.asarray(model.preprocess(datasets.calibration_draw(images, count, 0)))
     if (folder / artifact.MANIFEST).exists():
         q = qjax.load(str(folder), model.apply_fn, model.params)
@@ -392,7 +395,8 @@ def load(model: pretrained.Pretrained, folder: Path, arguments: argparse.Namespa
         recipe = qjax.recipe(
             arguments.bits, weight_bits=weights, target="onnxruntime", sums=arguments.sums
         )
-        recipe = recipe.naive() if model.name in UNTRAINED else recipe
+        if model.name in UNTRAINED:  # whose codes do not matter, but ranges that take in the ReLU
+            recipe = dataclasses.replace(recipe.naive(), range_method="output_mse")
         q = qjax.quantize(model.apply_fn, model.params, calibration, recipe, progress=True)
         qjax.save(str(folder), q)
     x = calibration[:1]
