@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from qjax.formats.multiples import Multiples
+from qjax.programs import program
 
 
+@program(static_argnames=("bits", "step"))
 def pack_codes(codes: jax.Array, lowest: int | jax.Array, bits: int, step: int = 1) -> jax.Array:
     """Joins codes to one stream of bits.
 
@@ -60,7 +62,7 @@ def unpack_kernel(stream: jax.Array, format: Any, bits: int, shape: Sequence[int
       bits: its width, which is not known where the format is traced.
       shape: of the codes.
     """
-    return codes_at(unpack_codes(stream, 0, bits, jnp.int32, shape), format)
+    return codes_at(unpack_codes(stream, 0, bits, jnp.int32, tuple(shape)), format)
 
 
 def codes_at(positions: jax.Array, format: Any) -> jax.Array:
@@ -70,12 +72,13 @@ def codes_at(positions: jax.Array, format: Any) -> jax.Array:
     return (positions * spacing(format) + format.lowest).astype(format.dtype)
 
 
+@program(static_argnames=("bits", "dtype", "shape", "step"))
 def unpack_codes(
     stream: jax.Array,
     lowest: int | jax.Array,
     bits: int,
     dtype: Any,
-    shape: Sequence[int],
+    shape: tuple[int, ...],
     step: int = 1,
 ) -> jax.Array:
     """Cuts a stream of bits into codes; the inverse of `pack_codes`.

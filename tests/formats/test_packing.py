@@ -15,7 +15,7 @@ def test_every_code_comes_back(bits: int, is_signed: bool, count: int, seed: int
     qparams = QParams(jnp.ones(()), jnp.zeros((), jnp.int32), low, low + 2**bits - 1)
     codes = np.random.default_rng(seed).integers(low, qparams.qmax, count, endpoint=True)
     codes[0] = qparams.qmax
-    codes = jnp.asarray(codes, qparams.dtype).reshape(1, count, 1)
+    codes = jnp.asarray(codes.reshape(1, count, 1), qparams.dtype)
     stream = pack_codes(codes, qparams.lowest, bits)
     assert stream.dtype == jnp.uint8
     assert stream.size == -(-count * bits // 8)
