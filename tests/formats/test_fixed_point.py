@@ -14,7 +14,9 @@ import qjax
 from qjax import QParams
 from qjax.formats.fixed_point import QFormat, q_formats
 
-values = st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=6)
+number = st.floats(-1000, 1000, width=32)
+# Two sizes, so that each operation compiles twice.
+values = st.one_of(st.lists(number, min_size=n, max_size=n) for n in (1, 6))
 widths = st.integers(2, 16)
 
 
