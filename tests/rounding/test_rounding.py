@@ -14,6 +14,7 @@ from qjax.fit.samples import KernelSample, kernel_loss
 from qjax.fit.search import least
 from qjax.formats.base import elementwise
 from qjax.objectives.errors import OUTPUT_MSE
+from qjax.programs import program
 from qjax.rounding.base import MOMENTS, Problem
 from qjax.rounding.gptq import BLOCK, round_gptq
 from qjax.rounding.metric import DAMPING, least_squares_shift
@@ -28,6 +29,7 @@ SPECS = {
     "per_group": QuantSpec(3, granularity="per_group", group_size=8),
 }
 each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+gptq = program()(round_gptq)  # else every call compiles its loops
 
 
 def problem(groups: int, patch: int, channels: int, seed: int = 0) -> tuple[Any, Any]:
@@ -40,6 +42,7 @@ def problem(groups: int, patch: int, channels: int, seed: int = 0) -> tuple[Any,
     return jnp.asarray(kernel, jnp.float32), jnp.asarray(hessian, jnp.float32)
 
 
+@program(static_argnames="spec")
 def covering(kernel: Any, hessian: Any, spec: QuantSpec) -> Any:
     """The format of least output error."""
     return least(OUTPUT_MSE, KernelSample(kernel, spec, hessian), spec)
@@ -78,7 +81,7 @@ def gptq_of_the_paper(kernel: Any, hessian: Any, qparams: QParams) -> np.ndarray
 def test_gptq_is_the_algorithm_of_its_paper(spec: QuantSpec, patch: int):
     kernel, hessian = problem(2, patch, 5)
     qparams = covering(kernel, hessian, spec)
-    codes = np.asarray(round_gptq(kernel, hessian, qparams), np.int64)
+    codes = np.asarray(gptq(kernel, hessian, qparams), np.int64)
     expected = gptq_of_the_paper(kernel, hessian, qparams)
     # In float32 a value may fall on the other side of a half, and the rest of its column follows.
     same = np.all(codes == expected, axis=1)
@@ -89,25 +92,23 @@ def test_gptq_is_the_algorithm_of_its_paper(spec: QuantSpec, patch: int):
 def test_gptq_trades_kernel_error_for_output_error(spec: QuantSpec):
     kernel, hessian = problem(2, 48, 16)
     qparams = covering(kernel, hessian, spec)
-    nearest, gptq = round_nearest(kernel, qparams), round_gptq(kernel, hessian, qparams)
+    nearest, rounded = round_nearest(kernel, qparams), gptq(kernel, hessian, qparams)
     identity = jnp.broadcast_to(jnp.eye(48), hessian.shape)
-    assert loss(gptq, kernel, hessian, qparams) < 0.9 * loss(nearest, kernel, hessian, qparams)
-    assert loss(gptq, kernel, identity, qparams) > loss(nearest, kernel, identity, qparams)
+    assert loss(rounded, kernel, hessian, qparams) < 0.9 * loss(nearest, kernel, hessian, qparams)
+    assert loss(rounded, kernel, identity, qparams) > loss(nearest, kernel, identity, qparams)
 
 
 def test_with_uncorrelated_inputs_gptq_rounds_to_nearest():
     kernel, _ = problem(2, 20, 6)
     hessian = jnp.broadcast_to(jnp.diag(jnp.arange(1.0, 21.0)), (2, 20, 20))
     qparams = covering(kernel, hessian, QuantSpec(3))
-    np.testing.assert_array_equal(
-        round_gptq(kernel, hessian, qparams), round_nearest(kernel, qparams)
-    )
+    np.testing.assert_array_equal(gptq(kernel, hessian, qparams), round_nearest(kernel, qparams))
 
 
 def test_gptq_takes_an_input_that_never_fires():
     kernel, hessian = problem(1, 12, 3)
     hessian = hessian.at[:, 4].set(0).at[:, :, 4].set(0)
-    codes = round_gptq(kernel, hessian, covering(kernel, hessian, QuantSpec(4)))
+    codes = gptq(kernel, hessian, covering(kernel, hessian, QuantSpec(4)))
     assert np.abs(codes).max() <= 7 and np.abs(codes).max() > 0
 
 
@@ -118,8 +119,8 @@ def test_permuting_output_channels_commutes(seed: int, order: list[int]):
     permuted = jax.tree.map(
         lambda leaf: leaf[:, :, jnp.array(order)] if leaf.ndim else leaf, qparams
     )
-    codes = round_gptq(kernel[:, :, jnp.array(order)], hessian, permuted)
-    agree = np.asarray(codes) == np.asarray(round_gptq(kernel, hessian, qparams))[:, :, order]
+    codes = gptq(kernel[:, :, jnp.array(order)], hessian, permuted)
+    agree = np.asarray(codes) == np.asarray(gptq(kernel, hessian, qparams))[:, :, order]
     assert np.mean(agree) > 0.95, "up to ties in float32"
 
 
@@ -127,7 +128,7 @@ def test_permuting_output_channels_commutes(seed: int, order: list[int]):
 def test_every_sweep_lowers_the_output_error(spec: QuantSpec):
     kernel, hessian = problem(2, 24, 8)
     qparams = covering(kernel, hessian, spec)
-    codes = round_gptq(kernel, hessian, qparams)
+    codes = gptq(kernel, hessian, qparams)
     losses = [loss(codes, kernel, hessian, qparams)]
     for sweeps in (1, 2, 4):
         swept = coordinate_sweeps(codes, kernel, hessian, qparams, sweeps)
