@@ -12,22 +12,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # On a CPU XLA's older emitters of loops take half the time to compile, for code as fast, and code
 # cut into more parts than there are cores takes longer.
-_FAST_TO_COMPILE = {
+FAST_TO_COMPILE = {
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_parallel_codegen_split_count": os.cpu_count() or 1,
 }
 
 
+Options = tuple[tuple[str, Any], ...]
+
+
 @functools.cache
-def _options() -> dict[str, Any]:
-    """The options that this device's compiler knows."""
+def _known(options: Options) -> Options:
+    """The options, if they are ones that this device's compiler knows; else none."""
     if jax.default_backend() != "cpu":
-        return {}
+        return ()
     try:
-        jax.jit(lambda x: x, compiler_options=_FAST_TO_COMPILE).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=dict(options)).lower(0.0).compile()
     except Exception:  # an option of another XLA: each version has its own error
-        return {}
-    return _FAST_TO_COMPILE
+        return ()
+    return options
 
 
 def program(
@@ -44,15 +47,15 @@ def program(
 
     def decorate(function: F) -> F:
         @functools.cache
-        def jitted() -> Callable[..., Any]:
+        def jitted(options: Options) -> Callable[..., Any]:
             static = {"static_argnums": static_argnums, "static_argnames": static_argnames}
-            return jax.jit(function, compiler_options=_options(), **static)  # pyright: ignore
+            return jax.jit(function, compiler_options=dict(options), **static)  # pyright: ignore
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
                 return function(*args, **kwargs)
-            return jitted()(*args, **kwargs)
+            return jitted(_known(tuple(FAST_TO_COMPILE.items())))(*args, **kwargs)
 
         return call  # pyright: ignore
 

@@ -17,12 +17,18 @@ import hypothesis
 import jax
 import pytest
 
+from qjax import programs
+
 _PROGRAMS = "QJAX_TEST_PROGRAMS"  # names the folder to the workers
 _MAPS = Path("/proc/self/maps")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 4)
+
+# What fits a network runs once here, on little data: most of its time is the compiler's. Networks,
+# whose bits tests compare, are compiled as users compile them. See the fixture `optimized`.
+programs.FAST_TO_COMPILE["xla_backend_optimization_level"] = 0
 
 # The first example of a property compiles and the others do not, so no example has a deadline.
 # The same examples every run: what fails here fails everywhere.
@@ -71,7 +77,7 @@ def pytest_terminal_summary(
         )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")  # the maps are thousands of lines to read
 def room_for_programs() -> Iterator[None]:
     """Lets go of compiled programs before the process has all the memory maps that it may have.
 
@@ -80,6 +86,12 @@ def room_for_programs() -> Iterator[None]:
     yield
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 35_000:
         jax.clear_caches()
+
+
+@pytest.fixture
+def optimized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles what fits a network to run fast: it pays where much data is fitted."""
+    monkeypatch.delitem(programs.FAST_TO_COMPILE, "xla_backend_optimization_level")
 
 
 @pytest.fixture(scope="session")

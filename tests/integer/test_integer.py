@@ -121,6 +121,7 @@ def test_the_codes_are_those_of_fake_quantization(id: str):
     assert share <= 1e-4 and most <= 1
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_codes_of_residual_sums_are_the_same_in_every_program():
     """Many codes, to meet values that two roundings of a sum or a quotient would tell apart."""
     keys = jax.random.split(jax.random.key(0), 7)

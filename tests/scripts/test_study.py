@@ -56,6 +56,7 @@ def committed() -> dict[str, str]:
     return dict(zip(SECTIONS, re.split(r"\n\n(?=## )", text[:-1]), strict=True))
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("section", SECTIONS)
 def test_the_committed_document_is_what_a_fresh_run_writes(section: str):
     assert disagreements(committed()[section], SECTIONS[section](subject())) == []
