@@ -1,6 +1,7 @@
 """A method is a value in a table: nothing outside of its table's modules asks for it by name."""
 
 import ast
+import functools
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -59,6 +60,12 @@ def strings(node: ast.AST) -> set[str]:
             return set()
 
 
+@functools.cache
+def compared_in(file: pathlib.Path) -> tuple[tuple[int, str], ...]:
+    """(line, string) of everything that a file of the package compares with."""
+    return tuple(compared(ast.parse((PACKAGE / file).read_text())))
+
+
 def compared(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, string) of everything that ==, !=, in, not in or a case compares with."""
     for node in ast.walk(tree):
@@ -80,7 +87,7 @@ def test_no_name_of_a_method_is_compared_with(file: pathlib.Path, table: Table):
     names = {*table.methods, *table.others}
     found = [
         f"{file}:{line}: {text!r}"
-        for line, text in compared(ast.parse((PACKAGE / file).read_text()))
+        for line, text in compared_in(file)
         if text in names and (file.as_posix(), text) not in HOMONYMS
     ]
     assert found == [], "compare with the method itself, or ask it"
