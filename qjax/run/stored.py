@@ -155,7 +155,7 @@ def _restored_codes(stream: np.ndarray, format: Any, shape: Sequence[int]) -> An
             f"{size:,} bytes hold a kernel of shape {shape} in {format.bits} bits; got "
             f"{_text(stream)}"
         )
-    positions = unpack_codes(jnp.asarray(stream), 0, format.bits, jnp.int32, shape)
+    positions = unpack_codes(jnp.asarray(stream), 0, format.bits, jnp.int32, tuple(shape))
     if int(positions.max(initial=0)) >= _positions(format):
         raise ValueError(f"the kernel has a code beyond the {_positions(format):,} that there are")
     return codes_at(positions, format)
