@@ -206,8 +206,8 @@ def _explained(file: Path, entry: str = "") -> Iterator[None]:
     """Names the file and the entry where anything fails that is made of them."""
     try:
         yield
-    except UnknownFormatError:
-        raise
+    except UnknownFormatError as error:
+        raise ValueError(f"{error} It is named in {file}.") from error
     except (
         *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError),
         *(RecursionError, SafetensorError, TypeError, ValueError),
@@ -279,7 +279,7 @@ def _check_function(file: Path, entries: Mapping[str, Any], function: QuantizedF
     except Exception as error:  # whatever a function does that is given what it does not expect
         raise ValueError(
             "`apply_fn` must be the function that was quantized; it fails on params and an input "
-            f"of the shapes in {file}: {error}"
+            f"of the shapes in {file}: {' '.join(str(error).split())[:200]}"
         ) from error
     if fingerprint(network.flat) != entries.get("fingerprint"):
         before, now = entries["versions"].get("jax"), versions()["jax"]
@@ -390,11 +390,11 @@ def _restored_arrays(files: Files) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _restored(stored: np.ndarray | None, dtype: Any, shape: Sequence[int], few: int) -> np.ndarray:
+def _restored(stored: np.ndarray | None, dtype: Any, shape: list[int], few: int) -> np.ndarray:
     """An array of a type and shape; one that is missing is integers that are all 0."""
     if not (jnp.issubdtype(dtype, jnp.number) or dtype.kind == "b"):
         raise ValueError(f"{dtype} is no type of an array")
-    if not all(type(size) is int and size >= 0 for size in shape):
+    if type(shape) is not list or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"{shape} is no shape")
     if stored is None:
         if dtype.kind not in "iu" or math.prod(shape) > few:

@@ -188,6 +188,7 @@ def read(path: Path, attempts: int = 10) -> Files:
 def damaged(file: Path, entry: str, reason: object) -> ValueError:
     """The error for an entry of a file that says nothing of use."""
     where = f" at {entry!r}" if entry else ""
+    reason = " ".join(str(reason).split())[:200]
     return ValueError(
         f"{file} is damaged{where}: {reason}. Copy it again, or quantize and save again."
     )

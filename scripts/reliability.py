@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from safetensors.numpy import save as save_arrays
 import qjax
 from qjax import atomic, directory
 from qjax.directory import Files
+from qjax.fit import checkpoint
 from qjax.table import table
 
 ROOT = Path(__file__).parents[1]
@@ -107,11 +109,16 @@ def killed_saves(count: int, seed: int, loads: int = 100) -> Iterator[Case]:
 
 def _saving(folder: str) -> subprocess.Popen:
     """A process that saves for ever, once it has begun."""
-    command = [sys.executable, __file__, "--saver", folder]
-    saver = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert saver.stdout is not None
-    saver.stdout.readline()
-    return saver
+    return _process("save", folder)
+
+
+def _process(role: str, folder: str) -> subprocess.Popen:
+    """A process of this script that does one of `ROLES`, once it says that it has begun."""
+    command = [sys.executable, __file__, "--role", role, folder]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
 
 
 def save_for_ever(folder: str) -> None:
@@ -136,6 +143,39 @@ def _loaded(path: Path, known: dict[str, qjax.Quantized]) -> Case:
     return Case(failure="what was loaded is neither the older artifact nor the newer one")
 
 
+# ---- Quantizing
+
+
+def killed_runs(count: int, seed: int) -> Iterator[Case]:
+    """Kills a process that quantizes with a checkpoint, and goes on in this one."""
+    instants = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = _files(Path(folder, "whole"), mixed())
+        for number in range(count):
+            kept = Path(folder, f"kept{number}")
+            with _process("quantize", str(kept)) as process:
+                time.sleep(instants.uniform(0, 6))
+                process.kill()
+            try:
+                is_same = _files(Path(folder, f"end{number}"), mixed(kept)) == whole
+            except Exception as error:
+                yield Case(failure=f"going on raised {error!r}")
+                continue
+            yield Case(failure="" if is_same else "another result than that of a whole run")
+
+
+def quantize_once(folder: str) -> None:
+    """What the process does: every layer is written."""
+    checkpoint.PAUSE = 0
+    print("quantizing", flush=True)
+    mixed(Path(folder))
+
+
+def _files(path: Path, q: qjax.Quantized) -> dict[str, bytes]:
+    qjax.save(path, q)
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
 # ---- Damage that hashes do not tell
 
 
@@ -145,7 +185,7 @@ def mixed_network(params: Any, x: jax.Array) -> jax.Array:
     return (x + x @ params["middle"]) @ params["head"]
 
 
-def mixed() -> qjax.Quantized:
+def mixed(kept: Path | None = None) -> qjax.Quantized:
     """That network, quantized in the fastest way."""
     rng = np.random.default_rng(0)
     shapes = {"hidden": (6, 5), "gain": (1, 5), "middle": (5, 5), "head": (5, 4)}
@@ -156,7 +196,7 @@ def mixed() -> qjax.Quantized:
         "head": {"weight_bits": 3, "output_bits": 5},
     }
     recipe = qjax.recipe(8, sums="quantized", overrides=formats).naive()
-    return qjax.quantize(mixed_network, params, IMAGES, recipe)
+    return qjax.quantize(mixed_network, params, IMAGES, recipe, checkpoint=kept)
 
 
 IMAGES = jnp.float32(np.random.default_rng(1).normal(size=(8, 6)))
@@ -333,13 +373,33 @@ GROUPS = {
     "save": Group(
         "kill -9 while an artifact is replaced, and loads before and after it", killed_saves
     ),
+    "quantize": Group(
+        "kill -9 of qjax.quantize with a checkpoint, which then goes on", killed_runs
+    ),
     "manifest": Group("manifests with changed entries, hashes put right", damaged_manifests),
     "arrays": Group("arrays changed, hashes put right", damaged_arrays),
 }
 
+ROLES = {"save": save_for_ever, "quantize": quantize_once}  # of processes that are killed
+
 # ---- The table
 
+TEXT = """\
+# Reliability
+
+A case is survived where nothing is lost or wrong: what is loaded is the older artifact or the
+newer one, a run that goes on ends with the bytes of a whole one, and a damaged artifact that
+loads is of use and is saved again as it was read (another number in place of a scale is another
+network, which nothing can tell). A case is refused by a `ValueError` of one line that names the
+file. Hashes tell of accidents and not of attackers: the damage here has its hashes put right.
+Nothing that is read is ever executed.
+
+{table}
+
+`{command}`
+"""
 HEADER = ("group", "cases", "refused", "survived", "lost or unclear", "seconds")
+RULES = ("---", *(5 * ("---:",)))
 
 
 def count(name: str, cases: int, minutes: float, seed: int) -> tuple[tuple[str, ...], list[str]]:
@@ -364,20 +424,23 @@ def main() -> int:
     add("--cases", type=int, default=100, metavar="N", help="of each group (%(default)s)")
     add("--minutes", type=float, default=float("inf"), metavar="X", help="for each at most")
     add("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
-    add("--out", metavar="FILE", help="write the table: docs/reliability-table.md")
-    add("--saver", metavar="FOLDER", help=argparse.SUPPRESS)
+    add("--out", metavar="FILE", help="write the table: docs/reliability.md")
+    add("--role", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.saver is not None:
-        save_for_ever(arguments.saver)
+    if arguments.role is not None:
+        role, folder = arguments.role
+        ROLES[role](folder)
+        return 0
     rows, failures = [], []
     for name in arguments.groups:
         row, failed = count(name, arguments.cases, arguments.minutes, arguments.seed)
         rows.append(row)
         failures += failed
-    text = table(HEADER, rows, "<>>>>>")
-    print(text, *failures, sep="\n")
+    print(table(HEADER, rows, "<>>>>>"), *failures, sep="\n")
     if arguments.out is not None:
-        atomic.write(arguments.out, f"{text}\n")
+        lines = [f"| {' | '.join(row)} |" for row in (HEADER, RULES, *rows)]
+        command = shlex.join(["python", "scripts/reliability.py", *sys.argv[1:]])
+        atomic.write(arguments.out, TEXT.format(table="\n".join(lines), command=command))
     return bool(failures)
 
 
