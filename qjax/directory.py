@@ -164,7 +164,7 @@ def read(path: Path, attempts: int = 10) -> Files:
     version = entries.get("version")
     if type(version) is not int or version not in READABLE:
         raise ValueError(
-            f"{path} has artifact format {version!r}, and this qjax reads formats "
+            f"{path} has artifact format {version!r:.40}, and this qjax reads formats "
             f"{' and '.join(map(str, READABLE))}; load it with the qjax that wrote it, or a newer "
             "one (pip install -U qjax)."
         )
