@@ -87,40 +87,44 @@ def test_the_names_are_those_of_the_tables():
 # ---- Networks
 
 CASE = next(case for case in models.CASES if case.id == "plain_nchw")
-Q = qjax.quantize(CASE.apply_fn, CASE.params, CASE.x, qjax.Recipe().naive())
 
 
-def logits(accumulator: Any) -> np.ndarray:
-    return np.asarray(qjax.integer(Q, accumulator=accumulator)(Q.params, CASE.x))
+@pytest.fixture(scope="module")
+def q() -> qjax.Quantized:
+    return qjax.quantize(CASE.apply_fn, CASE.params, CASE.x, qjax.Recipe().naive())
 
 
-def test_wide_enough_accumulators_change_nothing():
-    expected = np.asarray(qjax.integer(Q)(Q.params, CASE.x))
-    needed = {layer.name: layer.worst_bits for layer in accumulator_ranges(Q, [CASE.x])}
+def logits(q: qjax.Quantized, accumulator: Any) -> np.ndarray:
+    return np.asarray(qjax.integer(q, accumulator=accumulator)(q.params, CASE.x))
+
+
+def test_wide_enough_accumulators_change_nothing(q: qjax.Quantized):
+    expected = np.asarray(qjax.integer(q)(q.params, CASE.x))
+    needed = {layer.name: layer.worst_bits for layer in accumulator_ranges(q, [CASE.x])}
     for overflow in OVERFLOWS:
         for check in CHECKS:
             chosen: Any = {n: Accumulator(b, overflow, check) for n, b in needed.items()}
-            np.testing.assert_array_equal(logits(chosen), expected)
+            np.testing.assert_array_equal(logits(q, chosen), expected)
 
 
-def test_what_the_images_need_is_enough_at_the_end_of_the_sum():
-    expected = np.asarray(qjax.integer(Q)(Q.params, CASE.x))
-    met = {layer.name: Accumulator(layer.bits) for layer in accumulator_ranges(Q, [CASE.x])}
-    np.testing.assert_array_equal(logits(met), expected)
+def test_what_the_images_need_is_enough_at_the_end_of_the_sum(q: qjax.Quantized):
+    expected = np.asarray(qjax.integer(q)(q.params, CASE.x))
+    met = {layer.name: Accumulator(layer.bits) for layer in accumulator_ranges(q, [CASE.x])}
+    np.testing.assert_array_equal(logits(q, met), expected)
     fewer = {name: acc._replace(bits=acc.bits - 1) for name, acc in met.items()}
-    assert np.any(logits(fewer) != expected)
+    assert np.any(logits(q, fewer) != expected)
 
 
-def test_wrapping_is_the_same_after_every_term_and_after_the_sum():
+def test_wrapping_is_the_same_after_every_term_and_after_the_sum(q: qjax.Quantized):
     np.testing.assert_array_equal(
-        logits(Accumulator(9, "wrap", "term")), logits(Accumulator(9, "wrap", "sum"))
+        logits(q, Accumulator(9, "wrap", "term")), logits(q, Accumulator(9, "wrap", "sum"))
     )
 
 
-def test_ranges_are_those_of_the_accumulators():
-    found = accumulator_ranges(Q, [CASE.x[:2], CASE.x[2:]])
-    acc = qjax.integer(Q).accumulators(Q.params, CASE.x)
-    assert [layer.name for layer in found] == [record.name for record in Q.report]
+def test_ranges_are_those_of_the_accumulators(q: qjax.Quantized):
+    found = accumulator_ranges(q, [CASE.x[:2], CASE.x[2:]])
+    acc = qjax.integer(q).accumulators(q.params, CASE.x)
+    assert [layer.name for layer in found] == [record.name for record in q.report]
     for layer in found:
         values = np.asarray(acc[layer.name], np.float64)
         assert (layer.low, layer.high) == (min(values.min(), 0), max(values.max(), 0))
@@ -130,14 +134,14 @@ def test_ranges_are_those_of_the_accumulators():
         assert layer.bits <= layer.worst_bits
 
 
-def test_a_study_finds_the_least_width_without_loss():
-    expected = np.argmax(np.asarray(qjax.integer(Q)(Q.params, CASE.x)), -1)
+def test_a_study_finds_the_least_width_without_loss(q: qjax.Quantized):
+    expected = np.argmax(np.asarray(qjax.integer(q)(q.params, CASE.x)), -1)
 
     def accuracy(function: Any) -> float:
-        found = np.argmax(np.asarray(function(Q.params, CASE.x)), -1)
+        found = np.argmax(np.asarray(function(q.params, CASE.x)), -1)
         return 100 * float(np.mean(found == expected))
 
-    study = study_accumulators(Q, [CASE.x], accuracy, widths=(4, 8, 12, 16, 20, 32))
+    study = study_accumulators(q, [CASE.x], accuracy, widths=(4, 8, 12, 16, 20, 32))
     assert study.top1[32] == 100.0 and study.top1[4] < 100.0
     assert all(study.top1[bits] == 100.0 for bits in study.top1 if bits >= study.least)
     assert study.energy[1] < study.energy[0]
@@ -157,11 +161,11 @@ def test_a_study_finds_the_least_width_without_loss():
         ({"nowhere": Accumulator(9)}, "`accumulator` names 'nowhere', which is no layer"),
     ],
 )
-def test_bad_accumulators_are_refused(accumulator: Any, message: str):
+def test_bad_accumulators_are_refused(accumulator: Any, message: str, q: qjax.Quantized):
     with pytest.raises(ValueError, match=message):
-        qjax.integer(Q, accumulator=accumulator)
+        qjax.integer(q, accumulator=accumulator)
 
 
-def test_a_study_needs_32_bits_to_compare_with():
+def test_a_study_needs_32_bits_to_compare_with(q: qjax.Quantized):
     with pytest.raises(ValueError, match="`widths` must have 32"):
-        study_accumulators(Q, [CASE.x], lambda function: 0.0, widths=(8,))
+        study_accumulators(q, [CASE.x], lambda function: 0.0, widths=(8,))
