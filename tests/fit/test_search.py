@@ -20,6 +20,7 @@ from qjax.formats.affine import affine_qparams, fake_quant
 from qjax.graph.activation import NONE, RELU, Activation
 from qjax.objectives.errors import OUTPUT_MSE, PROBABILITIES
 from qjax.objectives.table import OBJECTIVES
+from qjax.programs import program
 from qjax.rounding.nearest import round_nearest
 
 GRID = Candidates(20, refinements=0)
@@ -43,6 +44,7 @@ each_spec = pytest.mark.parametrize("spec", WEIGHT_SPECS.values(), ids=WEIGHT_SP
 Loop = tuple[Any, Any]  # scale, zero_point
 
 
+@program(static_argnames=("spec", "method", "candidates"))  # else every call compiles its loops
 def search_weights(
     kernel: Any, spec: QuantSpec, method: str = "output_mse", candidates: Candidates = CANDIDATES
 ) -> QParams:
