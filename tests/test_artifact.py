@@ -80,7 +80,10 @@ def with_codes(q: qjax.Quantized, spec: qjax.QuantSpec) -> qjax.Quantized:
         weights = qjax.QParams(scale, zero_point, spec.qmin, spec.qmax)
         codes = rng.integers(spec.qmin, spec.qmax, layer.kernel.shape, endpoint=True)
         codes.flat[:2] = spec.qmin, spec.qmax
-        return dataclasses.replace(layer, kernel=jnp.asarray(codes, weights.dtype), weights=weights)
+        kernel = jnp.asarray(codes, weights.dtype)
+        layer = dataclasses.replace(layer, kernel=kernel, weights=weights)
+        bias_type = jnp.int32 if layer.has_integer_accumulator else jnp.float32
+        return dataclasses.replace(layer, bias=layer.bias.astype(bias_type))
 
     layers = {name: change(layer) for name, layer in q.params["layers"].items()}
     return q._replace(params=q.params | {"layers": layers})
