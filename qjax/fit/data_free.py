@@ -221,7 +221,7 @@ class _Fitting:
             objective, seen = task.output_objective, seen_by(task, added is not None)
             values = output_values(objective, seen, task.movement, y, y, added)
         limits = recipe.limits["outputs"]
-        return fit_output(task, limits, y, Corrected(layer, y, values), added)
+        return fit_output(task, limits, y, Corrected(layer, y, values, 0), added)
 
     def fit_activated(self, site: Site, recipe: LayerRecipe) -> None:
         """Fits the range of a layer's output after its activation."""

@@ -180,7 +180,7 @@ def _fit_in_steps(
         (math.inf, None) if rounded is None else (rounded.sqnr_db, rounded.clip)
     )
     clips = (weight_clip, prepared.input_clip, output_clip)
-    fit = Fit(layer, weight_sqnr_db, energies, *clips, raised_scales(layer, rounded))
+    fit = Fit(layer, weight_sqnr_db, energies, *clips, corrected.raised)
     return Fitted(fit, floats, output)
 
 
@@ -348,11 +348,13 @@ class Corrected(NamedTuple):
       layer: its parameters, in units of the input's codes.
       output: what it computes, [batches, ...]; None if it is unknown.
       values: what the search of the output's range reads; None if there is none.
+      raised: as in `Fit`.
     """
 
     layer: QuantizedLayer
     output: Any
     values: OutputValues | None
+    raised: Any
 
 
 @program(static_argnums=0)
@@ -380,7 +382,7 @@ def correct(
         seen = seen_by(task, shortcut is not None)
         added = None if shortcut is None else shortcut[1]
         values = output_values(objective, seen, task.movement, target, y, added)
-    return Corrected(layer, y, values)
+    return Corrected(layer, y, values, raised_scales(layer, rounded))
 
 
 def with_rounded_bias(

@@ -59,9 +59,9 @@ def saved(path: Path, q: qjax.Quantized) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The bytes of a run that nobody interrupts."""
+@pytest.fixture
+def whole(optimized: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The bytes of a run that nobody interrupts, compiled as another process compiles it."""
     return saved(tmp_path_factory.mktemp("whole") / "artifact", run(None))
 
 
