@@ -225,7 +225,8 @@ _ENTRIES: dict[str, type] = {
 
 def _check_entries(entries: Mapping[str, Any]) -> None:
     """Refuses a manifest without what every version has."""
-    optional = {"sums": dict, "report_of_sums": list}  # the first version came without them
+    # Earlier versions came without these.
+    optional = {"sums": dict, "report_of_sums": list, "environment": dict}
     for name, kind in (_ENTRIES | {n: k for n, k in optional.items() if n in entries}).items():
         if not isinstance(entries.get(name), kind):
             raise ValueError(f"{name!r} must be a {kind.__name__}; got {entries.get(name)!r:.60}")

@@ -271,7 +271,8 @@ def _judged(target: Path, again: Path) -> Case:
         assert str(q.report), "report"
         qjax.save(again, q)
         known, found = directory.read(target).entries, directory.read(again).entries
-        assert {**known, "versions": 0} == {**found, "versions": 0}, "entries"
+        told = {"versions": 0, "environment": 0}  # of who saved it
+        assert known | told == found | told, "entries"
         known, found = (
             jax.tree.leaves(q.params),
             jax.tree.leaves(qjax.load(again, mixed_network).params),
