@@ -117,7 +117,8 @@ class QuantizedFunction:
                 "be: define it by `def` in a module, or use qjax.save(path, q) and "
                 "qjax.load(path, apply_fn)."
             ) from error
-        return type(self), (self.apply_fn, self.params, dict(self.shapes), self.rules)
+        given = (self.apply_fn, self.params, dict(self.shapes), self.rules, self.input)
+        return type(self), given
 
     def __deepcopy__(self, memo: Any) -> "QuantizedFunction":
         return self

@@ -16,6 +16,7 @@ def test_a_pickled_network_computes_the_same():
     read = pickle.loads(pickle.dumps(q))
     np.testing.assert_array_equal(read.apply_fn(read.params, x), expected)
     assert read.apply_fn == q.apply_fn and read.report == q.report
+    assert read.apply_fn.input == q.apply_fn.input is not None
 
 
 def test_a_function_without_a_name_is_refused_and_can_be_copied():
