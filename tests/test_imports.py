@@ -22,7 +22,7 @@ ORDER = (
     *("targets", "recipe"),
     *("graph.jaxpr", "graph.operation", "graph.naming", "graph.chain", "graph.activation"),
     *("graph.layers", "graph.fold", "graph.junctions", "graph.schedule", "graph.examples"),
-    *("graph.purity", "graph.batch_norm", "graph.fingerprint"),
+    *("graph.fingerprint", "graph.purity", "graph.batch_norm"),
     *("run.interpreter", "run.signs", "run.layer", "run.packed", "run.fake", "run.function"),
     *("run.tap", "run.stored"),
     *("fit.streams", "fit.equalize", "fit.sampling", "fit.observers", "fit.moments"),

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend import core
 
 from qjax.graph import jaxpr
+from qjax.graph.fingerprint import fingerprint
 from qjax.graph.jaxpr import FlatJaxpr, dtype, shape
 from qjax.graph.layers import Network
 from qjax.graph.naming import path_names
@@ -57,7 +57,7 @@ def check_pure(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any, network
             f"updates its state; {_INSTEAD}."
         )
     again = jaxpr.flatten(lambda *given: apply_fn(*given), params, x)
-    if not _are_equal(flat, again):
+    if fingerprint(flat) != fingerprint(again):
         raise ValueError(
             "`apply_fn` is another function every time it is traced: it reads NumPy's random "
             f"numbers, or a state from outside. Pass what changes as `params`, or {_INSTEAD}."
@@ -87,28 +87,3 @@ def _updated(flat: FlatJaxpr, paths: tuple[str, ...]) -> Iterator[str]:
 
 def _kind(atom: jaxpr.Atom) -> tuple[tuple[int, ...], Any]:
     return shape(atom), dtype(atom)
-
-
-def _are_equal(one: FlatJaxpr, other: FlatJaxpr) -> bool:
-    """Whether two traces have the same operations, literals and constants."""
-    constants = [list(flat.constants.values()) for flat in (one, other)]
-    return (
-        len(one.equations) == len(other.equations)
-        and len(constants[0]) == len(constants[1])
-        and all(map(_same_operation, one.equations, other.equations))
-        and all(map(_same_value, *constants))
-    )
-
-
-def _same_operation(one: core.JaxprEqn, other: core.JaxprEqn) -> bool:
-    literals = [[a.val for a in e.invars if isinstance(a, core.Literal)] for e in (one, other)]
-    return (
-        one.primitive.name == other.primitive.name
-        and list(map(_kind, one.outvars)) == list(map(_kind, other.outvars))
-        and len(literals[0]) == len(literals[1])
-        and all(map(_same_value, *literals))
-    )
-
-
-def _same_value(one: Any, other: Any) -> bool:
-    return one is other or np.array_equal(np.asarray(one), np.asarray(other), equal_nan=True)
