@@ -47,10 +47,13 @@ from qjax.run.stored import (
     by_path,
     check_format,
     check_layer,
+    describe_arrays,
     describe_format,
     describe_layer,
     format_template,
+    from_paths,
     layer_template,
+    restored_array,
     restored_format,
     restored_layer,
     storable,
@@ -105,9 +108,8 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
     data = safetensors.save(
         {name: storable(array) for name, array in arrays.items() if not _is_integer_zero(array)}
     )
-    described = {name: [array.dtype.name, array.shape] for name, array in arrays.items()}
     entries = {"versions": versions(), "environment": environment()}
-    entries |= _entries(q) | {"arrays": described}
+    entries |= _entries(q) | {"arrays": describe_arrays(arrays)}
     directory.write(Path(path).resolve(), entries, data)
 
 
@@ -167,8 +169,7 @@ def load(
     arrays = _restored_arrays(files)
     for name in sorted({*path_names(template)} ^ arrays.keys()):
         raise damaged(file, f"arrays/{name}", "it is missing, or belongs to nothing")
-    leaves = [arrays[name] for name in path_names(template)]
-    tree = jax.tree.unflatten(jax.tree.structure(template), leaves)
+    tree = from_paths(template, arrays)
     restored = {"layers": {}, "rest": tree["rest"]}
     for name, stored in tree["layers"].items():
         with _explained(file, f"layers/{name}"):
@@ -377,9 +378,9 @@ def _restored_arrays(files: Files) -> dict[str, np.ndarray]:
     with _explained(file, "params"):
         few = max(_FEW, sum(math.prod(shape) for _, shape, _ in entries["params"]))
     arrays = {}
-    for name, described in entries["arrays"].items():
+    for name, entry in entries["arrays"].items():
         with _explained(file, f"arrays/{name}"):
-            dtype, shape = described
+            dtype, shape = entry
             array = _restored(stored.get(name), jnp.dtype(dtype), shape, few)
         if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
             raise ValueError(
@@ -402,10 +403,7 @@ def _restored(stored: np.ndarray | None, dtype: Any, shape: list[int], few: int)
         if dtype.kind not in "iu" or math.prod(shape) > few:
             raise ValueError(f"the {dtype}{shape} is missing")
         return np.zeros(shape, dtype)
-    expected = dtype if dtype.kind in "biuf" else np.dtype(np.uint8)
-    if stored.dtype != expected or stored.nbytes != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{dtype}{shape} is stored as {stored.dtype}{list(stored.shape)}")
-    return np.frombuffer(stored.tobytes(), dtype).reshape(shape)
+    return restored_array(stored, dtype, shape)
 
 
 def _check_rest(files: Files, rest: Mapping[str, np.ndarray]) -> None:

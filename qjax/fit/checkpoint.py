@@ -24,16 +24,18 @@ from qjax import atomic
 from qjax.fit.junction import FittedJunction
 from qjax.fit.layer import Fit
 from qjax.graph.layers import Network
-from qjax.graph.naming import path_names
 from qjax.kept import REMEDY, refuse_other_run
 from qjax.run.stored import (
     arrays_of_format,
     arrays_of_layer,
     by_path,
+    describe_arrays,
     describe_format,
     describe_layer,
     format_template,
+    from_paths,
     layer_template,
+    restored_array,
     restored_format,
     restored_layer,
     storable,
@@ -65,7 +67,7 @@ class Checkpoint:
         for entry in folder.iterdir():
             if atomic.TEMPORARY.fullmatch(entry.name):
                 entry.unlink(missing_ok=True)
-        self._file, self._about = folder / FILE, json.loads(json.dumps(about))
+        self._file, self._about = folder / FILE, about
         self._entries, self._arrays = self._read() if self._file.exists() else ({}, {})
         self._is_due_at = -np.inf
 
@@ -76,7 +78,7 @@ class Checkpoint:
                 stored = {name: file.get_tensor(name) for name in file.keys()}
             entries = json.loads(metadata["entries"])
             arrays = {
-                name: np.frombuffer(stored[name].tobytes(), jnp.dtype(dtype)).reshape(shape)
+                name: restored_array(stored[name], jnp.dtype(dtype), shape)
                 for name, (dtype, shape) in entries["arrays"].items()
             }
             is_whole = metadata["sha256"] == _digest(metadata["entries"], stored)
@@ -92,20 +94,19 @@ class Checkpoint:
         """Writes what is finished, and returns how many units of work that is."""
         if not self._entries:
             return 0
-        described = self._entries["fits"]
+        fitted = self._entries["fits"]
         template = {
             "fits": {
                 name: {"layer": layer_template(item["layer"]), **item["numbers"]}
-                for name, item in described.items()
+                for name, item in fitted.items()
             },
             "sums": {
                 name: {"grid": format_template(item["grid"]), **item["numbers"]}
                 for name, item in self._entries["sums"].items()
             },
         }
-        leaves = [self._arrays[name] for name in path_names(template)]
-        tree = jax.tree.unflatten(jax.tree.structure(template), leaves)
-        for name, item in described.items():
+        tree = from_paths(template, self._arrays)
+        for name, item in fitted.items():
             layer, *numbers = (tree["fits"][name][field] for field in Fit._fields)
             fits[name] = _fit(restored_layer(layer, item["layer"]), *numbers)
         for name, item in self._entries["sums"].items():
@@ -186,7 +187,7 @@ class Checkpoint:
                 for name, fit in sums.items()
             },
             "live": {"floats": list(floats), "quantized": list(quantized), "shared": shared},
-            "arrays": {name: [a.dtype.name, list(a.shape)] for name, a in arrays.items()},
+            "arrays": describe_arrays(arrays),
         }
         stored = {name: storable(array) for name, array in arrays.items()}
         text = json.dumps(entries)

@@ -53,6 +53,29 @@ def storable(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array) if is_native else np.frombuffer(array.tobytes(), np.uint8)
 
 
+def describe_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
+    """Type and shape of arrays, as JSON."""
+    return {name: [array.dtype.name, list(array.shape)] for name, array in arrays.items()}
+
+
+def restored_array(stored: np.ndarray, dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
+    """The array of a type and shape that was made `storable`.
+
+    Raises:
+      ValueError: it has another type or size.
+    """
+    expected = dtype if dtype.kind in "biuf" else np.dtype(np.uint8)
+    if stored.dtype != expected or stored.nbytes != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{dtype}{shape} is stored as {_text(stored)}")
+    return np.frombuffer(stored.tobytes(), dtype).reshape(shape)
+
+
+def from_paths(template: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    """A pytree of the structure of a template; the inverse of `by_path`."""
+    leaves = [arrays[name] for name in path_names(template)]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
 def arrays_of_layer(layer: QuantizedLayer) -> dict[str, Any]:
     """The arrays of a layer: its kernel as a stream of bits, those of its formats."""
     kernel, format = layer.kernel, layer.weights
