@@ -19,7 +19,7 @@ from qjax.graph.examples import ExampleAxes, example_axes
 from qjax.graph.fingerprint import digest, fingerprint
 from qjax.graph.fold import fold
 from qjax.graph.junctions import find_junctions
-from qjax.graph.layers import Network, find_layers, shapes_of
+from qjax.graph.layers import Network, check_layers, find_layers, shapes_of
 from qjax.graph.naming import path_names
 from qjax.graph.purity import check_pure
 from qjax.graph.schedule import rest_of_params
@@ -129,11 +129,7 @@ def quantize(
         recipe = recipe.without_data()
         shapes = _resized(lambda shape: (EXAMPLES, *shape[1:]), batches)
     network = _traced(apply_fn, params, shapes, batches)
-    if not network.sites:
-        raise ValueError(
-            "`apply_fn` has no layer to quantize: no convolution or dot product of something in "
-            "`params` with something that depends on the input."
-        )
+    check_layers(network)
     check_pure(apply_fn, shapes_of(params), shapes, network)
     examples = _example_axes(apply_fn, params, shapes, network, recipe, not has_images)
     leaves = jax.tree.leaves(params)

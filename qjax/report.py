@@ -17,7 +17,7 @@ from qjax.formats.dynamic import ActivationFormat
 from qjax.graph.junctions import Junction
 from qjax.graph.layers import Layer, Skipped
 from qjax.recipe import Recipe
-from qjax.table import Cells, printable, table
+from qjax.table import printable, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +270,8 @@ class Report(Sequence[LayerReport]):
         rows = self._sum_rows("")
         for layer in self:
             rows += [_row(layer), *self._sum_rows(layer.name)]
-        lines = [_table(rows, self._total(), width)]
+        most = {"most": width, "spared": _SPARED}
+        lines = [table(_HEADER, rows, "<<<<<>>>>", footer=self._total(), **most)]
         if any(layer.has_dynamic_input or layer.has_dynamic_output for layer in self):
             lines.append("d: dynamic, the range is found at run time")
         return "\n".join([*lines, *in_float(self.skipped, width)])
@@ -290,22 +291,7 @@ _HEADER = (
     *("layer", "kind", "kernel", "bits w/i/o", "activation"),
     *("w dB", "out dB", "MACs", "bytes"),
 )
-_SIDES = "<<<<<>>>>"
-_NAME = 16  # characters of a name that columns make room for
-_LEFT_OUT = ("kind", "activation", "MACs", "kernel", "w dB", "bytes")  # in this order
-
-
-def _table(rows: Sequence[Cells], total: Cells, width: int) -> str:
-    """The table, less the columns that leave no room for names."""
-    sizes = [max(map(len, column)) for column in zip(_HEADER, *rows, total, strict=True)]
-    kept = list(range(len(_HEADER)))
-    for name in _LEFT_OUT:
-        if min(sizes[0], _NAME) + sum(2 + sizes[i] for i in kept[1:]) <= width:
-            break
-        kept.remove(_HEADER.index(name))
-    header, *body, footer = ([cells[i] for i in kept] for cells in (_HEADER, *rows, total))
-    sides = "".join(_SIDES[i] for i in kept)
-    return table(header, body, sides, footer=footer, most=max(width, _NAME))
+_SPARED = ("kind", "activation", "MACs", "kernel", "w dB", "bytes")
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 Cells = Sequence[str]
 
+LEAST_NAME = 16  # characters of the first column that others make room for
+
 
 def table(
     header: Cells,
@@ -15,6 +17,7 @@ def table(
     gap: int = 2,
     widths: Sequence[int] = (),
     most: int | None = None,
+    spared: Sequence[str] = (),
 ) -> str:
     """Writes a table.
 
@@ -27,6 +30,8 @@ def table(
       gap: blanks between two columns.
       widths: of the columns, where a longer cell sticks out; by default that of the longest cell.
       most: of all columns together; the first one is shortened to that.
+      spared: headings of the columns that are left out, in this order, until the first one has
+        `LEAST_NAME` characters of that.
 
     Returns:
       Lines without blanks at their ends, the last one without a line break.
@@ -35,6 +40,9 @@ def table(
     lines = [[printable(cell) for cell in cells] for cells in lines]
     columns = list(widths) or [max(map(len, column)) for column in zip(*lines, strict=True)]
     if most is not None:
+        kept = _fitting(lines[0], columns, gap, most, spared)
+        lines = [[cells[i] for i in kept] for cells in lines]
+        align, columns = "".join(align[i] for i in kept), [columns[i] for i in kept]
         columns[0] = min(columns[0], most - sum(columns[1:]) - gap * (len(columns) - 1))
         lines = [(shortened(first, columns[0]), *others) for first, *others in lines]
     text = [_line(cells, align, columns, " " * gap) for cells in lines]
@@ -44,6 +52,19 @@ def table(
         if footer:
             text.insert(-1, rule)
     return "\n".join(text)
+
+
+def _fitting(
+    header: Cells, columns: Sequence[int], gap: int, most: int, spared: Sequence[str]
+) -> list[int]:
+    """The positions of the columns that there is room for."""
+    kept = list(range(len(header)))
+    for heading in spared:
+        least = min(columns[0], LEAST_NAME) + sum(gap + columns[i] for i in kept[1:])
+        if least <= most:
+            break
+        kept.remove(header.index(heading))
+    return kept
 
 
 def printable(text: str) -> str:

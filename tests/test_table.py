@@ -32,6 +32,21 @@ def test_the_first_column_is_shortened_to_what_is_left():
     assert lines == ["name    size", "─" * 12, "…conv1     9"]
 
 
+@pytest.mark.parametrize(
+    ("most", "cells"),
+    [
+        (40, ["layer1/block0/conv1", "conv", "9"]),
+        (28, ["…r1/block0/conv1", "conv", "9"]),
+        (24, ["…yer1/block0/conv1", "9"]),
+        (16, ["…r1/block0/conv1"]),
+    ],
+)
+def test_columns_give_way_to_the_first_one(most: int, cells: list[str]):
+    header, row = ("name", "kind", "size"), ("layer1/block0/conv1", "conv", "9")
+    lines = table(header, [row], "<<>", most=most, spared=header[1:]).splitlines()
+    assert lines[-1].split() == cells and max(map(len, lines)) <= most
+
+
 def test_a_row_has_a_cell_for_every_column():
     with pytest.raises(ValueError):
         table(HEADER, [("stem",)], "<>")

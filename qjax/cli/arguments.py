@@ -40,8 +40,7 @@ _PARTS = {"weight": "weights", "input": "inputs", "output": "outputs"}  # option
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Declares what is quantized; `load_model` reads it."""
     add = parser.add_argument_group("what to quantize").add_argument
-    add("--model", default=MODEL, metavar="MODEL", help=f"{MODELS} (%(default)s)")
-    add_dataset(add)
+    add_network(add)
     add(
         "--test-dataset",
         metavar="NAME",
@@ -55,6 +54,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help=f"training images to calibrate on ({CALIBRATION_SIZE}, or all if there are fewer)",
     )
     add("--seed", type=_seed, default=0, metavar="N", help="of their draw (%(default)s)")
+
+
+def add_network(add: Callable[..., Any]) -> None:
+    """Declares a model and its images, by a parser's or a group's `add_argument`."""
+    add("--model", default=MODEL, metavar="MODEL", help=f"{MODELS} (%(default)s)")
+    add_dataset(add)
 
 
 def load_model(arguments: argparse.Namespace, progress: Progress) -> Loaded:

@@ -57,12 +57,10 @@ def load(
     try:
         logits = jax.eval_shape(model.apply_fn, model.params, calibration[:1])
     except Exception as error:  # each framework has its own
+        own = f"; leave it out to use the model's own, {model.dataset}." if model.dataset else ""
         raise ValueError(
             f"`--dataset` {name} has images of shape {images.shape[1:]}, which the model "
-            f"{model.name} does not take: {error}"
-            if not model.dataset
-            else f"`--dataset` {name} has images of shape {images.shape[1:]}, which the model "
-            f"{model.name} does not take; leave it out to use the model's own, {model.dataset}."
+            f"{model.name} does not take{own or f': {error}'}"
         ) from error
     progress("test images", 2, 3)
     if test_dataset_name is None:

@@ -30,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stopping(), patient():
             arguments = _parser().parse_args(argv)
-            words = words_of(arguments)
-            with compilation_cache.caching(arguments), worded(words):
+            with compilation_cache.caching(arguments), worded(words_of(arguments)):
                 arguments.run(arguments)
     except Stopped as stopped:
         print(f"qjax: {stopped}", file=sys.stderr)

@@ -18,7 +18,7 @@ from qjax.cli.command import Command, Stage, add_quiet, stages
 from qjax.cli.files import check_apart, check_file
 from qjax.cli.loading import Loaded
 from qjax.cli.output import columns
-from qjax.cli.wording import worded
+from qjax.cli.wording import flag, worded
 from qjax.fit.data_free import UnknownRangeError
 from qjax.graph.layers import shapes_of
 from qjax.page import quantization
@@ -131,8 +131,7 @@ def _check_data_free(arguments: argparse.Namespace) -> None:
         )
     for option in ("calibration_size", "checkpoint"):
         if getattr(arguments, option) is not None:
-            flag = f"--{option.replace('_', '-')}"
-            raise ValueError(f"`--data-free` takes no images; leave out `{flag}`.")
+            raise ValueError(f"`--data-free` takes no images; leave out `{flag(option)}`.")
 
 
 def _export(

@@ -3,22 +3,22 @@
 import argparse
 
 import pretrained
-from qjax.cli.arguments import MODEL, MODELS
+from qjax.cli.arguments import add_network
 from qjax.cli.command import Command
-from qjax.cli.loading import add_dataset, an_image
+from qjax.cli.loading import an_image
 from qjax.cli.output import columns
-from qjax.graph.layers import Network, find_layers, shapes_of
+from qjax.graph.layers import Network, check_layers, find_layers, shapes_of
 from qjax.report import in_float, product, si
 from qjax.table import table
 
 HEADER = ("layer", "kind", "kernel", "input", "output", "activation", "MACs")
+SPARED = ("input", "activation", "kind", "output", "MACs", "kernel")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     add = parser.add_argument
-    add("--model", default=MODEL, metavar="MODEL", help=f"{MODELS} (%(default)s)")
-    add_dataset(add)
+    add_network(add)
     add("--quiet", action="store_true", help="no notes on standard error")
 
 
@@ -31,11 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = pretrained.load(arguments.model)
     x = an_image(model, arguments.dataset)
     network = find_layers(model.apply_fn, model.params, shapes_of(x))
-    if not network.sites:
-        raise ValueError(
-            f"`--model` {model.name} has no layer to quantize: no convolution or dot product of "
-            "something in its params with something that depends on the input."
-        )
+    check_layers(network)
     print(describe(network, columns()))
 
 
@@ -51,7 +47,7 @@ def describe(network: Network, width: int) -> str:
         for layer in layers
     ]
     total = (f"{len(layers)} layers", *[""] * 5, si(sum(layer.macs for layer in layers)))
-    layers_text = table(HEADER, rows, "<<<<<<>", footer=total, most=width)
+    layers_text = table(HEADER, rows, "<<<<<<>", footer=total, most=width, spared=SPARED)
     return "\n".join([layers_text, *in_float(network.skipped, width)])
 
 

@@ -12,7 +12,7 @@ from qjax.recipe import Recipe, recipe
 RECIPE = tuple({**inspect.signature(recipe).parameters, **Recipe.__dataclass_fields__})
 
 _DATA = {"params": "the params of `--model`", "batches": "the images of `--dataset`"}
-_DATA |= {"checkpoint": "`--checkpoint`"}
+_DATA |= {"apply_fn": "`--model`", "checkpoint": "`--checkpoint`"}
 _OTHERWISE = {
     "overrides": "--override",
     "sequential": "--no-sequential",

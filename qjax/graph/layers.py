@@ -238,6 +238,19 @@ def find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Net
     return network
 
 
+def check_layers(network: Network) -> None:
+    """Refuses a network that has nothing to quantize.
+
+    Raises:
+      ValueError: it has no layer.
+    """
+    if not network.sites:
+        raise ValueError(
+            "`apply_fn` has no layer to quantize: no convolution or dot product of something in "
+            "`params` with something that depends on the input."
+        )
+
+
 def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Network:
     flat = jaxpr.flatten(apply_fn, params, x)
     paths = path_names(params)
