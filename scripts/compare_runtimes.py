@@ -13,6 +13,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
@@ -25,7 +26,7 @@ import pretrained
 import qjax
 from pretrained import datasets
 from pretrained.recipes import RECIPES
-from qjax import artifact
+from qjax import artifact, atomic
 from qjax.cli.loading import CALIBRATION_SIZE
 from qjax.progress import Progress, progress_bar
 from qjax.recipe import Sums
@@ -343,7 +344,8 @@ def compare(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[lis
     runtimes = [runtime for runtime in RUNTIMES if runtime.name in wanted and runtime.is_installed]
     setting = {"runtimes": [runtime.name for runtime in runtimes]}
     timing = setting | {key: getattr(arguments, key) for key in ("batches", "threads", "seconds")}
-    settings, ways = dict(zip(MEASURED, (setting, timing), strict=True)), (evaluate, time)
+    settings = dict(zip(MEASURED, (setting, timing), strict=True))
+    ways = (partial(evaluate, test), partial(time, arguments))
     models, rows, results = None, [], []
     for way, (what, setting) in zip(ways, settings.items(), strict=True):
         if what not in arguments.measure:
@@ -355,7 +357,7 @@ def compare(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[lis
                 models = load(model, folder, arguments)
                 rows = [row for runtime in runtimes for row in runtime.rows(models)]
             with progress_bar(f"{folder.name}: {what}") as progress:
-                found = way(models, rows, test, arguments, progress)
+                found = way(models, rows, progress)
             write(path, setting, found)
         results = [a | b for a, b in zip(results or [{}] * len(found), found, strict=True)]
     return results, f"{len(test.images):,} test images of {test.name}"
@@ -379,7 +381,7 @@ def read(path: Path, setting: dict[str, Any]) -> list[Result] | None:
 
 def write(path: Path, setting: dict[str, Any], results: list[Result]) -> None:
     """Keeps results."""
-    path.write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
+    atomic.write(path, json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
 
 
 def load(model: pretrained.Pretrained, folder: Path, arguments: argparse.Namespace) -> Models:
@@ -405,11 +407,7 @@ def load(model: pretrained.Pretrained, folder: Path, arguments: argparse.Namespa
 
 
 def evaluate(
-    models: Models,
-    rows: list[Row],
-    test: datasets.Dataset,
-    arguments: argparse.Namespace,
-    progress: Progress,
+    test: datasets.Dataset, models: Models, rows: list[Row], progress: Progress
 ) -> list[Result]:
     """Top-1 and agreement with JAX on all test images."""
     logits: dict[str, np.ndarray] = {}
@@ -433,11 +431,7 @@ def evaluate(
 
 
 def time(
-    models: Models,
-    rows: list[Row],
-    test: datasets.Dataset,
-    arguments: argparse.Namespace,
-    progress: Progress,
+    arguments: argparse.Namespace, models: Models, rows: list[Row], progress: Progress
 ) -> list[Result]:
     """Images per second by row, all rows taking turns, and how many times the float network's."""
     results = [_described(row) for row in rows]

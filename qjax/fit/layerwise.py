@@ -115,12 +115,14 @@ def units(
                 own, axes = recipes[layer.name], examples.get(layer.name)
                 task = task_of(site, own, candidates, site is logits, axes)
                 fit = partial(_fit_site, site, task, own)
-                found.append(Unit(segment, layer.name, fit, partial(_note_site, site, own)))
+                note = partial(_note_layer, layer.name, "outputs", site.output, own)
+                found.append(Unit(segment, layer.name, fit, note))
             case Activated(site=site):
                 own, axes = recipes[site.layer.name], examples.get(site.layer.name)
                 task = task_of(site, own, candidates, site is logits, axes)
                 fit = partial(_fit_activated, site, task, own)
-                found.append(Unit(segment, None, fit, partial(_note_activated, site, own)))
+                note = partial(_note_layer, site.layer.name, "activated", site.activated, own)
+                found.append(Unit(segment, None, fit, note))
             case Junction() as junction:
                 fit = partial(_fit_junction, junction, recipe)
                 found.append(Unit(segment, None, fit, partial(_note_junction, junction, recipe)))
@@ -216,11 +218,12 @@ def _fit_site(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None
     streams.write(site.output, found.float_output, found.output)
 
 
-def _note_site(site: Site, recipe: LayerRecipe, state: State) -> None:
-    outputs = state.fits[site.layer.name].layer.outputs
-    if isinstance(outputs, QParams) and not outputs.scale.ndim:
+def _note_layer(name: str, field: str, var: core.Var, recipe: LayerRecipe, state: State) -> None:
+    """Writes the grid of a field of a fitted layer, if one grid holds all of its values."""
+    format = getattr(state.fits[name].layer, field)
+    if isinstance(format, QParams) and not format.scale.ndim:
         assert recipe.outputs is not None
-        state.grids[site.output] = Grid(outputs, kind_of(recipe.outputs))
+        state.grids[var] = Grid(format, kind_of(recipe.outputs))
 
 
 def _read(state: State, var: core.Var) -> tuple[jax.Array, jax.Array]:
@@ -282,13 +285,6 @@ def _fit_activated(site: Site, task: Task, recipe: LayerRecipe, state: State) ->
     layer = dataclasses.replace(fit.layer, activated=qparams)
     output_clip = clip if fit.output_clip is None else fit.output_clip
     state.fits[site.layer.name] = fit._replace(layer=layer, output_clip=output_clip)
-
-
-def _note_activated(site: Site, recipe: LayerRecipe, state: State) -> None:
-    activated = state.fits[site.layer.name].layer.activated
-    if isinstance(activated, QParams):
-        assert recipe.outputs is not None
-        state.grids[site.activated] = Grid(activated, kind_of(recipe.outputs))
 
 
 def _fit_junction(junction: Junction, recipe: Recipe, state: State) -> None:

@@ -128,11 +128,10 @@ def fit_input(
         return None, None
     if spec.is_dynamic:
         return dynamic(spec, limits, task.examples and task.examples.input), None
+    width = jnp.ones((), jnp.float32)
     if known is not None:
-        return known, jnp.ones(
-            (), jnp.float32
-        )  # the values are codes of the output before: nothing is lost
-    objective, width = task.recipe.objective, jnp.ones((), jnp.float32)
+        return known, width  # the values are codes of the output before: nothing is lost
+    objective = task.recipe.objective
     if divides_channels:
         axes = task.operation.input_axes
         by_input = _channel_widths(task, spec, limits, axes, x)
