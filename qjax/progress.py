@@ -59,11 +59,13 @@ def progress_lines(stage: str, clock: Callable[[], float] = time.monotonic) -> I
 
     Example:
       >>> with contextlib.redirect_stderr(sys.stdout), progress_lines(
-      ...     "quantizing", clock=iter([0.0, 5.0, 12.0]).__next__
+      ...     "quantizing", clock=iter([0.0, 5.0, 12.0, 66.0]).__next__
       ... ) as progress:
       ...     progress("conv1", 1, 22)
       ...     progress("conv2", 4, 22)
+      ...     progress("", 22, 22)
       quantizing   18 %, 4 of 22, 54 s left: conv2
+      quantizing   100 %, 22 of 22, 0 s left
     """
     start = last = clock()
 
@@ -75,7 +77,7 @@ def progress_lines(stage: str, clock: Callable[[], float] = time.monotonic) -> I
         last = now
         left = f", {(now - start) * (total - done) / done:.0f} s left" if done else ""
         share = f"{100 * done / total:.0f} %, {done} of {total}{left}"
-        sys.stderr.write(f"{stage:<12} {share}: {item}\n")
+        sys.stderr.write(f"{stage:<12} {share}{f': {item}' if item else ''}\n")
         sys.stderr.flush()
 
     yield update
