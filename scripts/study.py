@@ -258,7 +258,6 @@ def _rounding(s: Subject, bits: int) -> tuple[str, ...]:
 def _activations(s: Subject) -> str:
     inputs, by_width = _choices(s, "input")
     outputs, by_output_width = _choices(s, "output")
-    found = {c.method: c.output_sqnr_db for c in by_output_width[8].choices}
     return f"""## 3. Quantizing the input and output of one convolution layer to 8 bits
 
 The input of `{s.layer.name}`, one scale for the tensor. `output_mse` is the error W·(x̂ − x) of \
@@ -269,14 +268,13 @@ choice.
 
 {_verdict(by_width[8])} {_verdict(by_width[4])}
 
-The output before the activation. `output_mse` is the error behind the activation, \
-E‖act(ẑ) − act(z)‖²: under a ReLU the negative half costs no codes, the range starts at 0, and the \
-clamp is the ReLU. The share is of the part that the cost function sees.
+The output before the activation, clipped as the activation clips it: under a ReLU the negative \
+half costs no codes, the range starts at 0, and the clamp is the ReLU, whatever the cost function. \
+`output_mse` is the error after the activation, E‖act(ẑ) − act(z)‖².
 
 {outputs}
 
-{_verdict(by_output_width[8])} {_verdict(by_output_width[4])} Seeing the activation is worth \
-{found["output_mse"] - found["mse"]:.1f} dB at 8 bits; 6.0 dB are one bit."""
+{_verdict(by_output_width[8])} {_verdict(by_output_width[4])}"""
 
 
 def _accuracy(s: Subject, header: Sequence[str], rows: Sequence[Row]) -> str:
@@ -340,18 +338,20 @@ def _position(s: Subject) -> str:
             )
             rows.append(s.row(recipe, str(bits), position, method))
     at = {row.labels: row.logits_sqnr_db for row in rows}
-    blind = at["4", "post_activation", "mse"] - at["4", "pre_activation", "mse"]
-    seeing = at["4", "post_activation", "output_mse"] - at["4", "pre_activation", "output_mse"]
+    by_tensor, by_output = (
+        at["4", "post_activation", method] - at["4", "pre_activation", method]
+        for method in ("mse", "output_mse")
+    )
     return f"""## 5. Quantizing before and after the activation: what it does to accuracy
 
 {_accuracy(s, ("bits", "outputs rounded", "ranges by"), rows)}
 
-With ranges by `mse`, blind to the activation, rounding after it instead of before changes the \
-logits by {blind:+.1f} dB at 4 bits: before it, codes are spent on values that a ReLU discards. \
-With `output_mse`, which sees the activation, the change is {seeing:+.1f} dB: where a ReLU \
-follows, the clamp at code 0 is the ReLU and both places give the same codes; where none follows, \
-as before a residual sum, there is only one place. What is left comes from the fit, which before \
-the activation aims at the float output and after it at the values it rounds."""
+Rounding after the activation instead of before it changes the logits by {by_output:+.1f} dB at 4 \
+bits with ranges by `output_mse`, and by {by_tensor:+.1f} dB with ranges by `mse`: where a ReLU \
+follows, the range before it starts at 0, the clamp at code 0 is the ReLU and both places give the \
+same codes; where none follows, as before a residual sum, there is only one place. What is left \
+comes from the fit, which before the activation aims at the float output and after it at the \
+values it rounds."""
 
 
 SECTIONS = (_head, _dataflow, _weights, _activations, _few_bits, _position)

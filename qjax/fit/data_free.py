@@ -219,7 +219,7 @@ class _Fitting:
         values = None
         if y is not None and is_output_searched(recipe) and not task.has_output_channels:
             objective, seen = task.output_objective, seen_by(task, added is not None)
-            values = output_values(objective, seen, task.movement, y, y, added)
+            values = output_values(objective, seen, task.bounds, task.movement, y, y, added)
         limits = recipe.limits["outputs"]
         return fit_output(task, limits, y, Corrected(layer, y, values, 0), added)
 

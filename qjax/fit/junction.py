@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from qjax.fit.layer import decibels, energies
 from qjax.fit.ranges import choose_output, project_batches, values_between
@@ -41,8 +40,6 @@ def fit_junction(
 ) -> tuple[FittedJunction, jax.Array]:
     """Chooses the range of a junction as that of a layer's output: E‖act(ẑ) − act(z)‖².
 
-    No range goes beyond the bounds of the activation, whatever chooses it.
-
     Args:
       activation: what follows it.
       recipe: of the network.
@@ -54,9 +51,8 @@ def fit_junction(
     """
     spec, objective = recipe.sum_spec, recipe.objective
     sampled = values_between(objective, activation, floats, values)
-    low, high = (jnp.clip(end, *activation.bounds) for end in sampled.extremes)
     grid, clip = choose_output(
-        sampled._replace(extremes=(low, high)),
+        sampled,
         spec.limits,
         objective=objective,
         spec=spec.stored,

@@ -314,7 +314,7 @@ def round_kernel(
     format = least(objective, sample, spec, candidates, limits)
     if spec.family.fit is not None:
         format = spec.family.fit(sample.values, sample.importance, format)
-    covering = widest(objective, sample, spec, limits)
+    covering = widest(sample, spec, limits)
     codes, format = rounding.round(Problem(kernel, format, hessian))
     if sweeps:
         assert hessian is not None
@@ -381,7 +381,7 @@ def correct(
         objective = task.output_objective
         seen = seen_by(task, shortcut is not None)
         added = None if shortcut is None else shortcut[1]
-        values = output_values(objective, seen, task.movement, target, y, added)
+        values = output_values(objective, seen, task.bounds, task.movement, target, y, added)
     return Corrected(layer, y, values, raised_scales(layer, rounded))
 
 

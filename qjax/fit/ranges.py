@@ -1,5 +1,8 @@
 """Clipping ranges of a layer's input and output on the calibration batches.
 
+What the activation clips lies outside of every range of an output: under a ReLU the zero point is
+the lowest code, and the ReLU is the clamp of the codes.
+
 With granularity per_channel, channels that carry little get finer codes than those that carry much:
 
 * outputs that nothing reads but a sum have the range of least error for every channel on its own;
@@ -24,7 +27,7 @@ from qjax.fit.streams import map_batches
 from qjax.formats.affine import QParams, with_exact_products
 from qjax.formats.dynamic import EVERYTHING, ActivationFormat, Dynamic, dynamic
 from qjax.formats.spec import QuantSpec
-from qjax.graph.activation import NONE, Activation
+from qjax.graph.activation import NONE, Activation, Bounds
 from qjax.graph.examples import ExampleAxes
 from qjax.graph.layers import Movement, Site
 from qjax.graph.operation import (
@@ -69,6 +72,11 @@ class Task(NamedTuple):
         """What makes one range of the output better than another."""
         objective = self.recipe.objective
         return (self.makes_logits and objective.for_logits) or objective
+
+    @property
+    def bounds(self) -> Bounds:
+        """What whatever reads the output clips it to; a sum may need all of it."""
+        return self.activation.bounds if self.summed is None else EVERYTHING
 
     @property
     def has_output_channels(self) -> bool:
@@ -141,7 +149,7 @@ def fit_input(
     patches = x if objective.loss is None else sampled_patches(task.operation, x)
     sample = InputSample(x, *extremes_of(x), patches, kernel)
     chosen = least(objective, sample, spec, task.candidates, limits)
-    clip = chosen.scale / widest(objective, sample, spec, limits).scale
+    clip = chosen.scale / widest(sample, spec, limits).scale
     return chosen.scaled(width), clip
 
 
@@ -172,8 +180,7 @@ def _channel_widths(
 def dynamic_output(task: Task, limits: Any) -> Dynamic:
     """The format of an output before the activation that finds its range at run time."""
     assert task.recipe.outputs is not None
-    bounds = task.activation.bounds if task.summed is None else EVERYTHING
-    return dynamic(task.recipe.outputs, limits, task.examples and task.examples.output, bounds)
+    return dynamic(task.recipe.outputs, limits, task.examples and task.examples.output, task.bounds)
 
 
 def dynamic_activated(task: Task, limits: Any) -> Dynamic:
@@ -183,7 +190,7 @@ def dynamic_activated(task: Task, limits: Any) -> Dynamic:
 
 
 class OutputValues(NamedTuple):
-    """What the search of an output's range reads.
+    """What the search of an output's range reads, clipped as its readers clip it.
 
     Attributes:
       extremes: the least and the greatest output.
@@ -203,6 +210,7 @@ class OutputValues(NamedTuple):
 def output_values(
     objective: Objective,
     activation: Activation,
+    bounds: Bounds,
     movement: Movement | None,
     target: jax.Array,
     actual: jax.Array,
@@ -213,11 +221,13 @@ def output_values(
     Args:
       objective: what will make one range better than another.
       activation: what follows the outputs, or their sum with the shortcut.
+      bounds: what their readers clip them to.
       movement: what brings them to the shape that the network returns; None for nothing.
       target: the outputs to be had, [batches, ...].
       actual: the outputs there of the layer to be quantized.
       shortcut: what is added to them, None for nothing or if it is not known yet.
     """
+    target, actual = (jnp.clip(values, *bounds) for values in (target, actual))
     extremes = extremes_of(actual)
     if objective.loss is None and objective.per_channel:
         return OutputValues(extremes, None, None, None, None)
@@ -241,7 +251,7 @@ def values_between(
     objective: Objective, activation: Activation, floats: jax.Array, values: jax.Array
 ) -> OutputValues:
     """Samples values that are no layer's pre-activation output; see `output_values`."""
-    return output_values(objective, activation, None, floats, values, None)
+    return output_values(objective, activation, activation.bounds, None, floats, values, None)
 
 
 @program(static_argnames=("objective", "spec", "activation", "candidates"))
@@ -274,7 +284,7 @@ def choose_output(
     stacked = actual if values.stacked is None else values.stacked
     sample = OutputSample(stacked, *values.extremes, target, actual, values.shortcut, activation)
     chosen = least(objective, sample, spec, candidates, limits)
-    clip = chosen.scale / widest(objective, sample, spec, limits).scale
+    clip = chosen.scale / widest(sample, spec, limits).scale
     return with_exact_products(chosen), clip
 
 

@@ -117,10 +117,6 @@ class KernelSample:
         """The least and the greatest value of each scale, 0 among them."""
         return self._extremes
 
-    def shown_extremes(self) -> Range:
-        """The extremes: the output shows all of a kernel."""
-        return self._extremes
-
     def central(self, percent: float) -> Range:
         """The extremes, cut at the magnitude that this share of the values keeps to."""
         magnitude = jnp.percentile(jnp.abs(self.values), percent, self._axes, keepdims=True)
@@ -216,10 +212,6 @@ class ActivationSample:
         """The least and the greatest value."""
         return self.low, self.high
 
-    def shown_extremes(self) -> Range:
-        """The extremes."""
-        return self.extremes()
-
     def central(self, percent: float) -> Range:
         """The range that holds this share of the values, from a histogram."""
         observer = observers.percentile(percent, self.low, self.high)
@@ -289,13 +281,6 @@ class OutputSample(ActivationSample):
     def _shown(self, values: jax.Array) -> jax.Array:
         added = values if self.shortcut is None else values + self.shortcut
         return self.activation.function(added).astype(jnp.float32)
-
-    def shown_extremes(self) -> Range:
-        """The extremes, cut where the activation cuts them; a sum may need all of them."""
-        if self.shortcut is not None:
-            return self.extremes()
-        low, high = self.activation.bounds
-        return jnp.maximum(self.low, low), jnp.minimum(self.high, high)
 
     def output_error(self, values_hat: jax.Array) -> jax.Array:
         """E‖act(ẑ + s) − act(z + s)‖²."""

@@ -90,9 +90,9 @@ def least(
     return _without_block_axis(spec.cover(low, high, limits))
 
 
-def widest(objective: Objective, sample: Any, spec: QuantSpec, limits: Any = None) -> Any:
-    """The format that covers all that the objective might ask for; arguments as of `least`."""
-    low, high = sample.shown_extremes() if objective.sees_output else sample.extremes()
+def widest(sample: Any, spec: QuantSpec, limits: Any = None) -> Any:
+    """The format that covers all values; arguments as of `least`."""
+    low, high = sample.extremes()
     limits = spec.limits if limits is None else limits
     return _without_block_axis(spec.cover(low, high, limits))
 

@@ -37,10 +37,6 @@ class Sample(Protocol):
         """The least and the greatest value."""
         ...
 
-    def shown_extremes(self) -> Range:
-        """The least and the greatest value that the layer's output shows."""
-        ...
-
     def central(self, percent: float) -> Range:
         """The range that holds this share of the values."""
         ...

@@ -25,7 +25,6 @@ from qjax.formats.spec import QuantSpec
 from qjax.graph.activation import ACTIVATIONS, NONE, Activation
 from qjax.graph.layers import Layer
 from qjax.graph.operation import Linear
-from qjax.objectives.base import Range
 from qjax.objectives.divergence import KL, divergence
 from qjax.objectives.errors import MSE, OUTPUT_MSE
 from qjax.objectives.table import OBJECTIVES
@@ -133,36 +132,34 @@ def _curves(tensor: str, spec: QuantSpec, measured: _Measured) -> Curves:
 Quality = Callable[[Any], tuple[jax.Array, jax.Array]]
 
 
-def _measured(
-    sample: Any, spec: QuantSpec, quality: Quality, ranges: tuple[Range, Range], units: Any
-) -> _Measured:
+def _measured(sample: Any, spec: QuantSpec, quality: Quality, units: Any) -> _Measured:
     """Follows the objectives over the shares, and asks each for its choice.
 
     Args:
       sample: the tensor.
       spec: its number format.
       quality: of a format: SQNR of the tensor and of the layer's output, in dB.
-      ranges: the extremes that the curves of the tensor's and of the output's error shrink.
       units: the sample whose distribution the divergence compares.
     """
 
     def at(share: jax.Array) -> tuple[jax.Array, ...]:
-        tensor, output = (quality(_shrunk(sample, spec, low, high, share)) for low, high in ranges)
+        tensor, output = quality(_shrunk(sample, spec, share))
         low, high = units.extremes()
         kl = divergence(units.distribution(), spec.cover(share * low, share * high))
-        return 10.0 ** (-tensor[0] / 10), 10.0 ** (-output[1] / 10), kl
+        return 10.0 ** (-tensor / 10), 10.0 ** (-output / 10), kl
 
     values = jax.lax.map(at, jnp.asarray(SHARES))
     losses = dict(zip((MSE.name, OUTPUT_MSE.name, KL.name), values, strict=True))
     choices = {}
     for name, objective in OBJECTIVES.items():
         chosen = least(objective, sample, spec, SEARCH)
-        share = jnp.mean(chosen.step / widest(objective, sample, spec).step)
+        share = jnp.mean(chosen.step / widest(sample, spec).step)
         choices[name] = (share, *quality(chosen))
     return _Measured(losses, choices)
 
 
-def _shrunk(sample: Any, spec: QuantSpec, low: Any, high: Any, share: jax.Array) -> Any:
+def _shrunk(sample: Any, spec: QuantSpec, share: jax.Array) -> Any:
+    low, high = sample.extremes()
     format = spec.cover(share * low, share * high)
     return jax.tree.map(lambda leaf: leaf[:, :, 0] if leaf.ndim > 2 else leaf, format)
 
@@ -181,8 +178,7 @@ def _weight_curves(
         output = jnp.where(noise > 0, 10 * jnp.log10(signal / noise), jnp.inf)
         return sqnr_db(kernel, kernel_hat), output
 
-    ranges = sample.extremes(), sample.extremes()
-    return _measured(sample, spec, quality, ranges, sample.pooled())
+    return _measured(sample, spec, quality, sample.pooled())
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -197,7 +193,7 @@ def _input_curves(operation: Linear, spec: QuantSpec, kernel: jax.Array, x: jax.
         patches_hat = format.project(patches)
         return sqnr_db(patches, patches_hat), sqnr_db(outputs(patches), outputs(patches_hat))
 
-    return _measured(sample, spec, quality, (sample.extremes(), sample.extremes()), sample)
+    return _measured(sample, spec, quality, sample)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -206,11 +202,11 @@ def _output_curves(
 ) -> _Measured:
     outputs = apply_layer(operation, folded, x).reshape(-1)
     z = outputs[:: coprime_stride(outputs.size, SAMPLED_OUTPUTS)]
+    z, act = jnp.clip(z, *activation.bounds), activation.function
     sample = OutputSample(z[None], *extremes_of(z), z, z, None, activation)
-    act = activation.function
 
     def quality(format: Any) -> tuple[jax.Array, jax.Array]:
         z_hat = format.project(z)
         return sqnr_db(z, z_hat), sqnr_db(act(z), act(z_hat))
 
-    return _measured(sample, spec, quality, (sample.extremes(), sample.shown_extremes()), sample)
+    return _measured(sample, spec, quality, sample)

@@ -415,7 +415,7 @@ QUESTIONS = {
         _symmetry,
     ),
     "output-position": Question(
-        "Round outputs before the activation, after it, or both? (output_mse sees the activation)",
+        "Round outputs before the activation, after it, or both?",
         ("bits", "position", "range method"),
         WIDTHS,
         _output_position,

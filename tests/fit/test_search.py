@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as st_numpy
 
 from qjax import QParams, QuantSpec
 from qjax.fit import search
+from qjax.fit.ranges import values_between
 from qjax.fit.samples import InputSample, KernelSample, OutputSample
 from qjax.fit.search import CANDIDATES, Candidates, least
 from qjax.formats.affine import affine_qparams, fake_quant
@@ -193,7 +194,8 @@ def test_output_equals_a_loop_over_the_candidates(
     qparams = least(OUTPUT_MSE, sample, spec, GRID)
     chex.assert_trees_all_close(qparams, affine_qparams(low, high, spec), rtol=1e-6)
     if activation == "relu" and lowest == 0.0:
-        shown = output_sample(OUTPUTS, OUTPUTS_HAT, (OUTPUTS_HAT.min(), last), RELU)
+        seen = values_between(OUTPUT_MSE, RELU, OUTPUTS[None], OUTPUTS_HAT[None])
+        shown = output_sample(seen.target, seen.actual, seen.extremes, RELU)
         chex.assert_trees_all_equal(least(OUTPUT_MSE, shown, spec, GRID), qparams)
 
 

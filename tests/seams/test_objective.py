@@ -100,9 +100,9 @@ def test_of_an_input_it_finds_the_least_loss(spec: QuantSpec):
 @each_spec
 def test_of_an_output_it_finds_the_least_loss(spec: QuantSpec):
     layers = quantized(L4, outputs=spec, sequential=False).params["layers"]
-    z = np.asarray(X @ PARAMS["first"])
-    y = np.asarray(np.maximum(z, 0) @ PARAMS["last"])
-    for values, layer in ((z, layers["first"]), (y, layers["last"])):
+    shown = np.maximum(np.asarray(X @ PARAMS["first"]), 0)  # by the ReLU
+    y = np.asarray(shown @ PARAMS["last"])
+    for values, layer in ((shown, layers["first"]), (y, layers["last"])):
         values = values.reshape(-1)
         own = loss(values, float(layer.outputs.scale), int(layer.outputs.zero_point), spec)
         # Scales of outputs are rounded to 16 bits; and see above.
