@@ -1,24 +1,26 @@
-"""Jitted functions that are compiled to run a few times: the time to compile them counts most."""
+"""How functions are compiled: to run a few times, or to run fast."""
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 from jax.core import Tracer
 
 F = TypeVar("F", bound=Callable[..., Any])
+Options = tuple[tuple[str, Any], ...]
 
-# On a CPU XLA's older emitters of loops take half the time to compile, for code as fast, and code
-# cut into more parts than there are cores takes longer.
-FAST_TO_COMPILE = {
+# What fits a network runs a few times: the time to compile it counts most. On a CPU XLA's older
+# emitters of loops take half the time to compile, for code as fast, and code cut into more parts
+# than there are cores takes longer.
+FAST_TO_COMPILE: dict[str, Any] = {
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_parallel_codegen_split_count": os.cpu_count() or 1,
 }
 
-
-Options = tuple[tuple[str, Any], ...]
+# What users call again and again is compiled as they set up XLA.
+FAST_TO_RUN: dict[str, Any] = {}
 
 
 @functools.cache
@@ -33,30 +35,34 @@ def _known(options: Options) -> Options:
     return options
 
 
+def compiled(function: F, options: Mapping[str, Any], **static: Any) -> F:
+    """`jax.jit` with options of the compiler; within another program it becomes a part of that.
+
+    Args:
+      function: the function.
+      options: of the compiler, read whenever it is called.
+      static: `static_argnums` and `static_argnames` of `jax.jit`.
+    """
+
+    @functools.cache
+    def jitted(options: Options) -> Callable[..., Any]:
+        return jax.jit(function, compiler_options=dict(options) or None, **static)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        found = tuple(options.items())
+        if found and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+            return function(*args, **kwargs)  # options are those of the program around it
+        return jitted(_known(found) if found else ())(*args, **kwargs)
+
+    return call  # pyright: ignore
+
+
 def program(
     *,
     static_argnums: int | Sequence[int] | None = None,
     static_argnames: str | Sequence[str] | None = None,
 ) -> Callable[[F], F]:
-    """`jax.jit` for a function of a module; within another program it becomes a part of that.
-
-    Args:
-      static_argnums: as of `jax.jit`.
-      static_argnames: as of `jax.jit`.
-    """
-
-    def decorate(function: F) -> F:
-        @functools.cache
-        def jitted(options: Options) -> Callable[..., Any]:
-            static = {"static_argnums": static_argnums, "static_argnames": static_argnames}
-            return jax.jit(function, compiler_options=dict(options), **static)  # pyright: ignore
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
-                return function(*args, **kwargs)
-            return jitted(_known(tuple(FAST_TO_COMPILE.items())))(*args, **kwargs)
-
-        return call  # pyright: ignore
-
-    return decorate
+    """Compiles a function of a module to run a few times; the arguments are those of `jax.jit`."""
+    static = {"static_argnums": static_argnums, "static_argnames": static_argnames}
+    return lambda function: compiled(function, FAST_TO_COMPILE, **static)

@@ -1,6 +1,8 @@
 """Strict JAX for every test: no silent dtype or rank promotion; four CPU devices for sharding.
 
-What one worker compiles the other one reads from a folder that lasts as long as the run.
+Most of the time goes into compiling for little data, so XLA optimizes nothing, and what one worker
+compiles the other one reads from a folder that lasts as long as the run. Tests that compare the
+bits of networks, or run much data, compile as users do: see the fixture `optimized`.
 
 The report page is checked in a headless Chromium with `--browser`. No package index has one, so
 without the option that check is left out, and the end of the run says so; with it, it fails where
@@ -9,9 +11,12 @@ there is no Chromium.
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jax
@@ -26,9 +31,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 4)
 
-# What fits a network runs once here, on little data: most of its time is the compiler's. Networks,
-# whose bits tests compare, are compiled as users compile them. See the fixture `optimized`.
-programs.FAST_TO_COMPILE["xla_backend_optimization_level"] = 0
+_OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+_UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+_LEAST_SECONDS = 0.1  # to compile a program, for its way through the folder to pay
 
 # The first example of a property compiles and the others do not, so no example has a deadline.
 # The same examples every run: what fails here fails everywhere.
@@ -37,12 +42,23 @@ hypothesis.settings.load_profile("qjax")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps compiled programs for the other worker, in a folder of this run."""
+    """Has XLA optimize nothing, and keep compiled programs for the other worker."""
     if not hasattr(config, "workerinput"):
         os.environ[_PROGRAMS] = tempfile.mkdtemp(prefix="qjax-tests-")
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_UNOPTIMIZED}"
+        _check_flags()
     jax.config.update("jax_compilation_cache_dir", os.environ[_PROGRAMS])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _check_flags() -> None:
+    """Ends the run where XLA does not know the flags: it ends the process that has them."""
+    probe = [sys.executable, "-c", "import jax; jax.numpy.zeros(1) + 1"]
+    result = subprocess.run(probe, capture_output=True, text=True, check=False)
+    if result.returncode:
+        flags = os.environ["XLA_FLAGS"]
+        pytest.exit(f"this XLA does not take XLA_FLAGS={flags!r}: {result.stderr}", returncode=3)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -89,9 +105,13 @@ def room_for_programs() -> Iterator[None]:
 
 
 @pytest.fixture
-def optimized(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiles what fits a network to run fast: it pays where much data is fitted."""
-    monkeypatch.delitem(programs.FAST_TO_COMPILE, "xla_backend_optimization_level")
+def optimized(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Compiles networks, and what fits them, as users do: the options that do it."""
+    for option, value in _OPTIMIZED.items():
+        monkeypatch.setitem(programs.FAST_TO_RUN, option, value)
+    level = "xla_backend_optimization_level"
+    monkeypatch.setitem(programs.FAST_TO_COMPILE, level, _OPTIMIZED[level])
+    return _OPTIMIZED
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from qjax.graph.chain import ChannelOperation, Graph, affine_chain
 from qjax.graph.jaxpr import Atom, Equations, FlatJaxpr, dtype, shape
 from qjax.graph.naming import layer_names, path_names
 from qjax.graph.operation import Linear, linear_operation
+from qjax.programs import FAST_TO_RUN, compiled
 
 REMEMBERED = 16  # networks, with the programs that were compiled for them
 REMEMBERED_PROGRAMS = 16  # of a network
@@ -167,10 +168,18 @@ class Network:
         """Whether it was made within a trace from outside, and is of no use after that."""
         return any(isinstance(value, Tracer) for value in self.flat.constants.values())
 
-    def program(self, key: Hashable, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled form of a function of this network: jitted once, found by its key later."""
+    def program(
+        self, key: Hashable, function: Callable[..., Any], options: Mapping[str, Any] = FAST_TO_RUN
+    ) -> Callable[..., Any]:
+        """The compiled form of a function of this network: jitted once, found by its key later.
+
+        Args:
+          key: what it does.
+          function: the function.
+          options: of the compiler, see `qjax.programs`.
+        """
         if key not in self.programs:
-            self.programs[key] = jax.jit(function)
+            self.programs[key] = compiled(function, options)
             while len(self.programs) > REMEMBERED_PROGRAMS:
                 self.programs.popitem(last=False)
         self.programs.move_to_end(key)

@@ -9,6 +9,7 @@ import jax
 from qjax.graph.fold import fold
 from qjax.graph.layers import Network, find_layers, shapes_of
 from qjax.graph.schedule import rest_of_params
+from qjax.programs import FAST_TO_COMPILE
 from qjax.run.fake import FAKE
 from qjax.run.function import bind, outputs_of, steps_of
 from qjax.run.interpreter import evaluate
@@ -65,7 +66,7 @@ def tapped(apply_fn: Any, params: Any, x: Any, names: Sequence[str] | None = Non
     """
     network = find_layers(apply_fn, params, shapes_of(x))
     kept = None if names is None else tuple(names)
-    return network.program(f"tap of {kept}", partial(_run, network, kept))
+    return network.program(f"tap of {kept}", partial(_run, network, kept), FAST_TO_COMPILE)
 
 
 def _run(

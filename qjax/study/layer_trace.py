@@ -23,6 +23,7 @@ from qjax.formats.dynamic import ActivationFormat, Dynamic
 from qjax.graph.layers import Site, find_layers, shapes_of
 from qjax.graph.operation import Linear, by_channel, output_matrix
 from qjax.integer.requantize import SHIFT, fixed_point, multiply_shift
+from qjax.programs import program
 from qjax.quantize import Quantized
 from qjax.run.layer import (
     QuantizedLayer,
@@ -216,9 +217,7 @@ def measure_layer(q: Quantized, layer: str, x: Any, params: Any = None) -> Layer
     site, quantized = sites[layer], q.params["layers"][layer]
     actual = run(q.params, x)[1][layer]
     if params is None:
-        operation = site.layer.operation
-        kernel = dequantized_kernel(operation, quantized)
-        bias = dequantized_bias(operation, quantized)
+        kernel, bias = _dequantized(site.layer.operation, quantized)
         return trace_layer(site, quantized, actual, Reference(actual.input, kernel, bias, False))
     floats = float_layers(network, params)
     own = floats["layers"][layer]
@@ -244,18 +243,21 @@ def trace_layer(site: Site, layer: QuantizedLayer, actual: Tap, reference: Refer
     operation = site.layer.operation
     is_dynamic = isinstance(layer.inputs, Dynamic)
     _check_examples(site, layer, actual.input)
-    layer = at_input(operation, layer, actual.input)
     activation, activation_range = _activation(site)
+    read = _operands(operation, layer, actual.input, reference.input)
+    layer = read.layer
 
-    float_patches = _patches(operation, reference.input)
+    float_patches = np.asarray(read.float_patches, np.float64)
     float_kernel = np.asarray(reference.kernel, np.float64)
     float_sums = _sum_products(float_patches, float_kernel)
     float_outputs = float_sums + _by_output_channel(operation, reference.bias)
     float_activated = _clip(float_outputs, activation_range)
 
-    patches_q = _input_codes(operation, layer, actual.input)
-    kernel_q = scaled_kernel(layer) if layer.is_per_group else relative_codes(layer)
-    kernel_q = np.asarray(kernel_q, np.float64)
+    patches_q = np.asarray(read.patches_q, np.float64)
+    if isinstance(layer.inputs, Signs):
+        signs = np.where(patches_q >= 0, 1.0, -1.0)
+        patches_q = signs * np.abs(patches_q).mean(-1, keepdims=True)
+    kernel_q = np.asarray(read.kernel_q, np.float64)
     greatest = float_outputs if float_activated is None else float_activated
     position, group, column = map(int, np.unravel_index(greatest.argmax(), greatest.shape))
     products = patches_q[position, group] * kernel_q[group, :, column]
@@ -263,7 +265,7 @@ def trace_layer(site: Site, layer: QuantizedLayer, actual: Tap, reference: Refer
 
     sums = _sum_products(patches_q, kernel_q)
     bias = _by_output_channel(operation, layer.bias)
-    unit = _by_output_channel(operation, accumulator_scale(operation, layer))
+    unit = _by_output_channel(operation, read.unit)
     acc = sums + bias if layer.has_integer_accumulator else None
     real = sums * unit + bias if acc is None else acc * unit
     input_range = None if layer.grid is None else _relative_range(layer.grid)
@@ -292,11 +294,11 @@ def trace_layer(site: Site, layer: QuantizedLayer, actual: Tap, reference: Refer
         float_sums=float_sums,
         float_outputs=float_outputs,
         float_activated=float_activated,
-        patches=_patches(operation, actual.input),
-        input_scale=None if layer.grid is None else _input_scale(operation, layer.grid),
+        patches=np.asarray(read.patches, np.float64),
+        input_scale=None if layer.grid is None else np.asarray(read.input_scale, np.float64),
         patches_q=patches_q,
         kernel_q=kernel_q,
-        kernel_hat=np.asarray(dequantized_kernel(operation, layer), np.float64),
+        kernel_hat=np.asarray(read.kernel_hat, np.float64),
         products=products[elements],
         input_range=input_range,
         sum_range=None if input_range is None else _sum_range(kernel_q, input_range),
@@ -350,28 +352,67 @@ def _clip(z: np.ndarray, limits: tuple[float, float] | None) -> np.ndarray | Non
 # ---- Operands
 
 
-def _patches(operation: Linear, x: Any) -> np.ndarray:
-    return np.asarray(operation.patches(jnp.asarray(x, jnp.float32)), np.float64)
+class _Operands(NamedTuple):
+    """What a layer multiplies, as arrays of JAX; see `LayerTrace`.
+
+    Attributes:
+      layer: its parameters, the range of its input found.
+      patches_q: centered values in real units where the input is read as signs.
+    """
+
+    layer: QuantizedLayer
+    float_patches: jax.Array
+    patches: jax.Array
+    input_scale: jax.Array | None
+    patches_q: jax.Array
+    kernel_q: jax.Array
+    kernel_hat: jax.Array
+    unit: jax.Array
 
 
-def _input_codes(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> np.ndarray:
+@program(static_argnums=0)
+def _operands(
+    operation: Linear, layer: QuantizedLayer, x: jax.Array, x_reference: jax.Array
+) -> _Operands:
+    layer = at_input(operation, layer, x)
+    return _Operands(
+        layer=layer,
+        float_patches=_patches(operation, x_reference),
+        patches=_patches(operation, x),
+        input_scale=None if layer.grid is None else _input_scale(operation, layer.grid),
+        patches_q=_input_codes(operation, layer, x),
+        kernel_q=scaled_kernel(layer) if layer.is_per_group else relative_codes(layer),
+        kernel_hat=dequantized_kernel(operation, layer),
+        unit=accumulator_scale(operation, layer),
+    )
+
+
+@program(static_argnums=0)
+def _dequantized(operation: Linear, layer: QuantizedLayer) -> tuple[jax.Array, jax.Array]:
+    """Kernel and bias in real units."""
+    return dequantized_kernel(operation, layer), dequantized_bias(operation, layer)
+
+
+def _patches(operation: Linear, x: jax.Array) -> jax.Array:
+    return operation.patches(x.astype(jnp.float32))
+
+
+def _input_codes(operation: Linear, layer: QuantizedLayer, x: jax.Array) -> jax.Array:
     """The patches in codes less the zero point; real values where those are not on one grid."""
     if isinstance(layer.inputs, Signs):
-        left, centered = center(operation, layer.inputs, x)
-        patches = _patches(left, centered)
-        return np.where(patches >= 0, 1.0, -1.0) * np.abs(patches).mean(-1, keepdims=True)
+        return _patches(*center(operation, layer.inputs, x))
     if layer.grid is None:
         return _patches(operation, x)
     codes = quantize_array(x, layer.grid).astype(jnp.int32) - layer.grid.zero_point
     return _patches(operation, codes)
 
 
-def _input_scale(operation: Linear, inputs: QParams) -> np.ndarray:
+def _input_scale(operation: Linear, inputs: QParams) -> jax.Array:
     """The scale of every element of a patch, [G or 1, K or 1]."""
     if not inputs.scale.ndim:
-        return np.asarray(inputs.scale, np.float64).reshape(1, 1)
+        return inputs.scale.reshape(1, 1)
     ones = jnp.ones((*operation.matrix_shape[:2], 1))
-    return np.asarray(fold_input_scales(operation, inputs, ones), np.float64)[:, :, 0]
+    return fold_input_scales(operation, inputs, ones)[:, :, 0]
 
 
 def _relative_range(qparams: QParams) -> tuple[float, float]:
@@ -407,14 +448,22 @@ def _by_output_channel(operation: Linear, vector: Any) -> np.ndarray:
 
 def _requantize(acc: np.ndarray, unit: np.ndarray, scale: np.ndarray) -> Requantized:
     multiplier = unit / scale
-    integers, scales = jnp.asarray(acc, jnp.int32), jnp.float32(multiplier[None])
-    mantissa, shift = fixed_point(scales)
-    if np.all(np.frexp(multiplier)[0] == 0.5):  # in fixed point
-        rounded = SHIFT.requantize(integers, scales)
-    else:
-        rounded = multiply_shift(integers, mantissa, shift, rounds=True)
-    mantissa, shift, rounded = (np.asarray(part, np.float64) for part in (mantissa, shift, rounded))
+    in_fixed_point = bool(np.all(np.frexp(multiplier)[0] == 0.5))
+    arrays = jnp.asarray(acc, jnp.int32), jnp.asarray(multiplier[None], jnp.float32)
+    found = _multiplied(in_fixed_point, *arrays)
+    mantissa, shift, rounded = (np.asarray(part, np.float64) for part in found)
     return Requantized(multiplier, mantissa[0], shift[0], rounded)
+
+
+@program(static_argnums=0)
+def _multiplied(
+    in_fixed_point: bool, acc: jax.Array, multiplier: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(m, n, round(M·acc)), M = m / 2^n."""
+    mantissa, shift = fixed_point(multiplier)
+    if in_fixed_point:
+        return mantissa, shift, SHIFT.requantize(acc, multiplier)
+    return mantissa, shift, multiply_shift(acc, mantissa, shift, rounds=True)
 
 
 def _round_outputs(
@@ -429,7 +478,7 @@ def _round_outputs(
 
 def _round_activated(operation: Linear, qparams: QParams, real: np.ndarray) -> Rounded:
     scale, zero_point = _grid(operation, qparams)
-    codes = np.asarray(quantize_array(jnp.float32(real), qparams), np.float64)
+    codes = np.asarray(_codes(jnp.asarray(real, jnp.float32), qparams), np.float64)
     return Rounded(
         scale, zero_point, real / scale + zero_point, codes, (codes - zero_point) * scale
     )
@@ -446,6 +495,9 @@ def _grid(operation: Linear, qparams: QParams) -> tuple[np.ndarray, np.ndarray]:
     return scale, zero_point
 
 
+_codes = program()(quantize_array)
+
+
 def _like_output_matrix(operation: Linear, qparams: QParams) -> QParams:
     """Qparams of an output for its [P, G, M]: scalars, or [1, G, M]."""
     if not qparams.scale.ndim:
@@ -458,8 +510,11 @@ def _like_output_matrix(operation: Linear, qparams: QParams) -> QParams:
     return dataclasses.replace(qparams, scale=scale, zero_point=zero_point)
 
 
+_output_matrix = program(static_argnums=0)(output_matrix)
+
+
 def _matrix(operation: Linear, output: jax.Array) -> np.ndarray:
-    return np.asarray(output_matrix(operation, output), np.float64)
+    return np.asarray(_output_matrix(operation, output), np.float64)
 
 
 def _agreement(site: Site, layer: QuantizedLayer, actual: Tap, codes: np.ndarray) -> float | None:
@@ -468,6 +523,11 @@ def _agreement(site: Site, layer: QuantizedLayer, actual: Tap, codes: np.ndarray
     if site.movement or is_rounded_again or layer.outputs is None:
         return None
     operation = site.layer.operation
-    output = jnp.float32(output_matrix(operation, actual.output))
-    own = quantize_array(output, _like_output_matrix(operation, layer.outputs))
+    own = _output_codes(operation, actual.output, layer.outputs)
     return float(np.mean(np.asarray(own) == codes))
+
+
+@program(static_argnums=0)
+def _output_codes(operation: Linear, output: jax.Array, qparams: QParams) -> jax.Array:
+    matrix = output_matrix(operation, output).astype(jnp.float32)
+    return quantize_array(matrix, _like_output_matrix(operation, qparams))

@@ -115,6 +115,7 @@ def codes_differ(q: qjax.Quantized, x: Any, arithmetic: Any) -> tuple[float, int
     return differing / sum(d.size for d in off), max(int(d.max()) for d in off)
 
 
+@pytest.mark.usefixtures("optimized")
 @each_case
 def test_the_codes_are_those_of_fake_quantization(id: str):
     share, most = codes_differ(quantized(id), CASES[id].x, "float")
@@ -139,11 +140,11 @@ def test_the_codes_of_residual_sums_are_the_same_in_every_program():
 
 
 @pytest.mark.parametrize("kind", ["fake", "integer"])
-def test_no_quotient_is_left_to_the_compiler(kind: str):
+def test_no_quotient_is_left_to_the_compiler(kind: str, optimized: dict[str, Any]):
     """It computes some as products with the reciprocal, which round differently."""
     q, x = quantized("linen_resnet"), CASES["linen_resnet"].x
     codes = q.apply_fn.codes if kind == "fake" else qjax.integer(q).codes
-    text = jax.jit(codes).lower(q.params, x).compile().as_text()
+    text = jax.jit(codes).lower(q.params, x).compile(optimized).as_text()
     assert text is not None
     quotients = re.findall(r"= f32\[([\d,]*)\]\S* divide\(", text)
     assert quotients and set(quotients) <= {"", "1"}, "only reciprocals of scales"
