@@ -6,7 +6,6 @@ group) the same α scales every range of the curve; a cost function chooses for 
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +27,7 @@ from qjax.graph.operation import Linear
 from qjax.objectives.divergence import KL, divergence
 from qjax.objectives.errors import MSE, OUTPUT_MSE
 from qjax.objectives.table import OBJECTIVES
+from qjax.programs import program
 from qjax.recipe import LayerRecipe
 from qjax.run.layer import QuantizedLayer, apply_layer
 
@@ -41,8 +41,8 @@ class ChosenRange(NamedTuple):
 
     Attributes:
       method: the name of its objective.
-      share: its range's share of the extremes' range, mean over scales; for the output by
-        `output_mse` of the part that the activation lets through.
+      share: its range's share of the extremes' range, mean over scales; for the output of the part
+        that the activation lets through.
       tensor_sqnr_db: of the tensor in that range.
       output_sqnr_db: of the layer's output after the activation, all else in float.
     """
@@ -164,7 +164,7 @@ def _shrunk(sample: Any, spec: QuantSpec, share: jax.Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[:, :, 0] if leaf.ndim > 2 else leaf, format)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@program(static_argnums=(0, 1, 2))
 def _weight_curves(
     operation: Linear, stride: int, spec: QuantSpec, kernel: jax.Array, x: jax.Array
 ) -> _Measured:
@@ -181,7 +181,7 @@ def _weight_curves(
     return _measured(sample, spec, quality, sample.pooled())
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@program(static_argnums=(0, 1))
 def _input_curves(operation: Linear, spec: QuantSpec, kernel: jax.Array, x: jax.Array) -> _Measured:
     patches = sampled_patches(operation, x[None])
     sample = InputSample(x[None], *extremes_of(x), patches, kernel)
@@ -196,7 +196,7 @@ def _input_curves(operation: Linear, spec: QuantSpec, kernel: jax.Array, x: jax.
     return _measured(sample, spec, quality, sample)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@program(static_argnums=(0, 1, 2))
 def _output_curves(
     operation: Linear, activation: Activation, spec: QuantSpec, folded: QuantizedLayer, x: jax.Array
 ) -> _Measured:

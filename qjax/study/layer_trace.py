@@ -478,7 +478,7 @@ def _round_outputs(
 
 def _round_activated(operation: Linear, qparams: QParams, real: np.ndarray) -> Rounded:
     scale, zero_point = _grid(operation, qparams)
-    codes = np.asarray(_codes(jnp.asarray(real, jnp.float32), qparams), np.float64)
+    codes = np.asarray(quantize_array(jnp.asarray(real, jnp.float32), qparams), np.float64)
     return Rounded(
         scale, zero_point, real / scale + zero_point, codes, (codes - zero_point) * scale
     )
@@ -493,9 +493,6 @@ def _grid(operation: Linear, qparams: QParams) -> tuple[np.ndarray, np.ndarray]:
         for leaf in (own.scale, own.zero_point)
     )
     return scale, zero_point
-
-
-_codes = program()(quantize_array)
 
 
 def _like_output_matrix(operation: Linear, qparams: QParams) -> QParams:

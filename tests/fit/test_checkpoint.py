@@ -60,8 +60,8 @@ def saved(path: Path, q: qjax.Quantized) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def whole(optimized: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The bytes of a run that nobody interrupts, compiled as another process compiles it."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The bytes of a run that nobody interrupts."""
     return saved(tmp_path_factory.mktemp("whole") / "artifact", run(None))
 
 

@@ -77,10 +77,10 @@ LEVELS = [-(2.0**-k) for k in range(7)] + [0.0] + [2.0**-k for k in range(6, -1,
 RNG = np.random.default_rng(0)
 MIX = RNG.normal(size=(20, 20)) / np.sqrt(20) + np.eye(20)  # correlated inputs: GPTQ pays
 X = jnp.asarray(RNG.normal(size=(256, 20)) @ MIX, jnp.float32)
-PARAMS = {
-    "first": jnp.asarray(RNG.normal(size=(20, 12)) / 4, jnp.float32),
-    "bias": jnp.asarray(RNG.normal(size=(1, 12)) / 4, jnp.float32),
-    "last": jnp.asarray(RNG.normal(size=(12, 5)) / 3, jnp.float32),
+PARAMS = {  # all of one shape, so that a recipe compiles for one layer
+    "first": jnp.asarray(RNG.normal(size=(20, 20)) / 4, jnp.float32),
+    "bias": jnp.asarray(RNG.normal(size=(1, 20)) / 4, jnp.float32),
+    "last": jnp.asarray(RNG.normal(size=(20, 20)) / 3, jnp.float32),
 }
 
 
@@ -166,9 +166,9 @@ def test_the_report_has_its_width_and_its_bytes():
     record = q.report[0]
     assert record.weight_bits == 4
     # codes, scales, table of levels, bias, and scale and zero point of input and output
-    assert record.bytes_quantized == 20 * 12 // 2 + 4 * 12 + 4 * 15 + 4 * 12 + 2 * 8
+    assert record.bytes_quantized == 20 * 20 // 2 + 4 * 20 + 4 * 15 + 4 * 20 + 2 * 8
     assert "4/8/8" in str(q.report)
-    assert qjax.cost(q)[0].bit_operations == 20 * 12 * 4 * 8
+    assert qjax.cost(q)[0].bit_operations == 20 * 20 * 4 * 8
 
 
 def test_a_layer_is_explained():
@@ -188,7 +188,7 @@ def test_a_layer_is_explained():
 def test_packing_keeps_it():
     q = quantized()
     packed = qjax.pack(q.params)
-    assert packed["layers"]["first"].kernel.stream.nbytes == 20 * 12 // 2
+    assert packed["layers"]["first"].kernel.stream.nbytes == 20 * 20 // 2
     y = jax.jit(lambda packed, x: q.apply_fn(qjax.unpack(packed), x))(packed, X)
     np.testing.assert_array_equal(y, q.apply_fn(q.params, X))
 
