@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pretrained import cards, converters, own_models
 from pretrained.models import build
-from pretrained.preprocessing import IMAGENET, Preprocessing
+from pretrained.preprocessing import Preprocessing
 
 FOLDER = Path(__file__).parent
 
@@ -40,25 +40,25 @@ def load(name: str) -> Pretrained:
     """Loads a model with its weights.
 
     Args:
-      name: one of `names()`; or PyTorch weights of a ResNet (see `converters`): the path of a
-        safetensors file, or `hf-hub:owner/name`. These take ImageNet's preprocessing, and CIFAR-10
-        as their dataset where they have ten classes. Or `package.module:function`, a function that
-        makes a network, see `own_models`.
+      name: one of `names()`; or weights of a ResNet, a MobileNetV2 or an EfficientNet-Lite (see
+        `converters`): the path of a safetensors file, or `hf-hub:owner/name`. These have CIFAR-10
+        as their dataset where they have ten classes, else ImageNet. Or `package.module:function`,
+        a function that makes a network, see `own_models`.
 
     Raises:
       ValueError: if there is no such model, or its weights are not the ones of its card.
     """
     if name.endswith(".safetensors") or name.startswith("hf-hub:"):
-        model, params = _converted(name)
+        model, params, preprocess = converters.load(name)
         dataset = "cifar10" if model.num_classes == 10 else "imagenet2012"
-        return Pretrained(name, model.apply, params, IMAGENET, dataset, {})
+        return Pretrained(name, model.apply, params, preprocess, dataset, {})
     if own_models.is_own(name):
         return Pretrained(name, *own_models.load(name), "", {})
     if name not in names():
         raise ValueError(
             f"`name` must be one of {', '.join(names())}, the path of a safetensors file with "
-            "PyTorch weights of a ResNet, or package.module:function, which returns (apply_fn, "
-            f"params); got {name!r}."
+            "weights of a ResNet, a MobileNetV2 or an EfficientNet-Lite, or "
+            f"package.module:function, which returns (apply_fn, params); got {name!r}."
         )
     params, card = cards.read(FOLDER / name)
     try:
@@ -72,15 +72,3 @@ def load(name: str) -> Pretrained:
             f"{FOLDER / name / cards.CARD} is damaged: {error!r}. Fetch it again."
         ) from error
     return Pretrained(name, model.apply, params, preprocess, card["dataset"], card)
-
-
-def _converted(source: str) -> tuple[Any, Any]:
-    """The network of a file of PyTorch weights."""
-    tensors = converters.read_torch(source)
-    try:
-        return converters.convert_resnet(tensors)
-    except (LookupError, TypeError, ValueError) as error:
-        reason = (
-            str(error) if isinstance(error, ValueError) else f"shapes of another kind ({error})"
-        )
-        raise ValueError(f"{source} holds no weights of a ResNet: {reason}") from error

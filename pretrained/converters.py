@@ -1,22 +1,22 @@
-"""PyTorch weights for our ResNets: the CIFAR ResNets of akamaster, and timm's and torchvision's.
+"""Weights that others trained, for the networks that we have.
 
-Both name their tensors `conv1`, `bn1`, `layer1.0.conv1`, …; they differ in the shortcut
-(`shortcut.0` or `downsample.0`) and in the last layer (`linear` or `fc`). What the network looks
-like is read off the names and shapes.
+ResNets: the CIFAR ResNets of akamaster, and timm's and torchvision's. They name their tensors
+`conv1`, `bn1`, `layer1.0.conv1`, …, and differ in the shortcut (`shortcut.0` or `downsample.0`) and
+in the last layer (`linear` or `fc`). What the network looks like is read off the names and shapes.
+MobileNetV2 and EfficientNet-Lite: see `pretrained.mobilenet_weights`.
 """
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from pretrained import flax_tree, mobilenet_weights
+from pretrained.preprocessing import IMAGENET, LITE, SYMMETRIC, Preprocessing
 from pretrained.resnet import ResNet
 
 _MODULES = (
@@ -27,11 +27,54 @@ _MODULES = (
     (r"layer(\d+)\.(\d+)\.(?:shortcut|downsample)\.0", r"layer\1/block\2/shortcut_conv"),
     (r"layer(\d+)\.(\d+)\.(?:shortcut|downsample)\.1", r"layer\1/block\2/shortcut_bn"),
 )
-_STATISTICS = {"running_mean": "mean", "running_var": "var"}
 
 
-def read_torch(source: str) -> dict[str, np.ndarray]:
-    """Reads PyTorch tensors from a safetensors file, local or on the Hugging Face hub.
+class Converted(NamedTuple):
+    """A network with its weights.
+
+    Attributes:
+      model: the module.
+      variables: its variables.
+      preprocess: what it was trained with.
+    """
+
+    model: Any
+    variables: Any
+    preprocess: Preprocessing
+
+
+def load(source: str) -> Converted:
+    """Reads a network's weights and tells which network it is.
+
+    Args:
+      source: as of `read_tensors`. A name with `tf_` in it, as timm has them, is that of a network
+        of TensorFlow, which pads otherwise.
+
+    Raises:
+      ImportError: as of `read_tensors`.
+      ValueError: as of `read_tensors`; or tensors of no network that we have.
+    """
+    tensors = read_tensors(source)
+    try:
+        return _convert(tensors, is_from_tensorflow="tf_" in source.rpartition("/")[2])
+    except (LookupError, TypeError, ValueError) as error:
+        reason = (
+            str(error) if isinstance(error, ValueError) else f"shapes of another kind ({error})"
+        )
+        raise ValueError(f"{source} holds no weights of a network known here: {reason}") from error
+
+
+def _convert(tensors: Mapping[str, np.ndarray], is_from_tensorflow: bool) -> Converted:
+    if not mobilenet_weights.is_mobilenet(tensors):
+        return Converted(*convert_resnet(tensors), IMAGENET)
+    model, variables = mobilenet_weights.convert_mobilenet(tensors, is_from_tensorflow)
+    if "params/stem/kernel" in tensors:
+        return Converted(model, variables, LITE)
+    return Converted(model, variables, SYMMETRIC if is_from_tensorflow else IMAGENET)
+
+
+def read_tensors(source: str) -> dict[str, np.ndarray]:
+    """Reads tensors from a safetensors file, local or on the Hugging Face hub.
 
     Args:
       source: a path ending in `.safetensors`, or `hf-hub:owner/name`, whose `model.safetensors` is
@@ -74,24 +117,10 @@ def convert_resnet(tensors: Mapping[str, np.ndarray]) -> tuple[ResNet, Any]:
     converted = {}
     for name, tensor in tensors.items():
         if not name.endswith("num_batches_tracked"):
-            converted[_path(name)] = _in_flax_layout(tensor)
+            converted[_path(name)] = flax_tree.in_flax_layout(tensor)
     model = _describe(tensors)
-    image = jax.ShapeDtypeStruct((1, 64, 64, converted["params/stem/kernel"].shape[2]), jnp.float32)
-    expected: Any = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image), sep="/")
-    shapes = {path: tensor.shape for path, tensor in converted.items()}
-    wrong = {path for path in shapes.keys() | expected if not _agrees(path, shapes, expected)}
-    if wrong:
-        path = min(wrong)
-        raise ValueError(
-            f"`tensors` must hold the weights of {model}; at {path!r} expected "
-            f"{expected[path].shape if path in expected else 'nothing'}, got "
-            f"{shapes.get(path, 'nothing')}."
-        )
-    return model, unflatten_dict(converted, sep="/")
-
-
-def _agrees(path: str, shapes: Mapping[str, tuple], expected: Mapping[str, Any]) -> bool:
-    return path in shapes and path in expected and shapes[path] == expected[path].shape
+    channels = converted["params/stem/kernel"].shape[2]
+    return model, flax_tree.variables_of(model, converted, channels)
 
 
 def _path(name: str) -> str:
@@ -100,17 +129,8 @@ def _path(name: str) -> str:
     for pattern, replacement in _MODULES:
         if re.fullmatch(pattern, module):
             path = re.sub(pattern, replacement, module)
-            if leaf in _STATISTICS:
-                return f"batch_stats/{path}/{_STATISTICS[leaf]}"
-            kind = "scale" if path.rpartition("/")[2].count("bn") else "kernel"
-            return f"params/{path}/{kind if leaf == 'weight' else leaf}"
+            return flax_tree.variable(path, leaf)
     raise ValueError(f"`tensors` must be those of a ResNet; {name!r} is none of its names.")
-
-
-def _in_flax_layout(tensor: np.ndarray) -> np.ndarray:
-    if tensor.ndim == 4:
-        return np.ascontiguousarray(tensor.transpose(2, 3, 1, 0))
-    return np.ascontiguousarray(tensor.T)
 
 
 def _describe(tensors: Mapping[str, np.ndarray]) -> ResNet:

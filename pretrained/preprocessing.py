@@ -46,3 +46,5 @@ DIGITS = Preprocessing(16.0, (0.0,), (1.0,))
 MNIST = Preprocessing(255.0, (0.1307,), (0.3081,))
 CIFAR10 = Preprocessing(255.0, (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
 IMAGENET = Preprocessing(255.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SYMMETRIC = Preprocessing(255.0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+LITE = Preprocessing(1.0, (127.0, 127.0, 127.0), (128.0, 128.0, 128.0))  # EfficientNet-Lite

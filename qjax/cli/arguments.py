@@ -28,8 +28,9 @@ from qjax.targets import TARGETS
 
 MODEL = "resnet20-digits"
 MODELS = (
-    "pretrained model, safetensors file with PyTorch weights of a ResNet, or "
-    "package.module:function that returns (apply_fn, params) or (apply_fn, params, preprocess)"
+    "pretrained model, safetensors file with weights of a ResNet, a MobileNetV2 or an "
+    "EfficientNet-Lite, or package.module:function that returns (apply_fn, params) or (apply_fn, "
+    "params, preprocess)"
 )
 BITS = 8
 FLOAT = "float"

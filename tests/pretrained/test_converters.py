@@ -172,5 +172,5 @@ def test_tensors_of_another_rank_name_their_file(tmp_path: pathlib.Path, name: s
     assert name in tensors
     file = tmp_path / "weights.safetensors"
     save_file(tensors | {name: np.zeros((1,) * rank, np.float32)}, file)
-    with pytest.raises(ValueError, match=f"{file} holds no weights of a ResNet"):
+    with pytest.raises(ValueError, match=f"{file} holds no weights of a network"):
         pretrained.load(str(file))
