@@ -103,6 +103,22 @@ CASES = (
         (3, 9, 2),
     ),
     Case(
+        "kernel_per_channel",
+        conv(NHWC, (2, 1), ((1, 2), (-1, 1)), lhs_dilation=(1, 2), feature_group_count=3),
+        (2, 5, 6, 3),
+        (3, 2, 1, 3),
+        "depthwise_conv",
+        (3, 6, 1),
+    ),
+    Case(
+        "kernel_per_channel_mixed",
+        conv("NHCW OWHI NWHC", (1, 2), "SAME", rhs_dilation=(2, 1), feature_group_count=3),
+        (2, 7, 3, 6),
+        (3, 2, 3, 1),
+        "depthwise_conv",
+        (3, 6, 1),
+    ),
+    Case(
         "channels_first",
         conv("NCHW OIHW NCHW", (2, 2), "SAME", feature_group_count=2),
         (2, 4, 5, 6),

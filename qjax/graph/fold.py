@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from qjax.graph import jaxpr
 from qjax.graph.chain import ChannelOperation
@@ -67,7 +66,7 @@ def apply_folded(operation: Linear, folded: Folded, x: jax.Array) -> jax.Array:
       float32[...], in the shape that the operation gives.
     """
     kernel = operation.from_matrix(folded.kernel)
-    y = operation.apply(x.astype(jnp.float32), kernel, precision=lax.Precision.HIGHEST)
+    y = operation.evaluate(x.astype(jnp.float32), kernel)
     return y + along_channels(operation, folded.bias, y.ndim)
 
 

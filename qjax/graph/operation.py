@@ -67,6 +67,10 @@ class Linear(Protocol):
         """Computes the operation; `options` go to the primitive."""
         ...
 
+    def evaluate(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Computes the operation in full precision, by what is fastest on the device."""
+        ...
+
     def to_matrix(self, kernel: jax.Array) -> jax.Array:
         """Reorders a kernel to [groups, patch, channels]."""
         ...
@@ -99,6 +103,9 @@ class Linear(Protocol):
     def per_group(self) -> "Linear":
         """The same operation with one output channel to a group."""
         ...
+
+
+_TAPS = 49  # of a kernel per channel that is summed over: 7 by 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +168,44 @@ class Convolution:
             self.groups,
             **options,
         )
+
+    def evaluate(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Convolves in full precision.
+
+        On a CPU a channel that meets a kernel of its own is a sum of shifted products: XLA's
+        convolution takes four times as long for it.
+        """
+        _, taps, multiplier = self.matrix_shape
+        is_summed = self.kind == "depthwise_conv" and multiplier == 1 and taps <= _TAPS
+        if is_summed and jax.default_backend() == "cpu":
+            return self._sum_shifted(x, kernel)
+        return self.apply(x, kernel, precision=lax.Precision.HIGHEST)
+
+    def _sum_shifted(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Σ_k x[· + k]·w[k], for a kernel per channel."""
+        numbers = self.dimension_numbers
+        axes = numbers.lhs_spec
+        left, x = self.padded(x, jnp.zeros((), x.dtype))
+        matrix = self.to_matrix(kernel)[:, :, 0]
+        window = [self.kernel_shape[axis] for axis in numbers.rhs_spec[2:]]
+        ends = [
+            (x.shape[axis] - (extent - 1) * step - 1) // stride * stride + 1
+            for axis, extent, step, stride in zip(
+                axes[2:], window, left.rhs_dilation, left.window_strides, strict=True
+            )
+        ]
+        total = None
+        for tap, offsets in enumerate(np.ndindex(*window)):
+            starts, limits, strides = [0] * x.ndim, list(x.shape), [1] * x.ndim
+            for i, axis in enumerate(axes[2:]):
+                starts[axis] = offsets[i] * left.rhs_dilation[i]
+                limits[axis] = starts[axis] + ends[i]
+                strides[axis] = left.window_strides[i]
+            shifted = lax.slice(x, starts, limits, strides)
+            product = shifted * lax.broadcast_in_dim(matrix[:, tap], shifted.shape, (axes[1],))
+            total = product if total is None else total + product
+        assert total is not None
+        return total.transpose([axes[numbers.out_spec.index(axis)] for axis in range(x.ndim)])
 
     def to_matrix(self, kernel: jax.Array) -> jax.Array:
         """Reorders a kernel to [groups, patch, channels]."""
@@ -349,6 +394,10 @@ class DotProduct:
             dimensions = ((axes, x_axes), (batch, x_batch))
             return lax.dot_general(kernel, x, dimensions, **options)
         return lax.dot_general(x, kernel, (self.contracting, self.batch), **options)
+
+    def evaluate(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Multiplies in full precision."""
+        return self.apply(x, kernel, precision=lax.Precision.HIGHEST)
 
     def to_matrix(self, kernel: jax.Array) -> jax.Array:
         """Reorders a kernel to [groups, patch, channels]."""

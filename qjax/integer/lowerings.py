@@ -364,8 +364,7 @@ def _accumulate_float(
             for array, axis in zip((values, kernel), axes, strict=True)
         )
         pairs = list(zip(*sliced, strict=True))
-    precision = lax.Precision.HIGHEST
-    parts = [operation.apply(*pair, precision=precision) for pair in pairs]
+    parts = [operation.evaluate(*pair) for pair in pairs]
     if not lowering.stays_float:
         parts = [part.astype(jnp.int32) for part in parts]
     acc = sum(parts[1:], parts[0])

@@ -135,7 +135,7 @@ class TrainableFunction:
         if isinstance(frame.inputs, Signs):
             return _product_of_signs(operation, Signs(layer["shift"]), frame.width, kernel, x)
         x = self._projected(frame, layer, "inputs", x.astype(jnp.float32))
-        return operation.apply(x, operation.from_matrix(kernel), precision=lax.Precision.HIGHEST)
+        return operation.evaluate(x, operation.from_matrix(kernel))
 
     def _bias(self, frame: Frame, layers: Mapping[str, Params], layer: Params) -> jax.Array:
         """The bias as it will be: rounded to the accumulator's scale s_w·s_x, where that is one."""
@@ -179,7 +179,7 @@ def _product_of_signs(
     left, centered = center(operation, inputs, x)
     inside = jnp.clip(centered / width, -1, 1)
     codes = straight_through(signs(inside), inside)
-    y = left.apply(codes, left.from_matrix(kernel), precision=lax.Precision.HIGHEST)
+    y = left.evaluate(codes, left.from_matrix(kernel))
     return y * magnitudes(left, centered)
 
 

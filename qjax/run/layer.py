@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from qjax.formats.affine import QParams, float_codes, round_codes
 from qjax.formats.base import elementwise, expand_groups
@@ -310,7 +309,7 @@ def _accumulate(
         return acc, _rounded_product(scale, magnitudes(left, centered))
     x = x.astype(jnp.float32) if layer.grid is None else float_codes(x, layer.grid)
     kernel = relative_codes(layer) if layer.has_scale_per_sum else scaled_kernel(layer)
-    acc = operation.apply(x, operation.from_matrix(kernel), precision=lax.Precision.HIGHEST)
+    acc = operation.evaluate(x, operation.from_matrix(kernel))
     if layer.has_integer_accumulator:
         acc = acc + along_channels(operation, layer.bias.astype(jnp.float32), acc.ndim)
     return acc, along_channels(operation, accumulator_scale(operation, layer), acc.ndim)

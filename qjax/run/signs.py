@@ -36,7 +36,7 @@ def magnitudes(operation: Linear, centered: jax.Array) -> jax.Array:
     single = operation.per_group
     groups, patch, _ = single.matrix_shape
     kernel = single.from_matrix(jnp.full((groups, patch, 1), 1 / patch, jnp.float32))
-    means = single.apply(jnp.abs(centered), kernel, precision=lax.Precision.HIGHEST)
+    means = single.evaluate(jnp.abs(centered), kernel)
     for axis, size in zip(operation.channel_axes, operation.channel_sizes, strict=True):
         if means.shape[axis] not in (1, size):
             means = jnp.repeat(means, size // means.shape[axis], axis)
@@ -52,7 +52,7 @@ def sum_of_signs(operation: Linear, kernel: jax.Array, centered: jax.Array) -> j
       centered: x − t.
     """
     matrix = operation.from_matrix(kernel.astype(jnp.float32))
-    return operation.apply(signs(centered), matrix, precision=lax.Precision.HIGHEST)
+    return operation.evaluate(signs(centered), matrix)
 
 
 def pack_signs(x: jax.Array) -> jax.Array:

@@ -161,7 +161,7 @@ class _Simulation:
 def _simulated_layer(site: Site, layer: Simulated, x: jax.Array) -> jax.Array:
     operation = site.layer.operation
     x = _on_grid(x.astype(jnp.float32), layer.inputs)
-    y = operation.apply(x, operation.from_matrix(layer.kernel))
+    y = operation.evaluate(x, operation.from_matrix(layer.kernel))
     y = y + along_channels(operation, layer.bias, y.ndim)
     return site.movement(_on_grid(y, layer.outputs))
 

@@ -34,6 +34,7 @@ def test_patches_times_matrix_is_the_operation(case: operations.Case):
     y = operations.apply(operation, x, kernel)
     expected = case.function(*((kernel, x) if case.kernel_is_lhs else (x, kernel)))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(operation.evaluate(x, kernel), expected, rtol=1e-5, atol=1e-5)
     matrix = operation.to_matrix(kernel)
     product = np.einsum("pgk,gkm->pgm", operations.patches(operation, x), matrix)
     np.testing.assert_allclose(product, by_channel(operation, y), rtol=1e-5, atol=1e-5)
