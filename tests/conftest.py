@@ -100,7 +100,7 @@ def room_for_programs() -> Iterator[None]:
     Hundreds of networks are compiled in one process here; a program takes some ten maps of 65,530.
     """
     yield
-    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 35_000:
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 48_000:
         jax.clear_caches()
 
 

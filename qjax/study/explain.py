@@ -120,7 +120,7 @@ def explain(q: Quantized, layer: str, x: Any, params: Any = None) -> Explanation
       kernel codes int8 (64.0, 127.0)
       accumulator int32 (31800.0,)
       bias int32 (31800.0,)
-      requantization int32 (203.0,)
+      requantization int32 (255.0,)
       zero point and clamp uint8 (255.0,)
     """
     trace = measure_layer(q, layer, x, params)
