@@ -358,8 +358,8 @@ def sqnr_db(reference: jax.Array, approximation: jax.Array) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> print(sqnr_db(jnp.array([3.0, 4.0]), jnp.array([3.0, 3.5])))
-      20.0
+      >>> print(f"{sqnr_db(jnp.array([3.0, 4.0]), jnp.array([3.0, 3.5])):.2f} dB")
+      20.00 dB
     """
     unit = magnitude(jnp.max(jnp.abs(reference), initial=0))
     signal = jnp.sum(jnp.square(reference / unit))
