@@ -19,6 +19,7 @@ import small
 from onnx_runtime import quantized, run
 
 import qjax
+from qjax.objectives.table import OBJECTIVES
 
 CASES = {case.id: case for case in models.CASES}
 
@@ -256,3 +257,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, q: qjax.Qua
 def test_nothing_else_loads_onnx():
     code = "import sys, qjax, qjax.cli.main; assert 'onnx' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_a_relu_is_the_clamp_of_the_codes(method: str, tmp_path: Path):
+    q, x = small.quantized(range_method=method), small.images()
+    operators = run(qjax.to_onnx(q, x), x, tmp_path).operators
+    assert operators["QLinearConv"] == 1 and not operators["Relu"]
