@@ -18,6 +18,7 @@ from qjax.fit.layerwise import calibrate
 from qjax.graph.examples import ExampleAxes, example_axes
 from qjax.graph.fingerprint import digest, fingerprint
 from qjax.graph.fold import fold
+from qjax.graph.frameworks import check_network
 from qjax.graph.junctions import find_junctions
 from qjax.graph.layers import Network, check_layers, find_layers, shapes_of
 from qjax.graph.naming import path_names
@@ -249,22 +250,12 @@ def _resized(change: Callable[[tuple[int, ...]], tuple[int, ...]], tree: Any) ->
 
 def _check_kinds(apply_fn: Any, params: Any, batches: Any, mesh: Any) -> None:
     """Refuses arguments of another kind than what they should be."""
-    if not callable(apply_fn):
-        raise TypeError(
-            "`apply_fn` must be a function of (params, x), and comes before `params`; got "
-            f"{type(apply_fn).__name__}."
-        )
+    check_network(apply_fn, params)
     if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
         raise TypeError(
             "`mesh` must be a jax.sharding.Mesh, e.g. jax.make_mesh((8,), ('data',)); "
             f"got {mesh!r}."
         )
-    for path, leaf in zip(path_names(params), jax.tree.leaves(params), strict=True):
-        if not hasattr(leaf, "dtype"):
-            raise TypeError(
-                f"`params` must hold arrays; found {type(leaf).__name__} at {path!r}. Make it one "
-                "(jnp.asarray), or close over it in `apply_fn`."
-            )
     if isinstance(batches, str | bytes):
         raise TypeError(f"`batches` must be arrays of images; got {batches!r}.")
 

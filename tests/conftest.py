@@ -42,11 +42,12 @@ hypothesis.settings.load_profile("qjax")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Has XLA optimize nothing, and keep compiled programs for the other worker."""
+    """Has XLA optimize nothing; keeps programs and Keras's settings in a folder of this run."""
     if not hasattr(config, "workerinput"):
         os.environ[_PROGRAMS] = tempfile.mkdtemp(prefix="qjax-tests-")
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_UNOPTIMIZED}"
         _check_flags()
+    os.environ.update(KERAS_BACKEND="jax", KERAS_HOME=os.environ[_PROGRAMS])
     jax.config.update("jax_compilation_cache_dir", os.environ[_PROGRAMS])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -21,6 +21,7 @@ from qjax.formats.affine import cast
 from qjax.graph import jaxpr
 from qjax.graph.activation import Activation, find_activation
 from qjax.graph.chain import ChannelOperation, Graph, affine_chain
+from qjax.graph.frameworks import advising, check_network
 from qjax.graph.jaxpr import Atom, Equations, FlatJaxpr, dtype, shape
 from qjax.graph.naming import layer_names, path_names
 from qjax.graph.operation import Linear, linear_operation
@@ -200,6 +201,7 @@ def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> tuple[Lay
     Raises:
       ValueError: a layer stands where it cannot be rewritten (inside `scan`, `while`, `cond`,
         `custom_vjp`), or its kernel is not in `params`.
+      TypeError: `apply_fn` is no function, or `params` holds what is no array.
 
     Example:
       >>> params = {"hidden": jnp.ones((3, 4)), "head": jnp.ones((4, 2))}
@@ -208,6 +210,7 @@ def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> tuple[Lay
       >>> [(layer.name, layer.activation) for layer in trace(apply_fn, params, jnp.ones((8, 3)))]
       [('hidden', 'relu'), ('head', 'none')]
     """
+    check_network(apply_fn, params)
     return tuple(site.layer for site in find_layers(apply_fn, params, x).sites)
 
 
@@ -261,7 +264,8 @@ def check_layers(network: Network) -> None:
 
 
 def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Network:
-    flat = jaxpr.flatten(apply_fn, params, x)
+    with advising(apply_fn):
+        flat = jaxpr.flatten(apply_fn, params, x)
     paths = path_names(params)
     sizes = [math.prod(shape(var)) for var in flat.params]
     found = jaxpr.dependences(flat)

@@ -14,6 +14,7 @@ from qjax.formats.scales import FREE
 from qjax.formats.spec import in_table
 from qjax.graph.activation import follow_codes
 from qjax.graph.fold import Folded, fold
+from qjax.graph.frameworks import check_network
 from qjax.graph.layers import Network, Site, find_layers, shapes_of
 from qjax.graph.operation import by_channel, scale_input_channels
 from qjax.graph.schedule import Activated, schedule
@@ -103,6 +104,7 @@ def prepare(
             "`recipe` must leave the sums in float, whose ranges are not trained; got "
             f"sums={recipe.sums!r}."
         )
+    check_network(apply_fn, params)
     network = find_layers(apply_fn, params, shapes_of(x))
     recipes = recipe.by_layer([site.layer.name for site in network.sites])
     has_signs = {name: chosen.binarizes_inputs and _is_binary(own) for name, own in recipes.items()}
