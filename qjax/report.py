@@ -102,7 +102,7 @@ class SumReport:
       name: the last layer before it, and its kind.
       layer: that layer; empty if there is none.
       kind: sum, concat, pool, or branch (what goes into one of them).
-      activation: what follows it: relu, relu6 or none.
+      activation: what follows it: a name in `ACTIVATIONS`.
       shape: for one example.
       bits: width of its codes.
       scale: real units per code.

@@ -90,6 +90,7 @@ class Subject:
         self.network = find_layers(model.apply_fn, shapes_of(model.params), shapes_of(self.sample))
         self.layers = {site.layer.name: site.layer for site in self.network.sites}
         self.layer = self.layers[layer or self._middle()]
+        [self.site] = [s for s in self.network.sites if s.layer is self.layer]
         top1 = partial(
             qjax.top1, images=self.test.images, labels=self.test.labels, preprocess=model.preprocess
         )
@@ -122,7 +123,7 @@ class Subject:
         """The cost functions of the layer's tensors."""
         formats = at_width(BASE, bits)
         folded = self.floats["layers"][self.layer.name]
-        found = layer_curves(self.layer, folded, self.x, formats)
+        found = layer_curves(self.site, folded, self.x, formats)
         return {curves.tensor: curves for curves in found}
 
 

@@ -10,8 +10,9 @@ A case states which layers the quantizer must find in its model. The rules the t
   dimensions).
 * `activation` is what is applied to the end of the layer's affine chain (bias, batch norm; the
   transpositions and unit-size reshapes that `einsum` and `vmap` leave are looked through): `relu`
-  or `relu6`, however written; `other` for one nonlinear operation or one call of a function; `none`
-  where the chain ends in a residual add, pooling, an output, the next layer, or more than one use.
+  or `relu6` or a smooth function that has a name, however written; `other` for another nonlinear
+  operation or another call of a function; `none` where the chain ends in a residual add, pooling,
+  an output, the next layer, or more than one use.
 * `name` is the path of the kernel in `params`, without Linen's leading `params` and NNX's trailing
   `value`. Its last component is dropped where a folder is left and no other kernel lives directly
   in it. Later uses of the same kernel are `name@1`, `name@2`.
@@ -229,7 +230,7 @@ def linen_mobilenet() -> Case:
         Expected("depthwise", "depthwise_conv", "relu6", (3, 3, 1, 8)),
         Expected("project", "conv", "none", (1, 1, 8, 8)),
         Expected("grouped", "grouped_conv", "relu6", (3, 3, 4, 8)),
-        Expected("dilated", "conv", "other", (3, 2, 8, 8)),
+        Expected("dilated", "conv", "hard_swish", (3, 2, 8, 8)),
         Expected("multiplied", "depthwise_conv", "relu6", (2, 2, 1, 16)),
         Expected("head", "dense", "none", (8 * 2, 10)),
     )
@@ -254,7 +255,7 @@ def linen_transformer() -> Case:
         Expected("attention/key", "dense", "none", (8, 2, 4)),
         Expected("attention/value", "dense", "none", (8, 2, 4)),
         Expected("attention/out", "dense", "none", (2, 4, 8)),
-        Expected("up", "dense", "none", (8, 16)),  # gelu is no call in the jaxpr: it uses z thrice
+        Expected("up", "dense", "gelu_tanh", (8, 16)),  # no call in the jaxpr: it uses z thrice
         Expected("down", "dense", "none", (16, 8)),
     )
 
@@ -370,7 +371,7 @@ def haiku_cnn() -> Case:
         x,
         (
             Expected("stem/~/conv", "conv", "relu", (3, 3, 3, 4)),
-            Expected("depthwise", "depthwise_conv", "other", (3, 3, 1, 4)),
+            Expected("depthwise", "depthwise_conv", "tanh", (3, 3, 1, 4)),
             Expected("head", "dense", "none", (4, 10)),
         ),
     )
@@ -432,19 +433,21 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], str]] = {
     "clip": (lambda z: jnp.clip(z, 0.0, 6.0), "relu6"),
     "clamp": (lambda z: lax.clamp(0.0, z, 6.0), "relu6"),
     "clip_other": (lambda z: jnp.clip(z, -1.0, 1.0), "other"),
+    "gelu": (jax.nn.gelu, "gelu_tanh"),
     "identity": (lambda z: z, "none"),
-    "leaky_relu": (jax.nn.leaky_relu, "other"),
+    "leaky_relu": (jax.nn.leaky_relu, "leaky_relu"),
     "max": (lambda z: jnp.maximum(0.0, z), "relu"),
     "max_min": (lambda z: jnp.minimum(6.0, jnp.maximum(z, 0.0)), "relu6"),
     "max_of_two": (lambda z: jnp.maximum(z, jnp.sin(z)), "none"),  # used twice
     "relu": (jax.nn.relu, "relu"),
     "relu6": (jax.nn.relu6, "relu6"),
     "residual": (lambda z: jax.nn.relu(z) + z, "none"),  # used twice
-    "sigmoid": (jax.nn.sigmoid, "other"),
-    "silu": (jax.nn.silu, "other"),  # one call
-    "silu_by_hand": (lambda z: z * jax.nn.sigmoid(z), "none"),  # used twice
+    "sigmoid": (jax.nn.sigmoid, "sigmoid"),
+    "silu": (jax.nn.silu, "silu"),
+    "silu_by_hand": (lambda z: z * jax.nn.sigmoid(z), "silu"),
     "sum": (lambda z: z.sum(1), "none"),
-    "tanh": (jnp.tanh, "other"),
+    "tanh": (jnp.tanh, "tanh"),
+    "where": (lambda z: jnp.where(z > 0, z, 0.0), "relu"),
 }
 
 
@@ -539,7 +542,7 @@ def two_inputs() -> Case:
         {"image": normal(4, 3, 8, 8), "vector": normal(4, 6)},
         (
             Expected("conv", "conv", "none", (4, 3, 3, 3)),
-            Expected("dense", "dense", "other", (6, 4)),
+            Expected("dense", "dense", "tanh", (6, 4)),
             Expected("score", "dense", "none", (8, 2)),
         ),
     )

@@ -20,7 +20,8 @@ ORDER = (
     *("rounding.base", "rounding.metric", "rounding.nearest", "rounding.gptq", "rounding.sweeps"),
     "rounding.table",
     *("targets", "recipe"),
-    *("graph.jaxpr", "graph.operation", "graph.naming", "graph.chain", "graph.activation"),
+    *("graph.jaxpr", "graph.operation", "graph.naming", "graph.chain"),
+    *("graph.elementwise", "graph.activation"),
     *(
         "graph.frameworks",
         "graph.layers",

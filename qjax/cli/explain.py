@@ -54,10 +54,10 @@ def answer(
         )
     images = shapes_of(jnp.asarray(calibration[:1]))
     network = find_layers(model.apply_fn, shapes_of(model.params), images)
-    layers = {site.layer.name: site.layer for site in network.sites}
+    sites = {site.layer.name: site for site in network.sites}
     name = arguments.layer
-    if name not in layers:
-        raise ValueError(f"`LAYER` must be one of {', '.join(layers)}; got {name!r}.")
+    if name not in sites:
+        raise ValueError(f"`LAYER` must be one of {', '.join(sites)}; got {name!r}.")
     q = quantize(model.apply_fn, model.params, calibration, recipe, progress=progress)
     x = model.preprocess(test.images[arguments.image : arguments.image + 1])
     text = str(explain(q, name, x, model.params))
@@ -66,8 +66,8 @@ def answer(
     floats = float_layers(network, model.params)
     sample = jnp.asarray(calibration[:256])
     taps = tapped(model.apply_fn, shapes_of(model.params), sample, [name])(floats, sample)[1]
-    formats = recipe.by_layer(list(layers))[name]
-    curves = layer_curves(layers[name], floats["layers"][name], taps[name].input, formats)
+    formats = recipe.by_layer(list(sites))[name]
+    curves = layer_curves(sites[name], floats["layers"][name], taps[name].input, formats)
     if arguments.report is not None:
         title = f"{model.name}, {name}: how the ranges were found"
         write(arguments.report, quantization.render_curves(title, {name: curves}))

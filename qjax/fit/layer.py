@@ -269,9 +269,9 @@ def in_units_of_codes(
 
 def _goal(task: Task, target: jax.Array, shortcut: tuple[jax.Array, jax.Array] | None) -> Goal:
     if shortcut is None:
-        return Goal(target, None, task.activation.shown)
+        return Goal(target, None, task.activation.clip)
     assert task.summed is not None
-    return Goal(target, shortcut[1], task.summed)
+    return Goal(target, shortcut[1], task.summed.clip)
 
 
 # ---- The kernel

@@ -32,7 +32,7 @@ class Goal(NamedTuple):
     Attributes:
       target: z, the outputs to be had, [batches, ...].
       shortcut: s, what is added before the activation, of that shape; None for 0.
-      activation: act, elementwise and not decreasing.
+      activation: act, which clips.
     """
 
     target: jax.Array

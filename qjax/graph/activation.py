@@ -1,15 +1,17 @@
 """What follows a layer's output, recognised by what it computes: clip(x, low, high), or more."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jax.extend import core
 
-from qjax.graph import jaxpr
+from qjax.graph import elementwise, jaxpr
 from qjax.graph.chain import Graph
-from qjax.graph.jaxpr import MOVEMENT, Atom, Equations, dtype, shape
+from qjax.graph.jaxpr import MOVEMENT, Atom, Equations, FlatJaxpr, dtype, shape
 
 Bounds = tuple[float, float]
 
@@ -18,22 +20,39 @@ class Activation(NamedTuple):
     """What follows a layer's output, or a sum that the output is part of.
 
     Attributes:
-      name: relu, relu6, none, or other.
+      name: in `ACTIVATIONS`, or other.
       bounds: the values that it lets through unchanged; what lies outside becomes the bound.
       function: what it computes.
-      is_pointwise: whether it acts on every element alone and never decreases. One of unknown form
-        takes the output of a layer's operation as a whole.
+      is_pointwise: whether it acts on every element alone. One of unknown form takes the output of
+        a layer's operation as a whole.
+      is_clip: whether it is clip(x, *bounds), so that its value is one that the output may have.
     """
 
     name: str
     bounds: Bounds
     function: Callable[[jax.Array], jax.Array]
     is_pointwise: bool = True
+    is_clip: bool = False
 
     @property
     def shown(self) -> "Activation":
         """Itself, or no activation where its form is unknown."""
         return self if self.is_pointwise else NONE
+
+    @property
+    def clip(self) -> "Activation":
+        """Itself, or no activation where it does more than to clip."""
+        return self if self.is_clip else NONE
+
+
+class LeakyRelu(NamedTuple):
+    """x where that is positive, and slope · x where it is not."""
+
+    slope: float = 0.01
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Its value."""
+        return jax.nn.leaky_relu(x, self.slope)
 
 
 def identity(x: jax.Array) -> jax.Array:
@@ -41,10 +60,44 @@ def identity(x: jax.Array) -> jax.Array:
     return x
 
 
-NONE = Activation("none", (-math.inf, math.inf), identity)
-RELU = Activation("relu", (0.0, math.inf), jax.nn.relu)
-RELU6 = Activation("relu6", (0.0, 6.0), jax.nn.relu6)
-ACTIVATIONS = {activation.name: activation for activation in (NONE, RELU, RELU6)}
+def gelu(x: jax.Array) -> jax.Array:
+    """X · Φ(x), Φ being the distribution of a standard normal variable."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """X · σ(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+EVERYTHING = (-math.inf, math.inf)
+NONE = Activation("none", EVERYTHING, identity, is_clip=True)
+RELU = Activation("relu", (0.0, math.inf), jax.nn.relu, is_clip=True)
+RELU6 = Activation("relu6", (0.0, 6.0), jax.nn.relu6, is_clip=True)
+_CLIPS = (NONE, RELU, RELU6)
+_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "elu": jax.nn.elu,
+    "gelu": gelu,
+    "gelu_tanh": jax.nn.gelu,
+    "hard_sigmoid": jax.nn.hard_sigmoid,
+    "hard_swish": jax.nn.hard_swish,
+    "leaky_relu": LeakyRelu(),
+    "mish": jax.nn.mish,
+    "quick_gelu": quick_gelu,
+    "selu": jax.nn.selu,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "softplus": jax.nn.softplus,
+    "tanh": jax.numpy.tanh,
+}
+ACTIVATIONS = {
+    **{clip.name: clip for clip in _CLIPS},
+    **{name: Activation(name, EVERYTHING, function) for name, function in _FUNCTIONS.items()},
+}
+
+# What functions are told apart by: their values here.
+_ARGUMENTS = np.concatenate([np.linspace(-12.0, 12.0, 97), [-30.0, -0.01, 0.01, 30.0]])
+_TOLERANCE = 4  # of a value, times the precision of its type, relative to 1 + |argument|
 
 _CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call")
 _ELEMENTWISE = (
@@ -97,31 +150,120 @@ def find_activation(graph: Graph, output: core.Var) -> Found:
       graph: of the network.
       output: a layer's output, or a sum.
     """
-    bounds = NONE.bounds
+    bounds = EVERYTHING
     steps: list[core.JaxprEqn] = []
     clipping, activated, var = (), output, output
+    unknown: Found | None = None
     while (reader := graph.only_reader(var)) is not None:
         equation = graph.equations[reader]
         result = clip_bounds(equation, {var: bounds})
         if result is None:
             if not clipping and _is_elementwise(equation, var):
-                return _unknown((*steps, equation), output)
+                unknown = _unknown((*steps, equation), output)
             break
         steps.append(equation)
         var = equation.outvars[0]
         if result != bounds:
             clipping, activated = tuple(steps), var
         bounds = result
-    for known in ACTIVATIONS.values():
-        if known.bounds == bounds:
+    for known in _CLIPS:
+        if clipping and known.bounds == bounds:
             return Found(known, clipping, activated)
-    return _unknown(clipping, output)
+    start, before = (output, ()) if clipping else (var, tuple(steps))
+    if (found := _recognised(graph, start)) is not None:
+        return found._replace(equations=(*before, *found.equations))
+    if clipping:
+        return _unknown(clipping, output)
+    return unknown or Found(NONE, (), output)
+
+
+def _recognised(graph: Graph, start: core.Var) -> Found | None:
+    """The longest known function of a value that is all that is read of it."""
+    found = None
+    if not jax.numpy.issubdtype(dtype(start), jax.numpy.floating):
+        return None
+    for equations, var, values in elementwise.exits(graph, start, _ARGUMENTS):
+        if jax.numpy.issubdtype(dtype(var), jax.numpy.floating):
+            known = _known(values, _precision(dtype(start)))
+            found = found if known is None else Found(known, equations, var)
+    return found
+
+
+def _precision(kind: Any) -> float:
+    """Of what is computed in a type; the activations that we know are written in float32."""
+    return max(float(jax.numpy.finfo(t).eps) for t in (kind, jax.numpy.float32))
+
+
+def _known(values: np.ndarray, precision: float) -> Activation | None:
+    """The activation of these values at the arguments, if there is one."""
+    slope = -float(values[_ARGUMENTS == -1.0][0])
+    leaky = ACTIVATIONS["leaky_relu"]._replace(function=LeakyRelu(slope))
+    candidates = [*ACTIVATIONS.values(), *([leaky] if 0 < slope < 1 else [])]
+
+    def distance(activation: Activation) -> float:
+        error = np.abs(values - _values_of(activation.function))
+        return float(np.max(error / (1 + np.abs(_ARGUMENTS))))
+
+    least = min(candidates, key=distance)
+    allowed = 0.0 if least.is_clip else _TOLERANCE * precision
+    return least if least != NONE and distance(least) <= allowed else None
+
+
+@functools.lru_cache(64)
+def _values_of(function: Callable[[jax.Array], jax.Array]) -> np.ndarray:
+    return elementwise.evaluate(function, _ARGUMENTS)
+
+
+_COMPARISONS = ("gt", "ge", "lt", "le")
+
+
+def with_clips(flat: FlatJaxpr) -> FlatJaxpr:
+    """Puts a relu where comparisons and selections amount to one, as in where(x > 0, x, 0).
+
+    So it is folded into a clamp of codes, and exported, as any other relu.
+
+    Args:
+      flat: a network.
+    """
+    graph, clips = Graph(flat), {}
+    for position in sorted(jaxpr.needed(flat)):
+        equation = flat.equations[position]
+        if equation.primitive.name in _COMPARISONS:
+            for start in jaxpr.variables(equation.invars):
+                found = _recognised(graph, start)
+                if found is not None and found.activation.is_clip:
+                    clips[found.var] = start, found.activation.function
+    if not clips:
+        return flat
+    leaves = (*flat.params, *flat.inputs)
+
+    def evaluate(*values: Any) -> list[Any]:
+        env = dict(zip(leaves, values, strict=True)) | flat.constants
+        for equation in flat.equations:
+            if clips.keys().isdisjoint(equation.outvars):
+                jaxpr.evaluate_equation(equation, env)
+            else:
+                [result] = equation.outvars
+                start, clip = clips[result]
+                env[result] = clip(env[start]).astype(dtype(result))
+        return [jaxpr.read(env, atom) for atom in flat.outputs]
+
+    again = jax.make_jaxpr(evaluate)(*(var.aval for var in leaves))
+    count = len(flat.params)
+    return FlatJaxpr(
+        equations=tuple(again.jaxpr.eqns),
+        params=tuple(again.jaxpr.invars[:count]),
+        inputs=tuple(again.jaxpr.invars[count:]),
+        constants=dict(zip(again.jaxpr.constvars, again.consts, strict=True)),
+        outputs=tuple(again.jaxpr.outvars),
+        out_tree=flat.out_tree,
+    )
 
 
 def _unknown(equations: tuple[core.JaxprEqn, ...], output: core.Var) -> Found:
     result = equations[-1].outvars[0]
     function = _Computed(Equations(equations, [output], [result]))
-    return Found(Activation("other", NONE.bounds, function, False), equations, result)
+    return Found(Activation("other", EVERYTHING, function, False), equations, result)
 
 
 def _is_elementwise(equation: core.JaxprEqn, var: core.Var) -> bool:

@@ -55,7 +55,7 @@ class Graph:
     """Who reads and who writes each variable of a flat jaxpr."""
 
     def __init__(self, flat: FlatJaxpr) -> None:
-        self.equations = flat.equations
+        self.equations, self.constants = flat.equations, flat.constants
         self.readers: dict[core.Var, list[int]] = collections.defaultdict(list)
         self.writer: dict[core.Var, core.JaxprEqn] = {}
         for position in sorted(jaxpr.needed(flat)):

@@ -19,7 +19,7 @@ from jax.extend import core
 
 from qjax.formats.affine import cast
 from qjax.graph import jaxpr
-from qjax.graph.activation import Activation, find_activation
+from qjax.graph.activation import Activation, find_activation, with_clips
 from qjax.graph.chain import ChannelOperation, Graph, affine_chain
 from qjax.graph.frameworks import advising, check_network
 from qjax.graph.jaxpr import Atom, Equations, FlatJaxpr, dtype, shape
@@ -45,7 +45,7 @@ class Layer:
     Attributes:
       name: where its kernel lives in params, e.g. `layer1/block0/conv1`.
       kind: conv, depthwise_conv, grouped_conv, dense or grouped_dense.
-      activation: what follows its output: relu, relu6, other, or none.
+      activation: what follows its output: a name in `ACTIVATIONS`, or other.
       kernel_shape: shape of the kernel as the operation sees it.
       input_shape: shape of its input, batch included.
       output_shape: shape of its output, batch included.
@@ -265,7 +265,7 @@ def check_layers(network: Network) -> None:
 
 def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Network:
     with advising(apply_fn):
-        flat = jaxpr.flatten(apply_fn, params, x)
+        flat = with_clips(jaxpr.flatten(apply_fn, params, x))
     paths = path_names(params)
     sizes = [math.prod(shape(var)) for var in flat.params]
     found = jaxpr.dependences(flat)

@@ -106,10 +106,10 @@ def gather(
     comparison = compare(before, after, test.labels)
     step("cost functions", 3)
     recipes = q.report.recipe.by_layer([record.name for record in q.report])
-    layers = {site.layer.name: site.layer for site in measured.network.sites}
+    sites = {site.layer.name: site for site in measured.network.sites}
     curves = {
         name: layer_curves(
-            layers[name], measured.floats["layers"][name], measured.taps[name].input, recipes[name]
+            sites[name], measured.floats["layers"][name], measured.taps[name].input, recipes[name]
         )
         for name in sorted(alone, key=alone.__getitem__)[:CURVES]
     }

@@ -21,8 +21,8 @@ from qjax.fit.search import Candidates, least, widest
 from qjax.formats.affine import sqnr_db
 from qjax.formats.base import elementwise
 from qjax.formats.spec import QuantSpec
-from qjax.graph.activation import ACTIVATIONS, NONE, Activation
-from qjax.graph.layers import Layer
+from qjax.graph.activation import Activation
+from qjax.graph.layers import Site
 from qjax.graph.operation import Linear
 from qjax.objectives.divergence import KL, divergence
 from qjax.objectives.errors import MSE, OUTPUT_MSE
@@ -78,7 +78,7 @@ class Curves:
 
 
 def layer_curves(
-    layer: Layer, folded: QuantizedLayer, x: jax.Array, recipe: LayerRecipe
+    site: Site, folded: QuantizedLayer, x: jax.Array, recipe: LayerRecipe
 ) -> tuple[Curves, ...]:
     """Evaluates the cost functions for a layer's weights, input and output, each alone.
 
@@ -86,7 +86,7 @@ def layer_curves(
     have one range per tensor.
 
     Args:
-      layer: the layer.
+      site: the layer.
       folded: its float kernel and bias, see `tap.float_layers`.
       x: the input that the float network gives it on calibration images.
       recipe: the formats; what it leaves in float, or to run time, has no curves.
@@ -94,7 +94,7 @@ def layer_curves(
     Returns:
       `Curves` of what the recipe quantizes, in the order weights, input, output.
     """
-    found = []
+    found, layer = [], site.layer
     if recipe.weights is not None:
         stride = patch_stride(layer.operation, x[None], MOMENT_PATCHES)
         measured = _weight_curves(layer.operation, stride, recipe.weights, folded.kernel, x)
@@ -103,8 +103,7 @@ def layer_curves(
         measured = _input_curves(layer.operation, recipe.inputs, folded.kernel, x)
         found.append(_curves("input", recipe.inputs, measured))
     if recipe.outputs is not None and not recipe.outputs.is_dynamic:
-        activation = ACTIVATIONS.get(layer.activation, NONE)
-        measured = _output_curves(layer.operation, activation, recipe.outputs, folded, x)
+        measured = _output_curves(layer.operation, site.activation.shown, recipe.outputs, folded, x)
         found.append(_curves("output", recipe.outputs, measured))
     return tuple(found)
 

@@ -55,7 +55,7 @@ class Explanation:
       layer: the name of the layer.
       kind: conv, depthwise_conv, grouped_conv, dense or grouped_dense.
       kernel_shape: shape of its kernel.
-      activation: what follows it: none, relu, relu6 or other.
+      activation: what follows it: a name in `ACTIVATIONS`, or other.
       channel: the output channel that is shown.
       position: the output position that is shown, counted over the examples and space.
       elements: the elements of its patch that are shown, those with the largest products.
@@ -374,7 +374,7 @@ def _output_codes(trace: LayerTrace) -> ExplainedStep | None:
 
 
 def _clipping_activation(trace: LayerTrace) -> ExplainedStep | None:
-    if trace.activated is None or not trace.has_activation:
+    if not trace.site.activation.is_clip or trace.activated is None or not trace.has_activation:
         return None
     outputs = trace.layer.outputs
     is_free = outputs is not None and float(outputs.range[0].min()) >= 0
@@ -389,16 +389,17 @@ def _clipping_activation(trace: LayerTrace) -> ExplainedStep | None:
 
 
 def _other_activation(trace: LayerTrace) -> ExplainedStep | None:
-    if trace.activated is not None:
+    if trace.site.activation.is_clip:
         return None
-    rounded, network = trace.layer.activated, trace.network_activated
+    rounded, shown = trace.layer.activated, trace.activated
+    shown = trace.network_activated if shown is None else shown
     return ExplainedStep(
         f"activation: {trace.activation}",
         "y = act(y), on real values",
         "float32",
         FLOAT_BITS,
-        () if network is None else _at_output(trace, network),
-        None,
+        () if shown is None else _at_output(trace, shown),
+        _activated_sqnr_db(trace, trace.activated),
         "" if rounded is None else f"then rounded to {rounded.bits} bits",
     )
 
@@ -421,7 +422,8 @@ def _activated_codes(trace: LayerTrace) -> ExplainedStep | None:
 
 def _dequantization(trace: LayerTrace) -> ExplainedStep | None:
     last = trace.outputs if trace.activated_outputs is None else trace.activated_outputs
-    if last is None or trace.activated is None:
+    is_before = trace.activated_outputs is None and not trace.site.activation.is_clip
+    if last is None or trace.activated is None or is_before:
         return None
     real = trace.activated if trace.activated_outputs is None else trace.activated_outputs.real
     scale, zero_point = map(trace.shown.of_channels, (last.scale, last.zero_point))

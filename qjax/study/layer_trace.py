@@ -20,6 +20,8 @@ import numpy as np
 from qjax.formats.affine import QParams, quantize_array
 from qjax.formats.binary import Signs
 from qjax.formats.dynamic import ActivationFormat, Dynamic
+from qjax.graph import elementwise
+from qjax.graph.activation import Activation
 from qjax.graph.layers import Site, find_layers, shapes_of
 from qjax.graph.operation import Linear, by_channel, output_matrix
 from qjax.integer.requantize import SHIFT, fixed_point, multiply_shift
@@ -142,7 +144,7 @@ class LayerTrace:
       float_kernel: [G, K, M].
       float_sums: [P, G, M], before the bias.
       float_outputs: [P, G, M], before the activation.
-      float_activated: [P, G, M], after it; None where it does not clip.
+      float_activated: [P, G, M], after it; None where its form is unknown.
       patches: [P, G, K], the input as the layers before leave it.
       input_scale: [G or 1, K or 1], real units per input code; None for an input in float.
       patches_q: [P, G, K], input codes less the zero point; real for an input in float, and for
@@ -164,7 +166,7 @@ class LayerTrace:
         compared, being moved or rounded again.
       network_activated: [P, G, M], after the activation as the network has it; None where its
         elements are moved.
-      activated: [P, G, M], after the activation; None where that does not clip.
+      activated: [P, G, M], after the activation; None where its form is unknown.
       activated_outputs: rounded after the activation, or None.
     """
 
@@ -251,7 +253,7 @@ def trace_layer(site: Site, layer: QuantizedLayer, actual: Tap, reference: Refer
     float_kernel = np.asarray(reference.kernel, np.float64)
     float_sums = _sum_products(float_patches, float_kernel)
     float_outputs = float_sums + _by_output_channel(operation, reference.bias)
-    float_activated = _clip(float_outputs, activation_range)
+    float_activated = _activated(site.activation, float_outputs)
 
     patches_q = np.asarray(read.patches_q, np.float64)
     if isinstance(layer.inputs, Signs):
@@ -277,7 +279,7 @@ def trace_layer(site: Site, layer: QuantizedLayer, actual: Tap, reference: Refer
             requantized = _requantize(acc, unit, _grid(operation, layer.outputs)[0])
         outputs = _round_outputs(operation, layer.outputs, real, requantized)
         result = outputs.real
-    activated, activated_outputs = _clip(result, activation_range), None
+    activated, activated_outputs = _activated(site.activation, result), None
     if layer.activated is not None and activated is not None:
         layer = dataclasses.replace(layer, activated=_found(layer.activated, activated))
         activated_outputs = _round_activated(operation, layer.activated, activated)
@@ -342,11 +344,11 @@ def _found(format: ActivationFormat | None, values: np.ndarray) -> QParams | Non
 def _activation(site: Site) -> tuple[str, tuple[float, float] | None]:
     """The name of a layer's activation, and what it clips to where clipping is all it does."""
     activation = site.activation
-    return activation.name, activation.bounds if activation.is_pointwise else None
+    return activation.name, activation.bounds if activation.is_clip else None
 
 
-def _clip(z: np.ndarray, limits: tuple[float, float] | None) -> np.ndarray | None:
-    return None if limits is None else np.minimum(np.maximum(z, limits[0]), limits[1])
+def _activated(activation: Activation, z: np.ndarray) -> np.ndarray | None:
+    return elementwise.evaluate(activation.function, z) if activation.is_pointwise else None
 
 
 # ---- Operands

@@ -23,7 +23,7 @@ def curves(bits: int = 4) -> dict[str, Curves]:
     folded = float_layers(network, params)["layers"]["conv"]
     activations = QuantSpec(bits, False, "per_tensor")
     recipe = LayerRecipe(QuantSpec(bits, granularity="per_tensor"), activations, activations)
-    return {c.tensor: c for c in layer_curves(network.sites[0].layer, folded, x, recipe)}
+    return {c.tensor: c for c in layer_curves(network.sites[0], folded, x, recipe)}
 
 
 @pytest.mark.parametrize("tensor", ["weights", "input", "output"])
@@ -68,7 +68,7 @@ def test_every_channel_is_looked_at():
         network = find_layers(lambda params, x: x @ params["w"], params, shapes_of(x))
         folded = float_layers(network, params)["layers"]["w"]
         recipe = LayerRecipe(None, None, QuantSpec(4, False, "per_tensor"))
-        (output,) = layer_curves(network.sites[0].layer, folded, x, recipe)
+        (output,) = layer_curves(network.sites[0], folded, x, recipe)
         found.append([choice.tensor_sqnr_db for choice in output.choices])
     np.testing.assert_allclose(*found, atol=0.5)
 
@@ -78,4 +78,4 @@ def test_what_stays_in_float_has_no_curves():
     network = find_layers(small.apply_fn, small.make_params(), shapes_of(x))
     folded = float_layers(network, small.make_params())["layers"]["conv"]
     recipe = LayerRecipe(None, None, None)
-    assert layer_curves(network.sites[0].layer, folded, x, recipe) == ()
+    assert layer_curves(network.sites[0], folded, x, recipe) == ()
