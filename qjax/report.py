@@ -41,7 +41,8 @@ class LayerReport:
       output_zero_point: the output's code of 0, None if it differs between channels too.
       weight_sqnr_db: signal to noise of the kernel.
       output_sqnr_db: signal to noise of the output after the activation, against the float
-        network's, all earlier layers quantized too; None where it was quantized without images.
+        network's, all earlier layers quantized too (or the layer alone, where the recipe is not
+        sequential); None where it was quantized without images.
       weight_clip: the clipping range's share of the range of the values; None in float.
       input_clip: likewise of the input.
       output_clip: likewise of the output.
@@ -264,14 +265,16 @@ class Report(Sequence[LayerReport]):
         """The table in at most so many columns of text.
 
         Args:
-          width: of the terminal; the columns that say least are left out where it is narrow, and
-            names are shortened.
+          width: of the terminal; where it is narrow, layers are grouped by the folders of their
+            names, the columns that say least are left out, and names are shortened.
         """
         rows = self._sum_rows("")
         for layer in self:
             rows += [_row(layer), *self._sum_rows(layer.name)]
         most = {"most": width, "spared": _SPARED}
         lines = [table(_HEADER, rows, "<<<<<>>>>", footer=self._total(), **most)]
+        if not self.recipe.sequential and any(layer.output_sqnr_db is not None for layer in self):
+            lines.append("out dB: of each layer alone, its input being that of the float network")
         if any(layer.has_dynamic_input or layer.has_dynamic_output for layer in self):
             lines.append("d: dynamic, the range is found at run time")
         return "\n".join([*lines, *in_float(self.skipped, width)])

@@ -75,6 +75,42 @@ def test_the_table_fits_a_narrow_terminal(width: int):
     assert "bits w/i/o" in header and "4/8/–" in row
 
 
+# Of a MobileNet: 52 layers whose names do not fit next to all columns.
+LARGE = [
+    dataclasses.replace(RECORD, name=name, kind="depthwise_conv", kernel_shape=(3, 3, 1, 1280))
+    for name in (
+        "feature_extractor/stem/convolution",
+        *(
+            f"feature_extractor/inverted_residual_block{block}/{part}"
+            for block in range(17)
+            for part in ("expansion", "depthwise_convolution", "projection")
+        ),
+    )
+]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_names_of_a_large_network_are_grouped_and_whole(width: int):
+    lines = report(*LARGE).text(width).splitlines()
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    assert lines[2:5] == ["feature_extractor/", *lines[3:5]]
+    assert lines[3].startswith("  stem/convolution ")
+    assert lines[4:6] == ["  inverted_residual_block0/", *lines[5:6]]
+    assert lines[5].startswith("    expansion  ")
+    assert sum(line.startswith("    depthwise_convolution ") for line in lines) == 17
+    assert lines[-1].startswith("52 layers")
+    assert {"layer", "w", "out", "dB"} <= set(lines[0].split())
+
+
+def test_errors_of_layers_alone_are_said_to_be_that():
+    note = "out dB: of each layer alone, its input being that of the float network"
+    alone = dataclasses.replace(Recipe(), sequential=False)
+    assert str(Report([RECORD], alone, ())).splitlines()[-1] == note
+    assert note not in str(report(RECORD))
+    unknown = dataclasses.replace(RECORD, output_sqnr_db=None)
+    assert note not in str(Report([unknown], alone, ()))
+
+
 names = st.text("abc/_0123456789", min_size=1, max_size=200)
 windows, channels = st.integers(1, 11), st.integers(1, 4096)
 records = st.builds(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qjax.table import shortened, table
+from qjax.table import grouped, shortened, table
 
 HEADER = ("name", "size")
 ROWS = [("stem", "9"), ("head", "1,024")]
@@ -57,3 +57,29 @@ def test_a_row_has_a_cell_for_every_column():
 )
 def test_shortened_keeps_the_end(text: str, width: int, expected: str):
     assert shortened(text, width) == expected
+
+
+LARGE = ("stem", *(f"features/stage{i}/block{j}/{name}" for i in range(4) for j in range(4)
+         for name in ("expand", "depthwise", "project")), "head")  # fmt: skip
+
+
+def test_paths_are_grouped_where_they_do_not_fit():
+    rows = [(name, "depthwise_conv", "1,024") for name in LARGE]
+    header, footer = ("layer", "kind", "size"), (f"{len(LARGE)} layers", "", "51,200")
+    wide = table(header, rows, "<<>", footer=footer, most=80, spared=("kind",))
+    assert wide == table(header, rows, "<<>", footer=footer)
+    lines = table(header, rows, "<<>", footer=footer, most=40, spared=("kind",)).splitlines()
+    assert lines[0].split() == ["layer", "kind", "size"]
+    assert [line.split()[0] for line in lines[2:9]] == [
+        *("stem", "features/", "stage0/", "block0/", "expand", "depthwise", "project"),
+    ]
+    assert lines[3:6] == ["features/", "  stage0/", "    block0/"]
+    assert lines[6] == "      expand     depthwise_conv   1,024"
+    assert lines[-1].split() == ["50", "layers", "51,200"]
+    assert max(map(len, lines)) <= 40 and not any("…" in line for line in lines)
+    assert sum("depthwise_conv" in line for line in lines) == len(LARGE)
+
+
+def test_names_without_neighbours_in_their_folder_are_not_grouped():
+    names = ["a/b/c/first", "d/e/f/second", "a/b/c/third"]
+    assert [row[0] for row in grouped([(name, "") for name in names])] == names
