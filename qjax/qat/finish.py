@@ -60,7 +60,8 @@ def finish(apply_fn: TrainableFunction, params: Mapping[str, Any], x: Any) -> Qu
         layer_report(site.layer, _fit(site, params["layers"], layers, *taps))
         for site in network.sites
     ]
-    return Quantized(function, quantized, Report(records, apply_fn.recipe, network.skipped))
+    recipe = dataclasses.replace(apply_fn.recipe, sequential=True)  # the layers are one network
+    return Quantized(function, quantized, Report(records, recipe, network.skipped))
 
 
 def _finish(
