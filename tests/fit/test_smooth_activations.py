@@ -71,7 +71,8 @@ def test_a_slope_below_zero_needs_coarser_codes_than_none():
 def sampled(activation: Activation) -> tuple[int, ...]:
     values = jax.ShapeDtypeStruct((4, 256, 256, 8), jnp.float32)
     found = jax.eval_shape(
-        lambda z: output_values(OUTPUT_MSE, activation, None, z, z, None).target, values
+        lambda z: output_values(OUTPUT_MSE, activation, activation.bounds, None, z, z, None).target,
+        values,
     )
     return found.shape
 
