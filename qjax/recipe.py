@@ -242,9 +242,9 @@ class Recipe(LayerRecipe):
           ValueError: a pattern matches no layer.
         """
         recipes = dict.fromkeys(names, self._base())
-        ends = {"@first": names[:1], "@last": names[-1:]}
+        known = {"@first": names[:1], "@last": names[-1:]} | {name: [name] for name in names}
         for pattern, fields in self._overrides():
-            matched = ends.get(pattern) or fnmatch.filter(names, pattern)
+            matched = known.get(pattern) or fnmatch.filter(names, pattern)
             if not matched:
                 raise ValueError(
                     f"`overrides` pattern {pattern!r} matches no layer; the layers are "

@@ -593,12 +593,6 @@ def refused_loops() -> tuple[Refused, ...]:
     def step(w: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.tanh(x @ w)
 
-    def scan(p: Any, x: jax.Array) -> jax.Array:
-        return lax.scan(lambda x, w: (step(w, x), None), x, p["w"])[0]
-
-    def fori_loop(p: Any, x: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, 3, lambda i, x: step(p["w"][0], x), x)
-
     def while_loop(p: Any, x: jax.Array) -> jax.Array:
         return lax.while_loop(lambda x: x.sum() > 1.0, lambda x: step(p["w"][0], x), x)
 
@@ -616,8 +610,6 @@ def refused_loops() -> tuple[Refused, ...]:
 
     params, x = randomize({"w": array(3, 8, 8)}), normal(8, 8)
     return (
-        Refused("scan", scan, params, x, "scan"),
-        Refused("fori_loop", fori_loop, params, x, "scan"),  # a known trip count lowers to scan
         Refused("while_loop", while_loop, params, x, "while"),
         Refused("cond", cond, params, x, "cond"),
         Refused("custom_vjp", custom_vjp, params, x, "custom_vjp"),

@@ -20,7 +20,7 @@ ORDER = (
     *("rounding.base", "rounding.metric", "rounding.nearest", "rounding.gptq", "rounding.sweeps"),
     "rounding.table",
     *("targets", "recipe"),
-    *("graph.jaxpr", "graph.operation", "graph.naming", "graph.chain"),
+    *("graph.jaxpr", "graph.flatten", "graph.operation", "graph.naming", "graph.chain"),
     *("graph.elementwise", "graph.activation"),
     *(
         "graph.frameworks",

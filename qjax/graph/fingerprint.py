@@ -40,8 +40,9 @@ def fingerprint(flat: FlatJaxpr) -> str:
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from qjax.graph.flatten import flatten
       >>> def of(function):
-      ...     return fingerprint(jaxpr.flatten(function, jnp.ones(3), jnp.ones(3)))
+      ...     return fingerprint(flatten(function, jnp.ones(3), jnp.ones(3)))
       >>> of(lambda w, x: jax.nn.relu(w * x)) == of(jax.jit(lambda w, x: jnp.maximum(w * x, 0)))
       True
       >>> of(lambda w, x: jax.nn.relu(w * x)) == of(lambda w, x: jax.nn.relu6(w * x))

@@ -1,6 +1,8 @@
 """Reading and evaluating jaxprs: one flat list of equations, and what each value depends on."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,12 +37,15 @@ class FlatJaxpr(NamedTuple):
 
     Attributes:
       equations: in order of evaluation; calls are inlined, except elementwise ones of one operand
-        (activations), which keep their own differentiation rule.
+        (activations), which keep their own differentiation rule; loops over layers are unrolled.
       params: the variables of the leaves of the first argument.
       inputs: the variables of the leaves of the second argument.
       constants: values closed over, by variable.
       outputs: one atom per output leaf.
       out_tree: the structure of the output.
+      carried: what unrolled loops start with where later steps have what depends on the input.
+      places: where convolutions and dot products of unrolled loops stand in the function, which is
+        the same place for every step, by their results.
     """
 
     equations: tuple[core.JaxprEqn, ...]
@@ -49,6 +54,8 @@ class FlatJaxpr(NamedTuple):
     constants: dict[core.Var, jax.Array]
     outputs: tuple[Atom, ...]
     out_tree: Any
+    carried: frozenset[core.Var]
+    places: dict[core.Var, tuple[int, ...]]
 
 
 def shape(atom: Atom) -> tuple[int, ...]:
@@ -103,11 +110,27 @@ def _is_unary_call(equation: core.JaxprEqn) -> bool:
     return shape(operands[0]) == shape(equation.outvars[0])
 
 
-def _is_inlined(equation: core.JaxprEqn) -> bool:
+def is_inlined(equation: core.JaxprEqn) -> bool:
+    """Whether an equation is a call whose body stands in its place."""
     return body(equation) is not None and (
         contains_contraction(equation)
         or (equation.primitive.name != "custom_jvp_call" and not _is_unary_call(equation))
     )
+
+
+def single_indices(equation: core.JaxprEqn) -> list[int]:
+    """The index on every axis of which an equation keeps a single element, where it slices."""
+    name, params = equation.primitive.name, equation.params
+    if name == "slice":
+        starts, stops = params["start_indices"], params["limit_indices"]
+        sizes = [stop - start for start, stop in zip(starts, stops, strict=True)]
+    elif name == "dynamic_slice":
+        starts = [a.val if isinstance(a, core.Literal) else None for a in equation.invars[1:]]
+        sizes = params["slice_sizes"]
+    else:
+        return []
+    kept = zip(starts, sizes, shape(equation.invars[0]), strict=True)
+    return [int(start) for start, size, full in kept if size == 1 < full and start is not None]
 
 
 def bind(equation: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
@@ -126,41 +149,6 @@ def evaluate_equation(equation: core.JaxprEqn, env: Env) -> None:
     """Evaluates one equation as it stands, reading its operands from `env` and writing there."""
     values = [read(env, atom) for atom in equation.invars]
     env.update(zip(equation.outvars, bind(equation, values), strict=True))
-
-
-def _evaluate_inlined(jaxpr: core.ClosedJaxpr, *args: Any) -> list[Any]:
-    env = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
-    env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
-    for equation in jaxpr.jaxpr.eqns:
-        values = [read(env, atom) for atom in equation.invars]
-        inner = body(equation) if _is_inlined(equation) else None
-        results = bind(equation, values) if inner is None else _evaluate_inlined(inner, *values)
-        env.update(zip(equation.outvars, results, strict=True))
-    return [read(env, atom) for atom in jaxpr.jaxpr.outvars]
-
-
-def flatten(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> FlatJaxpr:
-    """Traces `apply_fn(params, x)` to one flat list of equations.
-
-    Args:
-      apply_fn: a pure function of a params pytree and an input pytree.
-      params: pytree of arrays or `jax.ShapeDtypeStruct`.
-      x: pytree of arrays or `jax.ShapeDtypeStruct`.
-
-    Returns:
-      The flat jaxpr of `apply_fn` at these shapes.
-    """
-    nested, out_shape = jax.make_jaxpr(apply_fn, return_shape=True)(params, x)
-    flat = jax.make_jaxpr(lambda *leaves: _evaluate_inlined(nested, *leaves))(*nested.in_avals)
-    count = len(jax.tree.leaves(params))
-    return FlatJaxpr(
-        equations=tuple(flat.jaxpr.eqns),
-        params=tuple(flat.jaxpr.invars[:count]),
-        inputs=tuple(flat.jaxpr.invars[count:]),
-        constants=dict(zip(flat.jaxpr.constvars, flat.consts, strict=True)),
-        outputs=tuple(flat.jaxpr.outvars),
-        out_tree=jax.tree.structure(out_shape),
-    )
 
 
 class Dependence(NamedTuple):
@@ -191,21 +179,28 @@ def dependences(flat: FlatJaxpr) -> dict[core.Var, Dependence]:
     """What each variable of a flat jaxpr is computed from."""
     found = {var: Dependence(frozenset([i])) for i, var in enumerate(flat.params)}
     found |= dict.fromkeys(flat.inputs, Dependence(x=True))
-    found |= dict.fromkeys(flat.constants, Dependence(constant=True))
+    found |= {var: Dependence(x=var in flat.carried, constant=True) for var in flat.constants}
     for equation in flat.equations:
-        found |= dict.fromkeys(equation.outvars, depends_on(equation.invars, found))
+        depends = depends_on(equation.invars, found)
+        if not flat.carried.isdisjoint(equation.outvars):
+            depends |= Dependence(x=True)
+        found |= dict.fromkeys(equation.outvars, depends)
     return found
 
 
 def depends_on(atoms: Sequence[Atom], found: Mapping[core.Var, Dependence]) -> Dependence:
     """The union of what the atoms are computed from."""
-    union = Dependence()
-    for atom in atoms:
-        if is_literal(atom):
-            union |= Dependence(constant=bool(jax.numpy.shape(atom.val)))
-        else:
-            union |= found.get(atom, Dependence())
-    return union
+    return joined(
+        Dependence(constant=bool(jax.numpy.shape(atom.val)))
+        if is_literal(atom)
+        else found.get(atom, Dependence())
+        for atom in atoms
+    )
+
+
+def joined(depends: Iterable[Dependence]) -> Dependence:
+    """The union of what several values are computed from."""
+    return functools.reduce(operator.or_, depends, Dependence())
 
 
 def needed(flat: FlatJaxpr) -> set[int]:

@@ -21,6 +21,7 @@ from qjax.formats.affine import cast
 from qjax.graph import jaxpr
 from qjax.graph.activation import Activation, find_activation, with_clips
 from qjax.graph.chain import ChannelOperation, Graph, affine_chain
+from qjax.graph.flatten import flatten
 from qjax.graph.frameworks import advising, check_network
 from qjax.graph.jaxpr import Atom, Equations, FlatJaxpr, dtype, shape
 from qjax.graph.naming import layer_names, path_names
@@ -31,8 +32,10 @@ REMEMBERED = 16  # networks, with the programs that were compiled for them
 REMEMBERED_PROGRAMS = 16  # of a network
 
 _REMEDY = {
-    "scan": "write the loop as a Python loop over layers with their own parameters",
-    "while": "write the loop as a Python loop (its length must not depend on the data)",
+    "while": (
+        "give the loop a number of steps that is known before (`jax.lax.scan`, or "
+        "`jax.lax.fori_loop` between Python numbers)"
+    ),
     "cond": "choose the branch in Python, outside of the traced function",
     "custom_vjp_call": "call the function without its custom_vjp rule for inference",
 }
@@ -199,8 +202,8 @@ def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> tuple[Lay
       One `Layer` per convolution or dot product with a kernel.
 
     Raises:
-      ValueError: a layer stands where it cannot be rewritten (inside `scan`, `while`, `cond`,
-        `custom_vjp`), or its kernel is not in `params`.
+      ValueError: a layer stands where it cannot be rewritten (inside `while`, `cond`,
+        `custom_vjp`, or a loop of too many steps), or its kernel is not in `params`.
       TypeError: `apply_fn` is no function, or `params` holds what is no array.
 
     Example:
@@ -265,7 +268,7 @@ def check_layers(network: Network) -> None:
 
 def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Network:
     with advising(apply_fn):
-        flat = with_clips(jaxpr.flatten(apply_fn, params, x))
+        flat = with_clips(flatten(apply_fn, params, x))
     paths = path_names(params)
     sizes = [math.prod(shape(var)) for var in flat.params]
     found = jaxpr.dependences(flat)
@@ -288,7 +291,9 @@ def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Ne
             skipped.append(_skip(equation, "a product of two activations"))
         elif by_params:
             sites.append(_site(graph, found, position, by_params[0] == 0, name))
-            kernels.append(name)
+            assert kernel_leaf is not None
+            element = _element(graph, equation.invars[by_params[0]], kernel_leaf, found)
+            kernels.append((name, element))
         elif any(operand.constant and not operand.x for operand in operands):
             raise ValueError(
                 f"the kernel of a {equation.primitive.name} of shape "
@@ -302,6 +307,25 @@ def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Ne
     batch = max((shape(var)[0] for var in flat.inputs if shape(var)), default=1)
     named = _with_names(sites, layer_names(kernels, paths), max(batch, 1))
     return Network(flat, named, tuple(skipped), paths)
+
+
+def _element(
+    graph: Graph, kernel: Any, leaf: int, found: Mapping[core.Var, jaxpr.Dependence]
+) -> str:
+    """Which element of a leaf a kernel is made of, e.g. `[3]`; empty if of more than one."""
+    indices: list[int] = []
+    while kernel in graph.writer:
+        equation = graph.writer[kernel]
+        sources = [
+            var
+            for var in jaxpr.variables(equation.invars)
+            if leaf in jaxpr.depends_on([var], found).params
+        ]
+        if len(sources) != 1:
+            return ""
+        indices = [*jaxpr.single_indices(equation), *indices]
+        [kernel] = sources
+    return "".join(f"[{index}]" for index in indices)
 
 
 def _refusal(equation: core.JaxprEqn, name: str) -> ValueError:

@@ -13,16 +13,25 @@ def path_names(tree: Any) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path in paths)
 
 
-def layer_names(kernels: Sequence[str], paths: Iterable[str]) -> list[str]:
-    """Names layers by the folder of their kernel, or by the whole path where that is ambiguous."""
+def layer_names(kernels: Sequence[tuple[str, str]], paths: Iterable[str]) -> list[str]:
+    """Names layers by the folder of their kernel, or by the whole path where that is ambiguous.
+
+    Args:
+      kernels: (path, which element of the array that stands there, such as `[3]`) by layer.
+      paths: of all params.
+
+    Example:
+      >>> layer_names([("params/layers/w", "[0]"), ("params/layers/w", "[1]")], ["params/layers/w"])
+      ['layers[0]', 'layers[1]']
+    """
     trimmed = {path: _trim(path) for path in paths}
     folders = collections.Counter(
-        trimmed[path].rpartition("/")[0] for path in dict.fromkeys(kernels)
+        trimmed[path].rpartition("/")[0] for path in dict.fromkeys(path for path, _ in kernels)
     )
     names, seen = [], collections.Counter()
-    for path in kernels:
+    for path, element in kernels:
         folder = trimmed[path].rpartition("/")[0]
-        name = folder if folder and folders[folder] == 1 else trimmed[path]
+        name = (folder if folder and folders[folder] == 1 else trimmed[path]) + element
         names.append(f"{name}@{seen[name]}" if seen[name] else name)
         seen[name] += 1
     return names

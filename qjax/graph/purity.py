@@ -10,6 +10,7 @@ from jax.extend import core
 from qjax.graph import jaxpr
 from qjax.graph.activation import with_clips
 from qjax.graph.fingerprint import fingerprint
+from qjax.graph.flatten import flatten
 from qjax.graph.jaxpr import FlatJaxpr, dtype, shape
 from qjax.graph.layers import Network
 from qjax.graph.naming import path_names
@@ -57,7 +58,7 @@ def check_pure(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any, network
             f"`apply_fn` returns {path!r} of `params` next to its result, as a network does that "
             f"updates its state; {_INSTEAD}."
         )
-    again = with_clips(jaxpr.flatten(lambda *given: apply_fn(*given), params, x))
+    again = with_clips(flatten(lambda *given: apply_fn(*given), params, x))
     if fingerprint(flat) != fingerprint(again):
         raise ValueError(
             "`apply_fn` is another function every time it is traced: it reads NumPy's random "
