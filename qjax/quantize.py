@@ -167,7 +167,7 @@ def quantize(
             )
     found = {junction.name: junction for junction in find_junctions(network)} if sums else {}
     sum_records = [sum_report(found[name], fit) for name, fit in sums.items()]
-    layers = [site.layer for site in network.sites]
+    layers = [site.layer for site in network.first_sites]
     records = [layer_report(layer, fitted[layer.name]) for layer in layers]
     kernel_shapes = {layer.name: layer.kernel_shape for layer in layers}
     function = QuantizedFunction(apply_fn, shapes_of(params), kernel_shapes, input=shapes)
@@ -216,7 +216,7 @@ def _example_axes(
     is_wanted: bool,
 ) -> dict[str, ExampleAxes]:
     """The axes of the examples by layer; nothing if nobody wants them and no range needs them."""
-    recipes = recipe.by_layer([site.layer.name for site in network.sites])
+    recipes = recipe.by_layer([site.layer.name for site in network.first_sites])
     by_example = [name for name, own in recipes.items() if own.has_ranges_per_example]
     if not by_example and not is_wanted:
         return {}

@@ -42,6 +42,7 @@ ORDER = (
         "fit.layer",
         "fit.junction",
         "fit.checkpoint",
+        "fit.ahead",
     ),
     *("fit.layerwise", "fit.draws", "fit.data_free"),
     *("report", "quantize", "directory", "artifact"),

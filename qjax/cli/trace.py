@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def describe(network: Network, width: int) -> str:
     """The layers as a table, and what stays in float."""
-    layers = [site.layer for site in network.sites]
+    layers = [site.layer for site in network.first_sites]
     rows = [
         (
             *(layer.name, layer.kind, product(layer.kernel_shape)),

@@ -82,7 +82,7 @@ def to_onnx(
         leaves, x = counted("to_onnx", arguments, "apply_fn, params, x")
         traced = trace_twice(network, leaves, x)
         params = float_layers(traced[0], leaves)
-        known["layers"] = [site.layer.name for site in traced[0].sites]
+        known["layers"] = [site.layer.name for site in traced[0].first_sites]
     if not traced[0].sites:
         raise ValueError(
             "`network` has no layer: no convolution or dot product of something in its params with "

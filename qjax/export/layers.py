@@ -22,7 +22,7 @@ import numpy as np
 from qjax.export.blocks import blocks_of, is_block_product
 from qjax.export.primitives import write_equation
 from qjax.export.sizes import Batch, Size, Sizes
-from qjax.export.writer import EVERYTHING, Tensor, Writer, clipped, with_zero
+from qjax.export.writer import EVERYTHING, Tensor, Value, Writer, clipped, with_zero
 from qjax.formats.affine import QParams
 from qjax.graph.activation import Activation
 from qjax.graph.jaxpr import dtype
@@ -34,9 +34,10 @@ from qjax.run.layer import QuantizedLayer, accumulator_scale
 INT4_BITS = 4  # codes of at most that width are stored two to a byte
 
 
-def write_layer(writer: Writer, site: Site, layer: QuantizedLayer, value: Tensor) -> Tensor:
+def write_layer(writer: Writer, site: Site, layer: QuantizedLayer, value: Value) -> Tensor:
     """Writes a layer up to its quantized pre-activation output."""
     writer.graph.scope = site.layer.name
+    value = writer.tensor(value, site.input)
     if dtype(site.input) != jnp.float32:
         value = Tensor(writer.cast(value.name, jnp.float32), value.order, value.repeated)
     if layer.folds_input_scales:

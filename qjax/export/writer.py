@@ -98,6 +98,13 @@ class Writer:
 
     # ---- Operands
 
+    def tensor(self, value: Value, atom: Atom) -> Tensor:
+        """A value as a tensor, which an array becomes that loops start with."""
+        if isinstance(value, Tensor):
+            return value
+        array, repeated = self.condensed(value, atom)
+        return Tensor(self.graph.constant(array), tuple(range(array.ndim)), repeated)
+
     def arranged(
         self, value: Value, atom: Atom, order: Sequence[int], keeps_repeated: bool = False
     ) -> str:

@@ -101,7 +101,7 @@ def fit_without_data(
     Raises:
       UnknownRangeError: a range is to be static, and nothing is known of the values.
     """
-    names = [site.layer.name for site in network.sites]
+    names = [site.layer.name for site in network.first_sites]
     recipes = recipe.by_layer(names)
     fitting = _Fitting(network, leaves, folded, recipe, examples, input_range)
     for segment in cut(network):
@@ -109,10 +109,10 @@ def fit_without_data(
         for equation in segment.equations:
             follow_codes(equation, fitting.grids, lambda grid: grid.greatest)
         match segment.step:
-            case Site(layer=layer) as site:
+            case Site(layer=layer) as site if layer.name not in fitting.fits:
                 progress(layer.name, len(fitting.fits), len(names))
                 fitting.fit(site, recipes[layer.name])
-            case Activated(site=site):
+            case Activated(site=site) if site in network.first_sites:
                 fitting.fit_activated(site, recipes[site.layer.name])
     progress("", len(names), len(names))
     return fitting.fits
@@ -130,7 +130,7 @@ class _Fitting:
         examples: Mapping[str, ExampleAxes],
         input_range: tuple[float, float] | None,
     ) -> None:
-        names = [site.layer.name for site in network.sites]
+        names = [site.layer.name for site in network.first_sites]
         self.draws = Draws(network, leaves, input_range)
         self.grids: dict[core.Var, Grid] = {}
         self.fits: dict[str, Fit] = {}

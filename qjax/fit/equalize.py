@@ -35,7 +35,7 @@ def equalizable_pairs(network: Network) -> tuple[Pair, ...]:
     """Finds the pairs of layers whose channels can be equalized.
 
     The activation between them is a ReLU or none, only the second layer reads it, and the channels
-    of the one's output are those of the other's input.
+    of the one's output are those of the other's input. No steps of a loop share them.
     """
     readers: dict[jaxpr.Atom, int] = {}
     for equation in network.flat.equations:
@@ -43,13 +43,18 @@ def equalizable_pairs(network: Network) -> tuple[Pair, ...]:
             readers[var] = readers.get(var, 0) + 1
     for var in jaxpr.variables(network.flat.outputs):
         readers[var] = readers.get(var, 0) + 1
-    inputs = {site.input: position for position, site in enumerate(network.sites)}
+    own = [
+        (position, site)
+        for position, site in enumerate(network.first_sites)
+        if len(network.sites_of(site.layer.name)) == 1
+    ]
+    inputs = {site.input: (position, site) for position, site in own}
     return tuple(
-        Pair(position, inputs[site.activated])
-        for position, site in enumerate(network.sites)
+        Pair(position, inputs[site.activated][0])
+        for position, site in own
         if site.activated in inputs
         and readers[site.activated] == 1
-        and _matches(site, network.sites[inputs[site.activated]])
+        and _matches(site, inputs[site.activated][1])
     )
 
 
@@ -83,7 +88,7 @@ def equalize(
     equalized = list(folded)
     for first, second in pairs:
         equalized[first], equalized[second] = _equalize_pair(
-            network.sites[second].layer.operation,
+            network.first_sites[second].layer.operation,
             equalized[first],
             equalized[second],
             magnitudes[second],
@@ -100,7 +105,7 @@ def _input_magnitudes(
 ) -> dict[int, jax.Array]:
     """The greatest magnitude of each input channel of the wanted layers in the float network."""
     streams = Streams(network, leaves, batches, is_sequential=False)
-    positions = {site.layer.name: position for position, site in enumerate(network.sites)}
+    positions = {site.layer.name: position for position, site in enumerate(network.first_sites)}
     magnitudes = {}
     for segment in cut(network):
         streams.advance(segment)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from qjax.fit.ahead import Ahead, joined, outputs_of_step, projected
 from qjax.fit.checkpoint import Checkpoint
 from qjax.fit.junction import FittedJunction, fit_junction
 from qjax.fit.layer import Fit, Values, fit_layer
@@ -20,14 +21,12 @@ from qjax.fit.ranges import (
     Task,
     choose_output,
     dynamic_activated,
-    project_batches,
     task_of,
     values_between,
 )
 from qjax.fit.search import Candidates
 from qjax.fit.streams import Segment, Streams, cut
 from qjax.formats.affine import QParams
-from qjax.formats.dynamic import ActivationFormat
 from qjax.formats.spec import QuantSpec
 from qjax.graph import jaxpr
 from qjax.graph.activation import NONE, follow_codes
@@ -104,23 +103,30 @@ def units(
       examples: the axes of the examples by layer, see `calibrate`.
     """
     examples = examples or {}
-    recipes = recipe.by_layer([site.layer.name for site in network.sites])
+    recipes = recipe.by_layer([site.layer.name for site in network.first_sites])
     candidates = Candidates(recipe.grid_size, recipe.refinements)
     logits = _logits(network) if recipe.logits else None
     found = []
     junctions = find_junctions(network) if recipe.quantizes_sums else ()
-    for segment in cut(network, junctions):
+    segments = cut(network, junctions)
+    for number, segment in enumerate(segments):
         match segment.step:
             case Site(layer=layer) as site:
                 own, axes = recipes[layer.name], examples.get(layer.name)
-                task = task_of(site, own, candidates, site is logits, axes)
+                steps = network.sites_of(layer.name)
+                task = task_of(site, own, candidates, logits in steps, axes)
+                first, *others = steps
                 fit = partial(_fit_site, site, task, own)
+                if others:
+                    fit = partial(_fit_step, steps, site, task, own, segments[number:])
                 note = partial(_note_layer, layer.name, "outputs", site.output, own)
-                found.append(Unit(segment, layer.name, fit, note))
+                found.append(Unit(segment, layer.name if site is first else None, fit, note))
             case Activated(site=site):
                 own, axes = recipes[site.layer.name], examples.get(site.layer.name)
-                task = task_of(site, own, candidates, site is logits, axes)
-                fit = partial(_fit_activated, site, task, own)
+                steps = network.sites_of(site.layer.name)
+                task = task_of(site, own, candidates, logits in steps, axes)
+                ahead = segments[number:] if len(steps) > 1 else ()
+                fit = partial(_fit_activated, steps, site, task, own, ahead)
                 note = partial(_note_layer, site.layer.name, "activated", site.activated, own)
                 found.append(Unit(segment, None, fit, note))
             case Junction() as junction:
@@ -155,7 +161,7 @@ def calibrate(
       A `Fit` per layer and a `FittedJunction` per junction that needs a grid of its own, by name,
       in dataflow order.
     """
-    names = [site.layer.name for site in network.sites]
+    names = [site.layer.name for site in network.first_sites]
     streams = Streams(network, leaves, batches, recipe.sequential)
     state = State(streams, dict(zip(names, folded, strict=True)), {}, {}, {})
     started: list[str] = []
@@ -218,6 +224,38 @@ def _fit_site(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None
     streams.write(site.output, found.float_output, found.output)
 
 
+def _fit_step(
+    steps: Sequence[Site],
+    site: Site,
+    task: Task,
+    recipe: LayerRecipe,
+    segments: Sequence[Segment],
+    state: State,
+) -> None:
+    """Fits a layer that the steps of a loop share, in the first one, on the inputs of all steps."""
+    streams, name, folded = state.streams, site.layer.name, state.folded[site.layer.name]
+    if site is not steps[0]:
+        inputs = _read(state, site.input)
+        outputs = outputs_of_step(site, folded, state.fits[name].layer, inputs)
+        streams.write(site.output, *outputs)
+        return
+    ahead = _look_ahead(state)
+    inputs = ahead.values(segments, [step.input for step in steps])
+    values = Values(*joined(inputs), None)
+    grids = [ahead.grids.get(step.input) for step in steps]
+    is_shared = all(grid is grids[0] for grid in grids)
+    known = known_grid(recipe.inputs, grids[0]) if is_shared else None
+    divides = known is None and divides_channels(recipe.inputs, task.operation, values.x)
+    found = fit_layer(task, divides, recipe.limits, values, folded, known)
+    state.fits[name] = found.fit
+    count = len(inputs[0][0])
+    streams.write(site.output, found.float_output[:count], found.output[:count])
+
+
+def _look_ahead(state: State) -> Ahead:
+    return Ahead(state.streams, state.folded, state.fits, state.sums, state.grids)
+
+
 def _note_layer(name: str, field: str, var: core.Var, recipe: LayerRecipe, state: State) -> None:
     """Writes the grid of a field of a fitted layer, if one grid holds all of its values."""
     format = getattr(state.fits[name].layer, field)
@@ -260,28 +298,43 @@ def _least_value(x: jax.Array) -> jax.Array:
     return x.min()
 
 
-def _fit_activated(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None:
-    """Fits the range of a layer's output after its activation."""
+def _fit_activated(
+    steps: Sequence[Site],
+    site: Site,
+    task: Task,
+    recipe: LayerRecipe,
+    segments: Sequence[Segment],
+    state: State,
+) -> None:
+    """Fits the range of a layer's output after its activation, in the first step for all."""
     position = recipe.output_position
     is_already_done = position == "both" and not site.activating
     if recipe.outputs is None or position == "pre_activation" or is_already_done:
         return
     floats, values = _read(state, site.activated)
+    fit = state.fits[site.layer.name]
+    if site is not steps[0]:
+        assert fit.layer.activated is not None
+        _write(state, site.activated, floats, projected(fit.layer.activated, values))
+        return
+    all_floats, all_values = floats, values
+    if len(steps) > 1:
+        wanted = [step.activated for step in steps]
+        all_floats, all_values = joined(_look_ahead(state).values(segments, wanted))
     objective, limits, spec = task.output_objective, recipe.limits["outputs"], task.recipe.outputs
     assert spec is not None
     if spec.is_dynamic:
         qparams, clip = dynamic_activated(task, limits), None
     else:
         qparams, clip = choose_output(
-            values_between(objective, NONE, floats, values),
+            values_between(objective, NONE, all_floats, all_values),
             limits,
             objective=objective,
             spec=spec,
             activation=NONE,
             candidates=task.candidates,
         )
-    _write(state, site.activated, floats, _project(qparams, values))
-    fit = state.fits[site.layer.name]
+    _write(state, site.activated, floats, projected(qparams, values))
     layer = dataclasses.replace(fit.layer, activated=qparams)
     output_clip = clip if fit.output_clip is None else fit.output_clip
     state.fits[site.layer.name] = fit._replace(layer=layer, output_clip=output_clip)
@@ -300,8 +353,3 @@ def _fit_junction(junction: Junction, recipe: Recipe, state: State) -> None:
 def _note_junction(junction: Junction, recipe: Recipe, state: State) -> None:
     if junction.name in state.sums:
         state.grids[junction.var] = Grid(state.sums[junction.name].grid, kind_of(recipe.sum_spec))
-
-
-@program()
-def _project(format: ActivationFormat, values: jax.Array) -> jax.Array:
-    return project_batches(format, values)

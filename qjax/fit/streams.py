@@ -5,11 +5,13 @@ computes whose layers so far are quantized. The values of all batches are stacke
 examples, ...], and a value is dropped as soon as nothing reads it again.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
@@ -70,6 +72,16 @@ class Streams:
         self._floats = dict(zip(flat.inputs, batches, strict=True))
         self._quantized = dict(self._floats) if is_sequential else self._floats
         self._streams = [self._floats, self._quantized] if is_sequential else [self._floats]
+        self._count = len(batches[0])
+
+    def copy(self) -> "Streams":
+        """The same values; what happens to one does not change the other."""
+        found = copy.copy(self)
+        found._fixed, found._floats = dict(self._fixed), dict(self._floats)
+        is_sequential = self._quantized is not self._floats
+        found._quantized = dict(self._quantized) if is_sequential else found._floats
+        found._streams = [found._floats, found._quantized] if is_sequential else [found._floats]
+        return found
 
     def advance(self, segment: Segment) -> None:
         """Evaluates the equations of a segment on every batch."""
@@ -122,6 +134,10 @@ class Streams:
 
     def read(self, var: core.Var) -> tuple[jax.Array, jax.Array]:
         """A variable's values on all batches in the float and in the quantized stream."""
+        if var in self._fixed:  # what a loop starts with
+            value = jnp.asarray(self._fixed[var])
+            fixed = jnp.broadcast_to(value, (self._count, *value.shape))
+            return fixed, fixed
         return self._floats[var], self._quantized[var]
 
     def holds(self, var: core.Var) -> bool:

@@ -63,8 +63,8 @@ def output_statistics(network: Network, leaves: Sequence[jax.Array]) -> dict[str
     flat = network.flat
     writers = {var: equation for equation in flat.equations for var in equation.outvars}
     variances = _variances(flat, writers)
-    ends = {site.layer.name: _normalization(flat, site, variances) for site in network.sites}
-    wanted = [site for site in network.sites if ends[site.layer.name] is not None]
+    ends = {site.layer.name: _normalization(flat, site, variances) for site in network.first_sites}
+    wanted = [site for site in network.first_sites if ends[site.layer.name] is not None]
     operands = tuple(step.operand for site in wanted for step in site.operations)
     env = flat.constants | dict(zip(flat.params, leaves, strict=True))
     for position in sorted(jaxpr.needed(flat._replace(outputs=operands))):

@@ -79,8 +79,9 @@ def affine_chain(
     found: Mapping[core.Var, jaxpr.Dependence],
     position: int,
     operation: Linear,
+    most: int | None = None,
 ) -> Chain:
-    """Follows the per-channel affine operations after a contraction.
+    """Follows the per-channel affine operations after a contraction, `most` of them.
 
     Operations that only move elements are followed too, and kept if an affine one comes after.
     """
@@ -89,7 +90,7 @@ def affine_chain(
     channel_axes = tuple(axis % ndim for axis in operation.channel_axes)
     chain, affine, movement = [position], [], []
     kept = Chain((position,), (), (), var)
-    while (reader := graph.only_reader(var)) is not None:
+    while len(affine) != most and (reader := graph.only_reader(var)) is not None:
         equation = graph.equations[reader]
         moved = _moved_axes(equation, channel_axes)
         if moved is not None:

@@ -32,7 +32,7 @@ def example_axes(network: Network, larger: Network) -> dict[str, ExampleAxes]:
       examples are joined to another axis, say to the positions of a sequence.
     """
     found = {}
-    for site, other in zip(network.sites, larger.sites, strict=True):
+    for site, other in zip(network.first_sites, larger.first_sites, strict=True):
         pairs = zip(_values(network, site), _values(larger, other), strict=True)
         axes = [_growing_axis(*pair) for pair in pairs]
         known = [axis for axis in axes if axis is not None]

@@ -177,11 +177,11 @@ class _Inliner:
         later = _flow_of_scan(equation, [value.depends for value in given])
         carry = self._entered(carry, later[: len(carry)])
         self._depth += 1
+        # All slices come first, so that the equations of every step are the same.
+        elements = [[self._element(xs, i) for xs in stacked] for i in range(length)]
         steps: list[list[Value]] = [[] for _ in range(length)]
         for i in reversed(range(length)) if params["reverse"] else range(length):
-            results = self.evaluate(
-                inner, [*consts, *carry, *(self._element(xs, i) for xs in stacked)], place
-            )
+            results = self.evaluate(inner, [*consts, *carry, *elements[i]], place)
             carry, steps[i] = results[: len(carry)], results[len(carry) :]
         self._depth -= 1
         stacks = [

@@ -44,13 +44,14 @@ def fold(network: Network, leaves: Sequence[jax.Array]) -> tuple[Folded, ...]:
 
 def _fold(network: Network, leaves: Sequence[jax.Array]) -> tuple[Folded, ...]:
     flat = network.flat
-    operands = [site.kernel for site in network.sites]
-    operands += [operation.operand for site in network.sites for operation in site.operations]
+    sites = network.first_sites
+    operands = [site.kernel for site in sites]
+    operands += [operation.operand for site in sites for operation in site.operations]
     positions = jaxpr.needed(flat._replace(outputs=tuple(operands)))
     env = flat.constants | dict(zip(flat.params, leaves, strict=True))
     for position in sorted(positions):
         jaxpr.evaluate_equation(flat.equations[position], env)
-    return tuple(_fold_site(site, env) for site in network.sites)
+    return tuple(_fold_site(site, env) for site in sites)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -106,8 +106,9 @@ class _Branches:
         self._depends, live = jaxpr.dependences(flat), jaxpr.needed(flat)
         self.outputs = {site.output: index for index, site in enumerate(network.sites)}
         self.order: list[core.Var] = []
-        self.latest = dict.fromkeys(flat.inputs, -1)
-        self.source = {var: var for var in flat.inputs}
+        starts = (*flat.inputs, *flat.carried)
+        self.latest = dict.fromkeys(starts, -1)
+        self.source = {var: var for var in starts}
         self.joins: list[tuple[core.Var, str, list[core.Var]]] = []
         self.pools: dict[core.Var, core.Var] = {}
         inside = {position for site in network.sites for position in site.chain}

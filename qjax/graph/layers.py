@@ -7,6 +7,8 @@ it (bias, batch norm), up to its pre-activation output.
 
 import collections
 import dataclasses
+import functools
+import itertools
 import math
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -14,13 +16,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
 from qjax.formats.affine import cast
 from qjax.graph import jaxpr
-from qjax.graph.activation import Activation, find_activation, with_clips
-from qjax.graph.chain import ChannelOperation, Graph, affine_chain
+from qjax.graph.activation import NONE, Activation, find_activation, with_clips
+from qjax.graph.chain import Chain, ChannelOperation, Graph, affine_chain
 from qjax.graph.flatten import flatten
 from qjax.graph.frameworks import advising, check_network
 from qjax.graph.jaxpr import Atom, Equations, FlatJaxpr, dtype, shape
@@ -79,7 +82,7 @@ class Shortcut(NamedTuple):
 
 
 class Site(NamedTuple):
-    """Where a layer stands in the flat jaxpr.
+    """Where a layer stands in the flat jaxpr; in an unrolled loop, a site for every step.
 
     Attributes:
       layer: its description.
@@ -106,6 +109,27 @@ class Site(NamedTuple):
     activated: core.Var
     activating: tuple[core.JaxprEqn, ...]
     shortcut: Shortcut | None
+
+    @property
+    def channel_axes(self) -> tuple[int, ...]:
+        """The axes of the pre-activation output that hold the output channels."""
+        if self.operations:
+            return self.operations[-1].channel_axes
+        rank = len(shape(self.output))
+        return tuple(axis % rank for axis in self.layer.operation.channel_axes)
+
+    def inputs_of_all_steps(self, inputs: Sequence[jax.Array]) -> jax.Array:
+        """Its inputs in all steps of a loop as one array; see `outputs_of_all_steps`."""
+        return _of_all_steps(inputs, self.layer.operation.position_axis(inputs[0].ndim))
+
+    def outputs_of_all_steps(self, outputs: Sequence[jax.Array]) -> jax.Array:
+        """Its outputs in all steps as one array; of a single position, those of the first step."""
+        axes = (axis for axis in range(outputs[0].ndim) if axis not in self.channel_axes)
+        return _of_all_steps(outputs, next(axes, None))
+
+
+def _of_all_steps(values: Sequence[jax.Array], axis: int | None) -> jax.Array:
+    return values[0] if len(values) == 1 or axis is None else jnp.concatenate(values, axis)
 
 
 class Movement(NamedTuple):
@@ -152,7 +176,7 @@ class Network:
 
     Attributes:
       flat: the jaxpr.
-      sites: its layers.
+      sites: where its layers stand.
       skipped: contractions that stay in float.
       paths: of the leaves of its params.
       programs: what was compiled for this network, the last used ones, by what they do; freed
@@ -166,6 +190,18 @@ class Network:
     programs: collections.OrderedDict[Hashable, Callable[..., Any]] = dataclasses.field(
         default_factory=collections.OrderedDict, repr=False
     )
+
+    @functools.cached_property
+    def first_sites(self) -> tuple[Site, ...]:
+        """The one site of every layer, the first one where the steps of a loop share it."""
+        found: dict[str, Site] = {}
+        for site in self.sites:
+            found.setdefault(site.layer.name, site)
+        return tuple(found.values())
+
+    def sites_of(self, name: str) -> tuple[Site, ...]:
+        """The sites of a layer."""
+        return tuple(site for site in self.sites if site.layer.name == name)
 
     @property
     def belongs_to_a_trace(self) -> bool:
@@ -214,7 +250,7 @@ def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> tuple[Lay
       [('hidden', 'relu'), ('head', 'none')]
     """
     check_network(apply_fn, params)
-    return tuple(site.layer for site in find_layers(apply_fn, params, x).sites)
+    return tuple(site.layer for site in find_layers(apply_fn, params, x).first_sites)
 
 
 def shapes_of(tree: Any) -> Any:
@@ -305,8 +341,83 @@ def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Ne
         else:
             skipped.append(_skip(equation, "its kernel is computed without params"))
     batch = max((shape(var)[0] for var in flat.inputs if shape(var)), default=1)
-    named = _with_names(sites, layer_names(kernels, paths), max(batch, 1))
-    return Network(flat, named, tuple(skipped), paths)
+    shared = _shared_by_steps(flat, sites)
+    names = layer_names([kernels[positions[0]] for positions in shared], paths)
+    for positions, name in zip(shared, names, strict=True):
+        alike = _alike(graph, found, [sites[position] for position in positions])
+        macs = sum(site.layer.macs for site in alike) // max(batch, 1)
+        for position, site in zip(positions, alike, strict=True):
+            layer = dataclasses.replace(site.layer, name=name, macs=macs)
+            sites[position] = site._replace(layer=layer)
+    return Network(flat, tuple(sites), tuple(skipped), paths)
+
+
+def _shared_by_steps(flat: FlatJaxpr, sites: Sequence[Site]) -> list[list[int]]:
+    """The positions of the sites of every layer: of one place in a loop, with one kernel."""
+    found: dict[Any, list[int]] = {}
+    for position, site in enumerate(sites):
+        result = flat.equations[site.chain[0]].outvars[0]
+        found.setdefault((flat.places.get(result, result), site.kernel), []).append(position)
+    return list(found.values())
+
+
+def _alike(
+    graph: Graph, found: Mapping[core.Var, jaxpr.Dependence], sites: Sequence[Site]
+) -> list[Site]:
+    """Sites with what all of them have: the first and the last step may be read otherwise."""
+    if len(sites) == 1:
+        return list(sites)
+    first, *others = sites
+    count = len(first.operations)
+    for other in others:
+        pairs = zip(first.operations, other.operations, strict=False)
+        same = (_is_same(one, another) for one, another in pairs)
+        common = len(list(itertools.takewhile(bool, same)))
+        count = min(count, common if first.movement == other.movement else 0)
+    is_cut = any(len(site.operations) > count for site in sites)
+    keeps_activation = not is_cut and len({site.activation for site in sites}) == 1
+    alike = []
+    for site in sites:
+        chain = affine_chain(graph, found, site.chain[0], site.layer.operation, count)
+        site = _with_chain(site, chain)._replace(shortcut=None)
+        if not keeps_activation:
+            layer = dataclasses.replace(site.layer, activation=NONE.name)
+            site = site._replace(
+                layer=layer, activation=NONE, activating=(), activated=chain.output
+            )
+        alike.append(site)
+    return alike
+
+
+def _is_same(one: ChannelOperation, other: ChannelOperation) -> bool:
+    operands = one.operand, other.operand
+    if all(map(jaxpr.is_literal, operands)):
+        is_one = np.array_equal(one.operand.val, other.operand.val)
+    else:
+        is_one = one.operand is other.operand
+    return is_one and one._replace(operand=None) == other._replace(operand=None)
+
+
+def _with_chain(site: Site, chain: Chain) -> Site:
+    moves = tuple(Equations([e], jaxpr.variables(e.invars), e.outvars) for e in chain.movement)
+    return site._replace(
+        layer=dataclasses.replace(site.layer, output_shape=shape(chain.output)),
+        chain=chain.positions,
+        operations=chain.operations,
+        movement=Movement(moves, dtype(chain.output)),
+        output=chain.output,
+    )
+
+
+def values_of_steps(sites: Sequence[Site], values: Sequence[Any], axis: int | None) -> Any:
+    """The values of a layer in all steps of a loop as one array, the steps along an axis.
+
+    Args:
+      sites: of the layer.
+      values: by site.
+      axis: along which its positions lie; None if there is one position alone, that of step 0.
+    """
+    return values[0] if len(sites) == 1 or axis is None else jnp.concatenate(values, axis)
 
 
 def _element(
@@ -338,15 +449,6 @@ def _refusal(equation: core.JaxprEqn, name: str) -> ValueError:
 
 def _skip(equation: core.JaxprEqn, reason: str) -> Skipped:
     return Skipped(equation.primitive.name, tuple(map(shape, equation.invars)), reason)
-
-
-def _with_names(sites: Sequence[Site], names: Sequence[str], batch: int) -> tuple[Site, ...]:
-    return tuple(
-        site._replace(
-            layer=dataclasses.replace(site.layer, name=name, macs=site.layer.macs // batch)
-        )
-        for site, name in zip(sites, names, strict=True)
-    )
 
 
 def _site(

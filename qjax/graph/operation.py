@@ -58,6 +58,14 @@ class Linear(Protocol):
         """The one axis of the input channels in (input, kernel), None where there is not one."""
         ...
 
+    def position_axis(self, rank: int) -> int | None:
+        """The first axis of an input along which it meets the same kernel, None if there is none.
+
+        Args:
+          rank: of the input.
+        """
+        ...
+
     @property
     def is_product(self) -> bool:
         """Whether the operation is a product of matrices as it stands."""
@@ -226,6 +234,10 @@ class Convolution:
         numbers = self.dimension_numbers
         return None if self.groups > 1 else (numbers.lhs_spec[1], numbers.rhs_spec[1])
 
+    def position_axis(self, rank: int) -> int | None:
+        """The axis of the examples."""
+        return self.dimension_numbers.lhs_spec[0]
+
     @property
     def is_product(self) -> bool:
         """False: patches have to be cut first."""
@@ -366,6 +378,11 @@ class DotProduct:
         """The contracted axis of (input, kernel), None where there is not just one."""
         x_axes, kernel_axes = self.contracting
         return (x_axes[0], kernel_axes[0]) if len(x_axes) == 1 and not self.batch[0] else None
+
+    def position_axis(self, rank: int) -> int | None:
+        """The first axis that is neither contracted nor one of groups."""
+        taken = (*self.batch[0], *self.contracting[0])
+        return next((axis for axis in range(rank) if axis not in taken), None)
 
     @property
     def is_product(self) -> bool:

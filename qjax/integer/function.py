@@ -21,6 +21,7 @@ Where the range of a layer's input is found at run time, so is s_x: the layer ro
 to codes, sums their products in int32 and scales the sum in float32. That takes `float` arithmetic.
 """
 
+import collections
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
@@ -268,7 +269,7 @@ class IntegerFunction:
     def _plan(self, network: Network) -> Plan:
         """What the programs of a network depend on; remembered as long as the network is."""
         if network not in self._plans:
-            layers = ((site.layer.name, self._layer_plan(site)) for site in network.sites)
+            layers = ((site.layer.name, self._layer_plan(site)) for site in network.first_sites)
             self._plans[network] = Plan(self.arithmetic, tuple(layers), self.sums)
         return self._plans[network]
 
@@ -340,7 +341,7 @@ def _outputs(network: Network, plan: Plan, params: Any, biases: Any, x: Any) -> 
 
 
 def _codes(network: Network, plan: Plan, params: Any, biases: Any, x: Any) -> dict[str, jax.Array]:
-    found = {}
+    found: dict[str, list[jax.Array]] = collections.defaultdict(list)
 
     def watch(step: Step, env: Env) -> None:
         if not isinstance(step, Site):
@@ -349,19 +350,24 @@ def _codes(network: Network, plan: Plan, params: Any, biases: Any, x: Any) -> di
         if isinstance(outputs, QParams):
             offset = outputs.qmin - lowerings.signed(outputs).qmin
             codes = env[step.output].codes.astype(jnp.int32) + offset
-            found[step.layer.name] = codes.astype(outputs.dtype)
+            found[step.layer.name].append(codes.astype(outputs.dtype))
 
     _evaluated(network, plan, params, biases, x, watch=watch)
-    return found
+    sites = {site.layer.name: site for site in network.first_sites}
+    return {name: sites[name].outputs_of_all_steps(codes) for name, codes in found.items()}
 
 
 def _accumulators(
     network: Network, plan: Plan, params: Any, biases: Any, x: Any
 ) -> dict[str, jax.Array]:
-    found = {}
+    found: dict[str, list[jax.Array]] = collections.defaultdict(list)
 
     def record(name: str, acc: jax.Array) -> None:
-        found[name] = acc.astype(jnp.int32)
+        found[name].append(acc.astype(jnp.int32))
 
     _evaluated(network, plan, params, biases, x, record=record)
-    return found
+    operations = {site.layer.name: site.layer.operation for site in network.first_sites}
+    return {
+        name: jnp.concatenate(steps, operations[name].output_order(steps[0].ndim)[0])
+        for name, steps in found.items()
+    }

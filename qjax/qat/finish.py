@@ -43,7 +43,7 @@ def finish(apply_fn: TrainableFunction, params: Mapping[str, Any], x: Any) -> Qu
             )
     network = apply_fn.function.network(x)
     layers: dict[str, QuantizedLayer] = {}
-    for site in network.sites:
+    for site in network.first_sites:
         name = site.layer.name
         frame = apply_fn.frames[name]
         layers[name] = _finish(site.layer.operation, frame, params["layers"][name], layers)
@@ -58,7 +58,7 @@ def finish(apply_fn: TrainableFunction, params: Mapping[str, Any], x: Any) -> Qu
     taps = run({"layers": latent, "rest": rest}, x)[1], run(quantized, x)[1]
     records = [
         layer_report(site.layer, _fit(site, params["layers"], layers, *taps))
-        for site in network.sites
+        for site in network.first_sites
     ]
     recipe = dataclasses.replace(apply_fn.recipe, sequential=True)  # the layers are one network
     return Quantized(function, quantized, Report(records, recipe, network.skipped))

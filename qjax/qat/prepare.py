@@ -1,5 +1,6 @@
 """Making a network trainable: from a float network to one that computes with quantized values."""
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -106,7 +107,7 @@ def prepare(
         )
     check_network(apply_fn, params)
     network = find_layers(apply_fn, params, shapes_of(x))
-    recipes = recipe.by_layer([site.layer.name for site in network.sites])
+    recipes = recipe.by_layer([site.layer.name for site in network.first_sites])
     has_signs = {name: chosen.binarizes_inputs and _is_binary(own) for name, own in recipes.items()}
     for name, own in recipes.items():
         _check(name, own)
@@ -122,7 +123,7 @@ def prepare(
     sources = _sources(network, recipes, q.params["layers"], has_signs)
     folded = dict(zip(recipes, fold(network, jax.tree.leaves(params)), strict=True))
     frames, layers = {}, {}
-    for site in network.sites:
+    for site in network.first_sites:
         name = site.layer.name
         layer = q.params["layers"][name]
         training = chosen.binary if _is_binary(recipes[name]) else STEPPED
@@ -239,10 +240,11 @@ def _sources(
 ) -> dict[str, str]:
     """The layers whose input is already on a grid of the width that it is to have, and whose.
 
-    It is the grid of another layer's output; both are then one, and are trained as one.
+    It is the grid of another layer's output (the same one in all steps of a loop); both are then
+    one, and are trained as one.
     """
     grids: dict[core.Var, tuple[str, Grid]] = {}
-    found: dict[str, str] = {}
+    found: dict[str, set[str | None]] = collections.defaultdict(set)
 
     def record(var: core.Var, name: str, qparams: QParams | None) -> None:
         spec = recipes[name].outputs
@@ -253,14 +255,14 @@ def _sources(
         match step:
             case Site(layer=described):
                 inputs = recipes[described.name].inputs
-                source = grids.get(step.input)
-                if source is not None and not has_signs[described.name]:
-                    if known_grid(inputs, source[1]) is not None:
-                        found[described.name] = source[0]
+                source, grid = grids.get(step.input, (None, None))
+                is_kept = known_grid(inputs, grid) is not None and not has_signs[described.name]
+                found[described.name].add(source if is_kept else None)
                 record(step.output, described.name, layers[described.name].outputs)
             case Activated(site=site):
                 name = site.layer.name
                 record(site.activated, name, layers[name].activated)
             case core.JaxprEqn():
                 follow_codes(step, grids, lambda pair: pair[1].greatest)
-    return found
+    alone = {name: sources.pop() for name, sources in found.items() if len(sources) == 1}
+    return {name: source for name, source in alone.items() if source is not None}

@@ -66,7 +66,7 @@ class QuantizedFunction:
 
         Returns:
           Integers from qmin to qmax; layers whose output is in float, or has another grid for every
-          input, are left out.
+          input, are left out. Those of a layer that the steps of a loop share follow each other.
         """
         return self._run("codes", _codes, params, x)
 
@@ -181,9 +181,11 @@ def _codes(
     network: Network, rules: Rules, params: Mapping[str, Any], x: Any
 ) -> dict[str, jax.Array]:
     env = _evaluated(network, rules, params, x)
-    outputs = {site.layer.name: site.output for site in network.sites}
-    return {
-        name: layer.outputs.encode(env[outputs[name]])
-        for name, layer in params["layers"].items()
-        if isinstance(layer.outputs, QParams)
-    }
+    found = {}
+    for site in network.first_sites:
+        format = params["layers"][site.layer.name].outputs
+        if isinstance(format, QParams):
+            steps = network.sites_of(site.layer.name)
+            codes = [format.encode(env[step.output]) for step in steps]
+            found[site.layer.name] = site.outputs_of_all_steps(codes)
+    return found

@@ -46,7 +46,7 @@ def float_layers(network: Network, params: Any) -> dict[str, Any]:
     folded = fold(network, jax.tree.leaves(params))
     layers = {
         site.layer.name: QuantizedLayer(kernel, bias, None, None, None, None)
-        for site, (kernel, bias) in zip(network.sites, folded, strict=True)
+        for site, (kernel, bias) in zip(network.first_sites, folded, strict=True)
     }
     return {"layers": layers, "rest": rest_of_params(network, params)}
 
@@ -75,9 +75,14 @@ def _run(
     env = bind(network, params["rest"], x)
     steps, read = steps_of(network, params)
     evaluate(steps, env, read, FAKE)
-    taps = {
-        site.layer.name: Tap(env[site.input], env[site.output], env[site.activated])
-        for site in network.sites
-        if names is None or site.layer.name in names
-    }
+    taps = {}
+    for site in network.first_sites:
+        name = site.layer.name
+        if names is None or name in names:
+            steps = network.sites_of(name)
+            taps[name] = Tap(
+                site.inputs_of_all_steps([env[step.input] for step in steps]),
+                site.outputs_of_all_steps([env[step.output] for step in steps]),
+                site.outputs_of_all_steps([env[step.activated] for step in steps]),
+            )
     return outputs_of(network, env, FAKE), taps

@@ -212,7 +212,7 @@ def measure_layer(q: Quantized, layer: str, x: Any, params: Any = None) -> Layer
     """Runs a network and follows one of its layers; the arguments are those of `qjax.explain`."""
     function = q.apply_fn
     network = find_layers(function.apply_fn, function.params, shapes_of(x))
-    sites = {site.layer.name: site for site in network.sites}
+    sites = {site.layer.name: site for site in network.first_sites}
     if layer not in sites:
         raise ValueError(f"`layer` must be one of {', '.join(sites)}; got {layer!r}.")
     run = tapped(function.apply_fn, function.params, x, [layer])

@@ -95,7 +95,7 @@ def quality(q: Quantized, params: Any, x: Any) -> Quality:
         _layer_quality(
             site, q.params["layers"][name], floats["layers"][name], given[name], taken[name]
         )
-        for site in network.sites
+        for site in network.first_sites
         for name in [site.layer.name]
     ]
     return Quality(tuple(layers), float(sqnr_db(expected, actual)), given, floats, network)

@@ -1,0 +1,145 @@
+"""Looking ahead: the values that the steps of a loop will have, before their layers are fitted.
+
+A layer that all steps share is fitted once, on the inputs of all steps together. These follow from
+the layers that are fitted already; those that are not yet compute in float, in both streams.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from qjax.fit.junction import FittedJunction
+from qjax.fit.layer import Fit
+from qjax.fit.ranges import project_batches
+from qjax.fit.streams import Segment, Streams, map_batches
+from qjax.formats.dynamic import ActivationFormat
+from qjax.graph.activation import follow_codes
+from qjax.graph.fold import Folded, apply_folded
+from qjax.graph.junctions import Junction
+from qjax.graph.layers import Movement, Site
+from qjax.graph.operation import Linear
+from qjax.graph.schedule import Activated
+from qjax.programs import program
+from qjax.run.layer import QuantizedLayer, apply_layer
+
+Values = tuple[jax.Array, jax.Array]
+
+
+class Ahead:
+    """What the network will compute from here on, as far as it is fitted.
+
+    Attributes:
+      grids: the grids of codes that values lie on, by variable.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        folded: Mapping[str, Folded],
+        fits: Mapping[str, Fit],
+        sums: Mapping[str, FittedJunction],
+        grids: Mapping[core.Var, Any],
+    ) -> None:
+        """Takes what is known here; nothing of it is changed."""
+        self.grids = dict(grids)
+        self._streams, self._folded, self._fits, self._sums = streams.copy(), folded, fits, sums
+
+    def values(self, segments: Sequence[Segment], wanted: Sequence[core.Var]) -> list[Values]:
+        """Evaluates segments until all wanted values are known.
+
+        Args:
+          segments: those to come, the equations of the first one evaluated already.
+          wanted: what a layer reads, or its output after the activation.
+
+        Returns:
+          float32[batches, ...] in the float and in the quantized network, of each.
+        """
+        found: dict[core.Var, Values] = {}
+        for number, segment in enumerate(segments):
+            if number:
+                self._streams.advance(segment)
+                for equation in segment.equations:
+                    follow_codes(equation, self.grids, lambda grid: grid.greatest)
+            step = segment.step
+            if isinstance(step, Site) and step.input in wanted:
+                found[step.input] = self._read(step.input)
+            if found.keys() == set(wanted):
+                break
+            self._evaluate(step)
+            if isinstance(step, Activated) and step.site.activated in wanted:
+                found[step.site.activated] = self._read(step.site.activated)
+        return [found[var] for var in wanted]
+
+    def _read(self, var: core.Var) -> Values:
+        floats, values = self._streams.read(var)
+        return floats.astype(jnp.float32), values.astype(jnp.float32)
+
+    def _evaluate(self, step: Site | Activated | Junction | None) -> None:
+        match step:
+            case Site(layer=layer) as site:
+                fit = self._fits.get(layer.name)
+                known = None if fit is None else fit.layer
+                pair = self._read(site.input)
+                outputs = outputs_of_step(site, self._folded[layer.name], known, pair)
+                self._streams.write(site.output, *outputs)
+            case Activated(site=site):
+                fit = self._fits.get(site.layer.name)
+                if fit is not None and fit.layer.activated is not None:
+                    self._project(site.activated, fit.layer.activated)
+            case Junction() as junction:
+                if junction.name in self._sums:
+                    self._project(junction.var, self._sums[junction.name].grid)
+
+    def _project(self, var: core.Var, grid: ActivationFormat) -> None:
+        floats, values = self._streams.read(var)
+        rounded = projected(grid, values.astype(jnp.float32)).astype(values.dtype)
+        self._streams.write(var, floats, rounded)
+
+
+def outputs_of_step(
+    site: Site, folded: Folded, layer: QuantizedLayer | None, inputs: Values
+) -> Values:
+    """What a layer computes in one step, in the float and in the quantized network.
+
+    Args:
+      site: of the step.
+      folded: kernel and bias in float.
+      layer: what was fitted; None for nothing yet.
+      inputs: float32[batches, ...] each.
+    """
+    static = site.layer.operation, site.movement
+    floats = _float_outputs(*static, folded, inputs[0])
+    if layer is not None:
+        return floats, _quantized_outputs(*static, layer, inputs[1])
+    if inputs[1] is inputs[0]:
+        return floats, floats
+    return floats, _float_outputs(*static, folded, inputs[1])
+
+
+def joined(values: Sequence[Values]) -> Values:
+    """The values of all steps as more batches."""
+    floats, quantized = zip(*values, strict=True)
+    return jnp.concatenate(floats), jnp.concatenate(quantized)
+
+
+@program(static_argnums=(0, 1))
+def _float_outputs(
+    operation: Linear, movement: Movement, folded: Folded, x: jax.Array
+) -> jax.Array:
+    return map_batches(lambda batch: movement(apply_folded(operation, folded, batch)), x)
+
+
+@program(static_argnums=(0, 1))
+def _quantized_outputs(
+    operation: Linear, movement: Movement, layer: QuantizedLayer, x: jax.Array
+) -> jax.Array:
+    return map_batches(lambda batch: movement(apply_layer(operation, layer, batch)), x)
+
+
+@program()
+def projected(format: ActivationFormat, values: jax.Array) -> jax.Array:
+    """Values of all batches on their grid."""
+    return project_batches(format, values)
