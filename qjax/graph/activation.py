@@ -231,33 +231,20 @@ def with_clips(flat: FlatJaxpr) -> FlatJaxpr:
         if equation.primitive.name in _COMPARISONS:
             for start in jaxpr.variables(equation.invars):
                 found = _recognised(graph, start)
-                if found is not None and found.activation.is_clip:
+                if found is None or not found.activation.is_clip:
+                    continue
+                if dtype(found.var) == dtype(start):
                     clips[found.var] = start, found.activation.function
-    if not clips:
-        return flat
-    leaves = (*flat.params, *flat.inputs)
 
-    def evaluate(*values: Any) -> list[Any]:
-        env = dict(zip(leaves, values, strict=True)) | flat.constants
-        for equation in flat.equations:
-            if clips.keys().isdisjoint(equation.outvars):
-                jaxpr.evaluate_equation(equation, env)
-            else:
-                [result] = equation.outvars
-                start, clip = clips[result]
-                env[result] = clip(env[start]).astype(dtype(result))
-        return [jaxpr.read(env, atom) for atom in flat.outputs]
+    def rewritten(equation: core.JaxprEqn) -> core.JaxprEqn:
+        if clips.keys().isdisjoint(equation.outvars):
+            return equation
+        [result] = equation.outvars
+        start, clip = clips[result]
+        [whole] = jax.make_jaxpr(clip)(start.aval).jaxpr.eqns
+        return whole.replace(invars=[start], outvars=[result])
 
-    again = jax.make_jaxpr(evaluate)(*(var.aval for var in leaves))
-    count = len(flat.params)
-    return FlatJaxpr(
-        equations=tuple(again.jaxpr.eqns),
-        params=tuple(again.jaxpr.invars[:count]),
-        inputs=tuple(again.jaxpr.invars[count:]),
-        constants=dict(zip(again.jaxpr.constvars, again.consts, strict=True)),
-        outputs=tuple(again.jaxpr.outvars),
-        out_tree=flat.out_tree,
-    )
+    return flat._replace(equations=tuple(map(rewritten, flat.equations)))
 
 
 def _unknown(equations: tuple[core.JaxprEqn, ...], output: core.Var) -> Found:
