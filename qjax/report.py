@@ -30,12 +30,12 @@ class LayerReport:
       activation: what follows its output.
       kernel_shape: shape of the kernel as the operation sees it.
       output_shape: shape of its output for one example.
-      weight_bits: width of the kernel's codes, None in float; likewise the next two.
+      weight_bits: width of the kernel's codes, None in float, as the next two.
       input_bits: of its input.
       output_bits: of its output.
       weight_scale: least and greatest scale of the kernel, None in float.
       input_scale: real units per code of the input, mean over channels; None in float or if its
-        range is found at run time; likewise the next three.
+        range is found at run time, as the next three.
       input_zero_point: the input's code of 0.
       output_scale: real units per code of the output, mean over channels.
       output_zero_point: the output's code of 0, None if it differs between channels too.
@@ -44,8 +44,8 @@ class LayerReport:
         network's, all earlier layers quantized too (or the layer alone, where the recipe is not
         sequential); None where it was quantized without images.
       weight_clip: the clipping range's share of the range of the values; None in float.
-      input_clip: likewise of the input.
-      output_clip: likewise of the output.
+      input_clip: that of the input.
+      output_clip: that of the output.
       macs: multiply-accumulate operations per example.
       bytes_float: of kernel and bias in float32.
       bytes_quantized: of codes at their true width, scales, zero points and bias.

@@ -26,7 +26,7 @@ def table(
 
     Args:
       header: a cell for every column.
-      rows: likewise, each.
+      rows: the cells of each row.
       align: a character for every column: `<` to the left, `>` to the right.
       footer: one more row, set apart.
       ruled: whether lines are drawn below the header and above the footer.

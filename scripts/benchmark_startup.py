@@ -34,7 +34,7 @@ class Used(NamedTuple):
       cpu: seconds, of all threads.
       peak: bytes of memory that the process held at most.
       programs: how many were compiled; None where that is not counted.
-      compiling: seconds in which something was traced, lowered or compiled; likewise.
+      compiling: seconds in which something was traced, lowered or compiled.
     """
 
     wall: float

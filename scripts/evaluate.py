@@ -107,10 +107,10 @@ def tables() -> dict[str, Table]:
         for column, fields in columns.items():
             row = f"W{bits}A{bits}, activations per channel"
             mixed[row, column] = qjax.recipe(bits, **fields, **finer)
-    for name, bits in {"W4A4, logits by their probabilities": 4, "W3A3, likewise": 3}.items():
-        mixed[name, "inputs and outputs"] = qjax.recipe(bits, logits=True)
-    row = "W4A4, likewise, activations per channel"
-    mixed[row, "inputs and outputs"] = qjax.recipe(4, logits=True, **finer)
+    for bits in (4, 3):
+        row = f"W{bits}A{bits}, logits by their probabilities"
+        mixed[row, "inputs and outputs"] = qjax.recipe(bits, logits=True)
+    mixed["W4A4, both", "inputs and outputs"] = qjax.recipe(4, logits=True, **finer)
     used = Recipe()
     steps: dict[str, dict[str, Any]] = {
         "extremes, nearest codes": {},
@@ -459,7 +459,7 @@ def show_in_readme(name: str, text: str) -> None:
     if mark:
         _, mark, after = rest.partition(end)
         if not mark:
-            raise ValueError(f"README.md has {start.strip()} but not {end} behind it.")
+            raise ValueError(f"README.md has {start.strip()} but not {end} after it.")
         write(README, f"{before}{start}\n{text}\n\n{end}{after}")
 
 

@@ -174,7 +174,7 @@ def patches(operation: Linear, x: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnums=0)
 def apply(operation: Linear, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`operation.apply`, likewise."""
+    """`operation.apply`, compiled."""
     return operation.apply(x, kernel)
 
 

@@ -125,7 +125,7 @@ def test_a_result_does_not_depend_on_the_other_examples(id: str):
     chex.assert_trees_all_close(q.apply_fn(q.params, x[:1]), y[:1], rtol=1e-5, atol=1e-5)
 
 
-def test_the_range_of_an_output_sees_the_activation_behind_it():
+def test_the_range_of_an_output_sees_the_activation_after_it():
     case, by_name = CASES["activations"], {r.name: r for r in quantized("activations").report}
     for name, (_, activation) in models.ACTIVATIONS.items():
         scale, z = by_name[name].output_scale, case.x @ case.params[name]

@@ -1,7 +1,7 @@
 """Finding the layers of a network in its jaxpr.
 
 A layer is a convolution or a dot product of something that depends on params only (its kernel) and
-something that depends on the input, together with the chain of per-channel affine operations behind
+something that depends on the input, together with the chain of per-channel affine operations after
 it (bias, batch norm), up to its pre-activation output.
 """
 

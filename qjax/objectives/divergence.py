@@ -13,7 +13,7 @@ HISTOGRAM_BINS = 2048  # of the distributions that are compared
 def without_spike_at_zero(counts: jax.Array, edges: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(counts, centers of the bins), with a spike at 0 cut down to the bins beside it.
 
-    0 is exact in every candidate; the many zeros behind a ReLU would outweigh everything else.
+    0 is exact in every candidate; the many zeros after a ReLU would outweigh everything else.
     """
     counts = counts.astype(jnp.float32)
     bins = len(counts)

@@ -120,7 +120,7 @@ def curves(
 
 
 def _rows(names: Sequence[str], ticks: Sequence[tuple[float, str]]) -> list[str]:
-    """The labels of rows and the vertical grid behind them."""
+    """The labels of rows, and the vertical grid under them."""
     height = ROW * len(names)
     parts = []
     for x, text in ticks:
@@ -162,12 +162,12 @@ def dots(names: Sequence[str], series: Mapping[str, Sequence[float]], label: str
 
 
 def bars(names: Sequence[str], values: Sequence[float], unit: str, label: str) -> str:
-    """Draws a horizontal bar per name, its value written behind it.
+    """Draws a horizontal bar per name, its value written after it.
 
     Args:
       names: of the rows.
       values: not negative.
-      unit: written behind each value.
+      unit: written after each value.
       label: what is drawn, for those who cannot see it.
     """
     longest = max([*values, 1e-12])

@@ -22,7 +22,7 @@ class Tap(NamedTuple):
     Attributes:
       input: its input, before it is quantized.
       output: its pre-activation output, quantized where the layer says so.
-      activated: its output after the activation, likewise.
+      activated: its output after the activation, quantized where the layer says so.
     """
 
     input: jax.Array

@@ -22,7 +22,7 @@ class LayerCheck(NamedTuple):
       output: how many of its output are, before the activation.
       clipped: the share of its input that lies beyond the range of its codes; None where no range
         was chosen beforehand.
-      saturated: likewise of its output, the share at an end of the range that is not 0.
+      saturated: of its output, the share at an end of the range that is not 0.
     """
 
     name: str

@@ -358,7 +358,7 @@ def _output_codes(trace: LayerTrace) -> ExplainedStep | None:
     if sqnr_db is None:
         sqnr_db = _sqnr_db(trace.float_outputs, rounded.real)
     elif trace.has_activation:
-        compared = "; compared with the float network behind the activation"
+        compared = "; compared with the float network after the activation"
     own = "not compared with the network's own codes, which are rounded again or moved"
     if trace.agreement is not None:
         own = f"equal to the network's own code in {trace.agreement:.2%} of the outputs"

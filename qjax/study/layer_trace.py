@@ -154,7 +154,8 @@ class LayerTrace:
       products: [shown], patches_q · kernel_q of the shown elements.
       input_range: the least and the greatest of all possible `patches_q`; None for an input in
         float.
-      sum_range: each [G, M], the least and the greatest sum that they make; None likewise.
+      sum_range: each [G, M], the least and the greatest sum that they make; None for an
+        input in float.
       sums: [P, G, M], of the products.
       bias: [G, M], codes at the accumulator's scale; real where the accumulator is in float.
       unit: [G, M], the real value of one unit of the sums.
