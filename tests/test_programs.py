@@ -105,7 +105,7 @@ jax.monitoring.register_event_duration_secs_listener(
     lambda event, duration, **_: counts.append(event) if event == sys.argv[1] else None
 )
 model = pretrained.load("resnet20-digits")
-images = model.preprocess(datasets.load(model.dataset, "train").images[:256])
+images = model.preprocess(datasets.load(model.dataset, "train").images[:64])
 found = []
 for _ in range(2):
     counts.clear()
