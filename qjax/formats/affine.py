@@ -9,7 +9,6 @@ import numpy as np
 from jax import lax
 
 from qjax.formats.base import NumberFormat, Spec
-from qjax.programs import program
 from qjax.pytree import pytree
 
 Limits = tuple[Any, Any]  # the smallest and the largest code, int32 scalars
@@ -257,7 +256,6 @@ def relative_limits(qparams: QParams) -> tuple[jax.Array, jax.Array]:
     return low - zero_point, high - zero_point
 
 
-@program()
 def quantize_array(x: jax.Array, qparams: QParams) -> jax.Array:
     """Maps real values to codes: clip(round(x / scale) + zero_point, qmin, qmax).
 
@@ -287,7 +285,6 @@ def quantize_array(x: jax.Array, qparams: QParams) -> jax.Array:
     return codes.astype(qparams.dtype)
 
 
-@program()
 def dequantize(codes: jax.Array, qparams: QParams) -> jax.Array:
     """Maps codes to real values: x_hat = scale * (codes - zero_point).
 
@@ -325,7 +322,6 @@ def cast(x: jax.Array, dtype: Any) -> jax.Array:
     return x.astype(dtype)
 
 
-@program()
 def fake_quant(x: jax.Array, qparams: QParams) -> jax.Array:
     """Rounds real values to representable ones, differentiably.
 
@@ -345,7 +341,6 @@ def fake_quant(x: jax.Array, qparams: QParams) -> jax.Array:
     return cast(qparams.scale * float_codes(x, qparams), x.dtype)
 
 
-@program()
 def sqnr_db(reference: jax.Array, approximation: jax.Array) -> jax.Array:
     """Measures signal to quantization noise, 10 log10 of Σ x² / Σ (x − x_hat)².
 

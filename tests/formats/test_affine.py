@@ -231,3 +231,15 @@ def test_a_uniform_variable_gains_six_decibels_per_bit(bits: int):
     np.testing.assert_allclose(
         qjax.sqnr_db(x, qjax.fake_quant(x, qparams)), 10 * np.log10(4 * steps**2), atol=0.1
     )
+
+
+def test_constants_of_a_program_can_be_quantized_within_it():
+    qparams = QParams(jnp.float32(0.5), jnp.int32(0), -7, 7)
+    kernel = jnp.array([0.6, -2.0, 99.0])
+
+    @jax.jit
+    def scaled(x: jax.Array) -> jax.Array:
+        codes = qjax.quantize_array(kernel, qparams)
+        return x * (qjax.dequantize(codes, qparams) + qjax.fake_quant(kernel, qparams))
+
+    np.testing.assert_array_equal(scaled(jnp.float32(1)), [1.0, -4.0, 7.0])
