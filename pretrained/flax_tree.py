@@ -33,7 +33,7 @@ def variable(path: str, leaf: str) -> str:
 
 
 def variables_of(model: nn.Module, leaves: Mapping[str, np.ndarray], channels: int) -> Any:
-    """Makes a tree of leaves, if they are those of the module.
+    """Makes a tree of leaves, if they are those of the module, in float32.
 
     Args:
       model: the module.
@@ -41,7 +41,7 @@ def variables_of(model: nn.Module, leaves: Mapping[str, np.ndarray], channels: i
       channels: of its images.
 
     Raises:
-      ValueError: a leaf is missing, unknown, or of another shape.
+      ValueError: a leaf is missing, unknown, of another shape, or not of real numbers.
     """
     image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
     expected: Any = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image), sep="/")
@@ -49,9 +49,12 @@ def variables_of(model: nn.Module, leaves: Mapping[str, np.ndarray], channels: i
     wanted = {path: leaf.shape for path, leaf in expected.items()}
     wrong = {path for path in shapes.keys() | wanted if shapes.get(path) != wanted.get(path)}
     if wrong:
-        path = min(wrong)
+        path, description = min(wrong), " ".join(str(model).replace("# attributes", "").split())
         raise ValueError(
-            f"`tensors` must hold the weights of {model}; at {path!r} expected "
+            f"`tensors` must hold the weights of {description}; at {path!r} expected "
             f"{wanted.get(path, 'nothing')}, got {shapes.get(path, 'nothing')}."
         )
-    return unflatten_dict(dict(leaves), sep="/")
+    for path, leaf in leaves.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"`tensors` must be of real numbers; at {path!r} got {leaf.dtype}.")
+    return unflatten_dict({path: np.float32(leaf) for path, leaf in leaves.items()}, sep="/")

@@ -208,6 +208,11 @@ class Recipe(LayerRecipe):
                 f"`sums` quantized needs `outputs` with static ranges, whose format sums take; got "
                 f"{found}. Give `outputs` a width, or leave the sums in float."
             )
+        for pattern, _ in self._overrides():
+            if not isinstance(pattern, str):
+                raise ValueError(
+                    f"`overrides` must map globs on layer names to fields; {pattern!r} is no glob."
+                )
         frozen = tuple((pattern, tuple(fields.items())) for pattern, fields in self._overrides())
         object.__setattr__(self, "overrides", frozen)
         for _, fields in self._overrides():

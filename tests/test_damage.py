@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 import qjax
 from qjax import directory
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "reliability.py"))
+SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "reliability_artifacts.py"))
 network = SCRIPT["mixed_network"]
 
 
