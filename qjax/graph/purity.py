@@ -1,4 +1,4 @@
-"""What is no inference: random numbers, updated state, effects."""
+"""What is no inference: random numbers, updated state, effects, examples that are mixed."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -34,8 +34,8 @@ def check_pure(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any, network
       network: what it was traced to.
 
     Raises:
-      ValueError: it draws random numbers, returns its params updated, has effects, or two traces
-        of it differ.
+      ValueError: it draws random numbers, returns its params updated, has effects, two traces of
+        it differ, or a layer reads what is reduced over the examples of a batch.
     """
     if network in _checked:
         return
@@ -58,6 +58,13 @@ def check_pure(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any, network
             f"`apply_fn` returns {path!r} of `params` next to its result, as a network does that "
             f"updates its state; {_INSTEAD}."
         )
+    position = _reduced_examples(network)
+    if position is not None and _grows(apply_fn, params, x, flat, position):
+        raise ValueError(
+            "`apply_fn` mixes the examples of a batch: a layer reads what "
+            f"`{flat.equations[position].primitive.name}` makes of all of them, as batch norm does "
+            f"in training; {_INSTEAD}."
+        )
     again = with_clips(flatten(lambda *given: apply_fn(*given), params, x))
     if fingerprint(flat) != fingerprint(again):
         raise ValueError(
@@ -68,6 +75,38 @@ def check_pure(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any, network
 
 
 _checked: weakref.WeakSet[Network] = weakref.WeakSet()
+
+
+def _reduced_examples(network: Network) -> int | None:
+    """The position of the first reduction over what may be examples that a layer depends on."""
+    flat = network.flat
+    sizes = {shape(var)[0] for var in flat.inputs if shape(var)}
+    inputs = {site.input for site in network.sites}
+    found = jaxpr.dependences(flat)
+    after: dict[core.Var, int] = {}
+    for position, equation in enumerate(flat.equations):
+        operands = jaxpr.variables(equation.invars)
+        known = [after[var] for var in operands if var in after]
+        axes = equation.params.get("axes", ())
+        if not known and 0 in axes and jaxpr.depends_on(operands, found).x:
+            known = [position] if shape(operands[0])[0] in sizes else []
+        if known:
+            after |= dict.fromkeys(equation.outvars, min(known))
+    return min((after[var] for var in inputs & after.keys()), default=None)
+
+
+def _grows(
+    apply_fn: Callable[[Any, Any], Any], params: Any, x: Any, flat: FlatJaxpr, position: int
+) -> bool:
+    """Whether the first axis of what an equation reads holds the examples: it grows with them."""
+    more = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] + 1, *leaf.shape[1:]), leaf.dtype), x
+    )
+    larger = with_clips(flatten(apply_fn, params, more)).equations
+    if len(larger) != len(flat.equations):
+        return False
+    before, after = (shape(found[position].invars[0])[0] for found in (flat.equations, larger))
+    return after == before + 1
 
 
 def _primitives(equation: core.JaxprEqn) -> Iterator[str]:

@@ -113,3 +113,45 @@ def test_updated_state_is_refused():
 
     with pytest.raises(ValueError, match="returns 'batch_stats/mean' of `params`"):
         check(apply_fn, variables)
+
+
+def normalized(axes: int | tuple[int, ...]) -> Callable[[Any, Any], Any]:
+    def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+        x = (x - x.mean(axes, keepdims=True)) / x.std(axes, keepdims=True)
+        return x @ params["w"]
+
+    return apply_fn
+
+
+def test_examples_that_are_mixed_are_refused():
+    with pytest.raises(ValueError, match="mixes the examples of a batch.*`reduce_sum`"):
+        check(normalized(0))
+    check(normalized(1))
+
+
+def test_a_reduction_over_an_axis_as_long_as_the_batch_passes():
+    def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+        steps = jnp.stack([x, x, 2 * x, x])  # [4 steps, 4 examples, 3]
+        return steps.mean(0) @ params["w"]
+
+    check(apply_fn)
+
+
+def test_a_result_over_all_examples_that_no_layer_reads_passes():
+    def apply_fn(params: Any, x: jax.Array) -> Any:
+        logits = x @ params["w"]
+        return logits, logits.mean(0)
+
+    check(apply_fn)
+
+
+def test_batch_norm_in_training_without_its_state_is_refused():
+    norm = nn.BatchNorm(use_running_average=False)
+    variables = jax.eval_shape(norm.init, jax.random.key(0), X)
+
+    def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+        x, _ = norm.apply(params["norm"], x, mutable=["batch_stats"])
+        return x @ params["w"]
+
+    with pytest.raises(ValueError, match=r"mixes the examples.*train=False"):
+        check(apply_fn, {"norm": variables, **PARAMS})
