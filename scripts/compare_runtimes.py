@@ -5,13 +5,9 @@ where it stopped.
 """
 
 import argparse
-import collections
-import contextlib
 import dataclasses
 import importlib.util
-import io
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +17,7 @@ import jax
 import numpy as np
 import onnx
 from measure import device, side_by_side
+from onnx_sessions import quantize_static, session
 
 import pretrained
 import qjax
@@ -38,7 +35,6 @@ MEASURED = ("accuracy", "speed")
 UNTRAINED = sorted(RECIPES.keys() - set(pretrained.names()))
 CLOSE = 1e-5  # logits that are this close count as the same
 CALIBRATIONS = ("MinMax", "Percentile", "Entropy")  # of ONNX Runtime's quantize_static
-FLOAT_OPERATORS = {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}
 OPENVINO_LAYERS = {"Convolution", "FullyConnected", "MatMul"}
 INTEGERS = {"i8", "u8"}
 
@@ -130,7 +126,7 @@ def in_onnx_runtime(models: Models) -> Iterator[Row]:
     own = {name: _quantize_static(models, name) for name in CALIBRATIONS}
 
     def row(network: str, model: onnx.ModelProto, like: str, **options: Any) -> Row:
-        predict, in_float = _session(models.threads, model, **options)
+        predict, in_float = session(models.threads, model, **options)
         is_optimized = options.get("optimizes", True)
         fields = network, predict, model.ByteSize(), like, in_float if is_optimized else None
         return Row("ONNX Runtime", *fields, is_timed=is_optimized)
@@ -144,69 +140,11 @@ def in_onnx_runtime(models: Models) -> Iterator[Row]:
             yield row(f"its own, {calibration}, {kernels}", quantized, "float", precise=precise)
 
 
-def _session(
-    threads: int, model: onnx.ModelProto, optimizes: bool = True, precise: bool = True
-) -> tuple[Predict, int]:
-    """A model in ONNX Runtime, and the number of its layers in float.
-
-    Args:
-      threads: that it uses, 0 for one per core.
-      model: what is run.
-      optimizes: whether operators are fused.
-      precise: whether sums of products of int8 may not saturate at 16 bits, as they do by default
-        on a CPU without int8 dot instructions.
-    """
-    import onnxruntime
-
-    options, levels = onnxruntime.SessionOptions(), onnxruntime.GraphOptimizationLevel
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if not optimizes:
-        options.graph_optimization_level = levels.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.x64quantprecision", str(int(precise)))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
-        options.optimized_model_filepath = str(path)
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        operators = collections.Counter(node.op_type for node in onnx.load(path).graph.node)
-    [name] = (value.name for value in session.get_inputs())
-    in_float = sum(operators[operator] for operator in FLOAT_OPERATORS)
-    return lambda x: session.run(None, {name: x})[0], in_float
-
-
 def _quantize_static(models: Models, calibration: str) -> onnx.ModelProto:
-    """ONNX Runtime's own quantization of the float model, on the same images."""
-    from onnxruntime import quantization
-
+    """ONNX Runtime's own quantization of the float model, on the same images; kept."""
     kept = models.folder / f"{calibration}.onnx"
-    if kept.exists():
-        return onnx.load(kept)
-
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            images = models.calibration
-            self.batches = iter(np.split(images, range(64, len(images), 64)))
-
-        def get_next(self) -> Any:
-            batch = next(self.batches, None)
-            return None if batch is None else {models.floats.graph.input[0].name: batch}
-
-    # It prints what it does; the table is for the results.
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        prepared, path = str(Path(folder) / "prepared.onnx"), str(Path(folder) / "quantized.onnx")
-        quantization.quant_pre_process(models.floats, prepared)
-        quantization.quantize_static(
-            prepared,
-            path,
-            Reader(),
-            per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            calibrate_method=getattr(quantization.CalibrationMethod, calibration),
-        )
-        onnx.save(onnx.load(path), kept)
+    if not kept.exists():
+        onnx.save(quantize_static(models.floats, models.calibration, calibration), kept)
     return onnx.load(kept)
 
 

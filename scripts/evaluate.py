@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import zoo
 
 import pretrained
 import qjax
@@ -46,6 +47,9 @@ LONG = """medians over the layers of the SQNR of kernels and outputs, and
 of what outputs have more than with uniform weights of that width; top-1 in percent on all test
 images; bytes of kernels, with scales and tables, and of biases; and the error"""
 PUBLIC = "resnet20-cifar10.torch.safetensors"
+
+
+PAGES = {"zoo": zoo.run}  # tables of their own form
 
 
 class Way(NamedTuple):
@@ -193,10 +197,10 @@ def tables() -> dict[str, Table]:
 def main() -> None:
     """Parses the command line, measures what is missing and writes the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("table", choices=tables(), help="which table")
+    parser.add_argument("table", choices=(*tables(), *PAGES), help="which table")
     add_arguments(parser)
     arguments = parser.parse_args()
-    run(arguments.table, arguments)
+    PAGES.get(arguments.table, partial(run, arguments.table))(arguments)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

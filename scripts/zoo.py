@@ -1,0 +1,187 @@
+"""Many families of networks, quantized: what is found, how well it does, what it takes."""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import zoo_networks
+from onnx_sessions import quantize_static, session
+
+import qjax
+from pretrained import datasets
+from qjax.atomic import write
+from qjax.table import table
+
+DOCS = Path(__file__).parent.parent / "docs"
+RESULTS, PAGE = DOCS / "results-zoo.jsonl", DOCS / "models.md"
+IMAGES = 128  # to calibrate on, and as many to measure on
+RECIPES: dict[str, qjax.Recipe] = {
+    "W8A8": qjax.recipe(8),
+    "W4A8": qjax.recipe(8, weight_bits=4),
+    "W4A4": qjax.recipe(4),
+}
+EQUAL = 1e-5  # share of the largest output by which two results may differ and count as equal
+OWN = "ONNX Runtime's own W8A8"
+HEADER = ("network", "framework", "layers", "in float", *RECIPES, OWN)
+HEADER += ("integers", "CPU s", "GB")
+
+TEXT = """\
+# Networks
+
+{count} networks in {frameworks} frameworks, small and with random weights, from
+`scripts/zoo_networks.py`, quantized by `qjax.recipe(8)` (W8A8), `qjax.recipe(8, weight_bits=4)` (W4A8) and `qjax.recipe(4)`
+(W4A4) on {images} images and measured on {images} others: training images of CIFAR-10, whole or as
+sequences of rows, and mixtures of tones for the network of sounds. The columns of widths hold the
+error of the output, |f(x) - f̂(x)|² / |f(x)|², in dB; less is better.
+
+* *in float*: products that stay in float, of two activations.
+* *{own}*: `quantize_static` of the exported float model, MinMax, on the same images.
+* *integers*: examples whose output by `qjax.integer` at W8A8 is that of fake quantization, to
+  {equal} of the largest output.
+* *CPU s*: CPU time of the first `qjax.quantize` at W8A8 in a fresh process, compilation included.
+* *GB*: the most memory that it held.
+
+{table}
+
+{notes}
+`python scripts/evaluate.py zoo`
+"""
+
+
+def inputs(example: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Examples to calibrate on and others to measure on."""
+    if tuple(example) == zoo_networks.SOUND:
+        rng = np.random.default_rng(0)
+        times = np.arange(example[0])[None, None]
+        pitches, phases = rng.uniform(0.01, 1, (2 * IMAGES, 5, 1)), rng.uniform(0, 6, (5, 1))
+        tones = np.sin(pitches * times + phases) * rng.exponential(0.3, (2 * IMAGES, 5, 1))
+        drawn = tones.sum(1)[..., None].astype(np.float32)
+    else:
+        images = datasets.load("cifar10", "train").images
+        drawn = datasets.calibration_draw(images, 2 * IMAGES, 0).astype(np.float32) / 127.5 - 1
+    drawn = drawn.reshape(len(drawn), *example)
+    return drawn[:IMAGES], drawn[IMAGES:]
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Quantizes a network at all widths: what came of it, as JSON values."""
+    network = zoo_networks.NETWORKS[name]
+    apply_fn, params = network.make()
+    calibration, others = inputs(network.example)
+    expected = np.asarray(jax.jit(apply_fn)(params, others))
+    found: dict[str, Any] = {"name": name, "images": IMAGES}
+    for width, recipe in RECIPES.items():
+        before = _cpu_seconds()
+        q = qjax.quantize(apply_fn, params, calibration, recipe)
+        jax.block_until_ready(q.params)
+        if "seconds" not in found:
+            found["seconds"] = _cpu_seconds() - before
+            found["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            found |= {"layers": len(q.report), "in_float": len(q.report.skipped)}
+            found["integers"] = _share_of_equal(q, others)
+        found[width] = error_db(expected, q.apply_fn(q.params, others))
+    try:
+        floats = qjax.to_onnx(apply_fn, params, calibration[:1])
+    except ValueError as error:
+        return found | {"not_exported": str(error)}
+    run, _ = session(0, quantize_static(floats, calibration))
+    return found | {OWN: error_db(expected, run(others))}
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _share_of_equal(q: qjax.Quantized, x: np.ndarray) -> float:
+    """Examples whose outputs by integers are those by fake quantization, in percent."""
+    one, other = (np.asarray(run(q.params, x)) for run in (q.apply_fn, qjax.integer(q)))
+    differences = np.abs(one - other).reshape(len(x), -1).max(1)
+    return 100.0 * float((differences <= EQUAL * np.abs(one).max()).mean())
+
+
+def error_db(expected: np.ndarray, found: Any) -> float:
+    """Energy of the difference over that of what is expected, in dB."""
+    difference = np.float64(expected) - np.float64(found)
+    return 10 * float(np.log10((difference**2).sum() / (np.float64(expected) ** 2).sum()))
+
+
+# ---- The page
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures the networks that are missing, each in a process of its own; writes the page."""
+    results = arguments.results or RESULTS
+    lines = (
+        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    )
+    known = {} if arguments.restart else {line["name"]: line for line in lines}
+    for name in zoo_networks.NETWORKS:
+        if name not in known:
+            print(name, flush=True)
+            known[name] = in_own_process(name)
+            write(results, "".join(f"{json.dumps(line)}\n" for line in known.values()))
+    rows = [row(name, known[name]) for name in zoo_networks.NETWORKS]
+    print(table(HEADER, rows, "<<" + ">" * (len(HEADER) - 2)))
+    page = results.with_name(PAGE.name)
+    write(page, document(rows, known))
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """What was measured, by name."""
+    lines = map(json.loads, path.read_text().splitlines())
+    return {line["name"]: line for line in lines}
+
+
+def in_own_process(name: str) -> dict[str, Any]:
+    """Measures a network in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "measured.json"
+        subprocess.run([sys.executable, __file__, name, str(out)], check=True)
+        return json.loads(out.read_text())
+
+
+def row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
+    """A network's line of the table."""
+    network = zoo_networks.NETWORKS[name]
+    errors = [f"{found[width]:.1f}" for width in RECIPES]
+    own = f"{found[OWN]:.1f}" if OWN in found else "-"
+    measured = (
+        f"{found['integers']:.0f} %",
+        f"{found['seconds']:.0f}",
+        f"{found['bytes'] / 1e9:.1f}",
+    )
+    counts = (str(found["layers"]), str(found["in_float"]))
+    return (network.family, network.framework, *counts, *errors, own, *measured)
+
+
+def document(rows: Sequence[Sequence[str]], known: Mapping[str, Any]) -> str:
+    """The page."""
+    rules = ("---", "---", *["---:"] * (len(HEADER) - 2))
+    lines = [f"| {' | '.join(line)} |" for line in (HEADER, rules, *rows)]
+    notes = [
+        f"Not exported: {zoo_networks.NETWORKS[name].family}: {found['not_exported']}\n"
+        for name, found in known.items()
+        if "not_exported" in found
+    ]
+    return TEXT.format(
+        count=len(rows),
+        frameworks=len({line[1] for line in rows}),
+        images=IMAGES,
+        own=OWN,
+        equal=EQUAL,
+        table="\n".join(lines),
+        notes="\n".join(notes),
+    )
+
+
+if __name__ == "__main__":
+    write(sys.argv[2], json.dumps(measure(sys.argv[1])))
