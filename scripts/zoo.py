@@ -37,10 +37,10 @@ TEXT = """\
 # Networks
 
 {count} networks in {frameworks} frameworks, small and with random weights, from
-`scripts/zoo_networks.py`, quantized by `qjax.recipe(8)` (W8A8), `qjax.recipe(8, weight_bits=4)` (W4A8) and `qjax.recipe(4)`
-(W4A4) on {images} images and measured on {images} others: training images of CIFAR-10, whole or as
-sequences of rows, and mixtures of tones for the network of sounds. The columns of widths hold the
-error of the output, |f(x) - f̂(x)|² / |f(x)|², in dB; less is better.
+`scripts/zoo_networks.py`, quantized by `qjax.recipe(8)` (W8A8), `qjax.recipe(8, weight_bits=4)`
+(W4A8) and `qjax.recipe(4)` (W4A4) on {images} images and measured on {images} others: training
+images of CIFAR-10, whole or as sequences of rows, and mixtures of tones for the network of sounds.
+The columns of widths hold the error of the output, |f(x) - f̂(x)|² / |f(x)|², in dB; less is better.
 
 * *in float*: products that stay in float, of two activations.
 * *{own}*: `quantize_static` of the exported float model, MinMax, on the same images.
