@@ -40,7 +40,9 @@ class Case(NamedTuple):
         """What qjax makes of the equation."""
         operands = (self.kernel, self.x) if self.kernel_is_lhs else (self.x, self.kernel)
         [equation] = jax.make_jaxpr(self.function)(*operands).eqns
-        return linear_operation(equation, self.kernel_is_lhs)
+        operation = linear_operation(equation, self.kernel_is_lhs)
+        assert operation is not None
+        return operation
 
 
 def conv(layout: str, strides: tuple[int, ...], padding: object, **options: object) -> Callable:

@@ -44,6 +44,14 @@ _REMEDY = {
 }
 
 
+_TWO_ACTIVATIONS = "a product of two activations"
+_CHOOSING = {
+    "gather": "rows of a table, chosen by the input",
+    "dynamic_slice": "a part of a table, chosen by the input",
+    "ragged_dot_general": "a kernel for every group of examples",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """One layer, described statically.
@@ -299,6 +307,7 @@ def check_layers(network: Network) -> None:
         raise ValueError(
             "`apply_fn` has no layer to quantize: no convolution or dot product of something in "
             "`params` with something that depends on the input."
+            + "".join(f" In float: {skip.primitive}, {skip.reason}." for skip in network.skipped)
         )
 
 
@@ -312,10 +321,12 @@ def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Ne
     live = jaxpr.needed(flat)
     sites, kernels, skipped = [], [], []
     for position, equation in enumerate(flat.equations):
-        if position not in live or not jaxpr.contains_contraction(equation):
-            continue
         operands = [jaxpr.depends_on([atom], found) for atom in equation.invars]
-        if not any(operand.x for operand in operands):
+        if position not in live or not any(operand.x for operand in operands):
+            continue
+        if reason := _chosen_by_input(equation, operands):
+            skipped.append(_skip(equation, reason))
+        if not jaxpr.contains_contraction(equation):
             continue
         by_params = [i for i, operand in enumerate(operands) if operand.params_only]
         leaves = [i for operand in by_params for i in operands[operand].params]
@@ -324,9 +335,14 @@ def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Ne
         if equation.primitive.name not in jaxpr.CONTRACTIONS:
             if by_params:
                 raise _refusal(equation, name)
-            skipped.append(_skip(equation, "a product of two activations"))
+            skipped.append(_skip(equation, _TWO_ACTIVATIONS))
         elif by_params:
-            sites.append(_site(graph, found, position, by_params[0] == 0, name))
+            kernel_is_lhs = by_params[0] == 0
+            operation = linear_operation(equation, kernel_is_lhs)
+            if operation is None:
+                skipped.append(_skip(equation, "its kernel is the first operand, or batch groups"))
+                continue
+            sites.append(_site(graph, found, position, operation, kernel_is_lhs, name))
             assert kernel_leaf is not None
             element = _element(graph, equation.invars[by_params[0]], kernel_leaf, found)
             kernels.append((name, element))
@@ -337,7 +353,9 @@ def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Ne
                 "`params`, so it has no name; pass it in through `params`."
             )
         elif all(operand.x for operand in operands):
-            skipped.append(_skip(equation, "a product of two activations"))
+            is_gathered = any(_is_gathered(graph, found, atom) for atom in equation.invars)
+            reason = "its kernel is chosen by the input" if is_gathered else _TWO_ACTIVATIONS
+            skipped.append(_skip(equation, reason))
         else:
             skipped.append(_skip(equation, "its kernel is computed without params"))
     batch = max((shape(var)[0] for var in flat.inputs if shape(var)), default=1)
@@ -451,18 +469,32 @@ def _skip(equation: core.JaxprEqn, reason: str) -> Skipped:
     return Skipped(equation.primitive.name, tuple(map(shape, equation.invars)), reason)
 
 
+def _chosen_by_input(equation: core.JaxprEqn, operands: Sequence[jaxpr.Dependence]) -> str | None:
+    """Why an equation that picks among params by the input stays in float, if it is one."""
+    reads_params = any(operand.params_only for operand in operands)
+    return _CHOOSING.get(equation.primitive.name) if reads_params else None
+
+
+def _is_gathered(graph: Graph, found: Mapping[core.Var, jaxpr.Dependence], atom: Atom) -> bool:
+    """Whether an operand is what the input picked among params, or moved elements of that."""
+    while atom in graph.writer and graph.writer[atom].primitive.name in jaxpr.MOVEMENT:
+        atom = graph.writer[atom].invars[0]
+    writer = graph.writer.get(atom)
+    if writer is None:
+        return False
+    operands = [jaxpr.depends_on([operand], found) for operand in writer.invars]
+    return _chosen_by_input(writer, operands) is not None
+
+
 def _site(
     graph: Graph,
     found: Mapping[core.Var, jaxpr.Dependence],
     position: int,
+    operation: Linear,
     kernel_is_lhs: bool,
     name: str,
 ) -> Site:
     equation = graph.equations[position]
-    try:
-        operation = linear_operation(equation, kernel_is_lhs)
-    except ValueError as error:
-        raise ValueError(f"layer {name!r} is {error}, which is not supported.") from error
     operands: list[Any] = equation.invars[:: 1 if kernel_is_lhs else -1]
     kernel, x = operands
     chain = affine_chain(graph, found, position, operation)

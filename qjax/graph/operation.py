@@ -480,15 +480,15 @@ def from_output_matrix(
     return y.transpose(sorted(range(len(order)), key=order.__getitem__))
 
 
-def linear_operation(equation: core.JaxprEqn, kernel_is_lhs: bool) -> Linear:
+def linear_operation(equation: core.JaxprEqn, kernel_is_lhs: bool) -> Linear | None:
     """Reads the operation of a contraction equation.
 
     Args:
       equation: a `conv_general_dilated` or a `dot_general`.
       kernel_is_lhs: which operand is the kernel.
 
-    Raises:
-      ValueError: a convolution whose kernel is its first operand, or with batch groups.
+    Returns:
+      The operation; None of a convolution whose kernel is its first operand, or with batch groups.
     """
     params = equation.params
     kernel_shape = shape(equation.invars[0 if kernel_is_lhs else 1])
@@ -499,7 +499,7 @@ def linear_operation(equation: core.JaxprEqn, kernel_is_lhs: bool) -> Linear:
         )
         return DotProduct(kernel_is_lhs, contracting, batch, kernel_shape)
     if kernel_is_lhs or params["batch_group_count"] != 1:
-        raise ValueError("a convolution with the kernel as first operand or with batch groups")
+        return None
     return Convolution(
         tuple(params["window_strides"]),
         tuple((low, high) for low, high in params["padding"]),

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import models
 import pytest
+from jax import lax
 
 import qjax
-from qjax.graph.layers import Network, find_layers
+from qjax.graph.layers import Network, check_layers, find_layers
 
 each_case = pytest.mark.parametrize("case", models.CASES, ids=lambda case: case.id)
 
@@ -116,6 +117,47 @@ def test_a_folder_is_the_name_where_it_holds_one_kernel():
 
     params = {"params": {"a": {"kernel": W}, "b": {"one": W, "two": W}}}
     assert names_of(apply_fn, params) == ["a", "b/one", "b/two"]
+
+
+def left_convolution(params: Any, x: jax.Array) -> jax.Array:
+    return lax.conv(params["w"], x, (1, 1), "VALID")
+
+
+def grouped_by_batch(params: Any, x: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", batch_group_count=2)
+
+
+def embedded(params: Any, x: jax.Array) -> jax.Array:
+    return params["w"][x.astype(jnp.int32)]
+
+
+def experts(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.einsum("ni,nio->no", x, params["w"][x.argmax(-1)])
+
+
+def ragged(params: Any, x: jax.Array) -> jax.Array:
+    return lax.ragged_dot(x, params["w"], jnp.array([2, 4], jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("apply_fn", "kernel", "x", "reasons"),
+    [
+        (left_convolution, (1, 2, 5, 5), (3, 2, 2, 2), ["its kernel is the first operand"]),
+        (grouped_by_batch, (4, 3, 3, 3), (2, 3, 5, 5), ["its kernel is the first operand"]),
+        (embedded, (5, 2), (6,), ["rows of a table, chosen"]),
+        (experts, (3, 3, 2), (6, 3), ["rows of a table, chosen", "its kernel is chosen"]),
+        (ragged, (2, 3, 4), (6, 3), ["a kernel for every group of examples"]),
+    ],
+)
+def test_what_stays_in_float_is_listed(
+    apply_fn: Any, kernel: tuple[int, ...], x: tuple[int, ...], reasons: list[str]
+):
+    network = find_layers(apply_fn, {"w": jnp.ones(kernel)}, jnp.ones(x))
+    assert not network.sites
+    found = [skip.reason for skip in network.skipped]
+    assert all(map(str.startswith, found, reasons)) and len(found) == len(reasons)
+    with pytest.raises(ValueError, match=f"no layer to quantize.*In float: .*{reasons[-1]}"):
+        check_layers(network)
 
 
 def test_a_product_with_what_is_computed_without_params_is_skipped():

@@ -8,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import operations
 import pytest
-from jax import lax
 from operations import by_channel
 
-import qjax
 from qjax.graph.operation import along_channels
 
 each_operation = pytest.mark.parametrize("case", operations.CASES, ids=lambda case: case.id)
@@ -61,21 +59,3 @@ def test_along_channels_broadcasts_against_the_output(case: operations.Case):
     spread = np.broadcast_to(along_channels(operation, vector, len(shape)), shape)
     rows = by_channel(operation, spread)
     np.testing.assert_array_equal(rows, np.broadcast_to(vector.reshape(groups, -1), rows.shape))
-
-
-def test_a_convolution_with_the_kernel_on_the_left_is_refused():
-    def apply_fn(params: jax.Array, x: jax.Array) -> jax.Array:
-        return lax.conv(params, x, (1, 1), "VALID")
-
-    with pytest.raises(ValueError, match=r"layer 'w' is a convolution with the kernel as first"):
-        qjax.trace(
-            lambda p, x: apply_fn(p["w"], x), {"w": jnp.ones((1, 2, 5, 5))}, jnp.ones((3, 2, 2, 2))
-        )
-
-
-def test_batch_groups_are_refused():
-    def apply_fn(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", batch_group_count=2)
-
-    with pytest.raises(ValueError, match=r"layer 'w' is .* with batch groups"):
-        qjax.trace(apply_fn, {"w": jnp.ones((4, 3, 3, 3))}, jnp.ones((2, 3, 5, 5)))
