@@ -58,7 +58,7 @@ class Outcome(NamedTuple):
 def cases(widths: Sequence[int], methods: Sequence[str], seeds: Sequence[int]) -> Iterator[Case]:
     """What there is to train: binary methods at one bit, the others above.
 
-    Example:
+    Examples:
       >>> [case.method for case in cases((2, 1), ("lsq", "xnor"), (0,))]
       ['lsq', 'xnor']
     """
@@ -71,7 +71,7 @@ def cases(widths: Sequence[int], methods: Sequence[str], seeds: Sequence[int]) -
 def formats(case: Case, ends: int) -> str:
     """The widths of weights, inputs and outputs, in words.
 
-    Example:
+    Examples:
       >>> formats(Case(1, "xnor", 0), 8), formats(Case(3, "lsq", 0), 8)
       ('1/1/8', '3/3/3')
     """

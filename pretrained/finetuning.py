@@ -66,7 +66,7 @@ def quantization(
       ends: width of the first and of the last layer; None for the others'.
       weights_only: leave inputs and outputs in float.
 
-    Example:
+    Examples:
       >>> quantization("binary_connect", 8).weights.format, quantization("lsq", 3).inputs.bits
       ('binary', 3)
     """

@@ -78,7 +78,7 @@ def save(path: str | os.PathLike, q: Quantized) -> None:
       ValueError: `path` holds something else than an artifact.
       OSError: `path` cannot be written.
 
-    Example:
+    Examples:
       >>> import tempfile, jax.numpy as jnp, qjax
       >>> params, images = {"w": jnp.ones((4, 3))}, jnp.ones((8, 4))
       >>> def apply_fn(params, x):

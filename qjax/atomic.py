@@ -29,7 +29,7 @@ def write(path: str | os.PathLike, content: bytes | str) -> None:
     Raises:
       OSError: it cannot be written; the file is as it was.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     write(f"{folder}/page.html", "old")

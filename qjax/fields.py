@@ -22,7 +22,7 @@ def check_fields(value: Any, names: Sequence[str] | None = None) -> None:
     Raises:
       ValueError: the message names the field.
 
-    Example:
+    Examples:
       >>> import dataclasses
       >>> @dataclasses.dataclass
       ... class Shape:

@@ -12,7 +12,7 @@ REMEDY = "remove it to start again"
 class Kept:
     """Finished work by key; without a file nothing is kept.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     Kept(Path(folder, "rows"), {"model": "a"}).of("8 bits", lambda: 99.1)

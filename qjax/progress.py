@@ -57,7 +57,7 @@ def progress_lines(stage: str, clock: Callable[[], float] = time.monotonic) -> I
     Yields:
       A function of (what is being done, how much is done, how much there is).
 
-    Example:
+    Examples:
       >>> with contextlib.redirect_stderr(sys.stdout), progress_lines(
       ...     "quantizing", clock=iter([0.0, 5.0, 12.0, 66.0]).__next__
       ... ) as progress:

@@ -21,7 +21,7 @@ def pytree(cls: T) -> T:
     Its static fields (`metadata={"static": True}`) may hold JSON values, tuples of them, NumPy
     types, and dataclasses that have `to_json` and are the declared type of the field.
 
-    Example:
+    Examples:
       >>> @pytree
       ... @dataclasses.dataclass(frozen=True)
       ... class Grid:

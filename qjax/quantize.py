@@ -95,7 +95,7 @@ def quantize(
         layer; a network that draws random numbers, updates a state or has effects.
       TypeError: an argument is of another kind than what it should be.
 
-    Example:
+    Examples:
       >>> params = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)}
       >>> images = jnp.linspace(0.0, 1.0, 32).reshape(8, 4)
       >>> q = quantize(lambda params, x: x @ params["w"], params, images, bits=8)

@@ -384,7 +384,7 @@ def recipe(
       ValueError: a width is outside 1 to 16, a field is outside its choices, or the target cannot
         run what is asked for.
 
-    Example:
+    Examples:
       >>> mixed = recipe(8, weight_bits=4, first_last_bits=8)
       >>> by_layer = mixed.by_layer(["stem", "middle", "head"])
       >>> [by_layer[name].weights.bits for name in by_layer]

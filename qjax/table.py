@@ -70,7 +70,7 @@ def table(
 def grouped(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     """Puts rows whose names are paths below the folder that they share with their neighbours.
 
-    Example:
+    Examples:
       >>> for name, size in grouped([("stem", "9"), ("block/conv1", "3"), ("block/conv2", "4")]):
       ...     print(f"{name} {size}".rstrip())
       stem 9
@@ -115,7 +115,7 @@ def _fitting(
 def printable(text: str) -> str:
     r"""A text whose control characters are spelled out: a name moves no cursor.
 
-    Example:
+    Examples:
       >>> print(printable(f"clear{chr(27)}[2J"))
       clear\x1b[2J
     """

@@ -37,6 +37,7 @@ from qjax.study.questions import ways_to_ranges
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
+RESULTS = DOCS / "results.md"
 HELD_OUT = 2000  # training images
 WIDTHS = (8, 6, 5, 4, 3, 2)
 FORMATS = {"W6A6": (6, 6), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8)}
@@ -73,13 +74,15 @@ class Table(NamedTuple):
       title: its heading.
       rows: names of the rows.
       recipes: a recipe or a way by (row, column), in the order of the columns.
-      in_readme: the models that README shows; all by default.
+      shown: the models that docs/results.md shows; all by default.
+      in_readme: the rows of these that README shows.
       is_long: whether a column is a block of lines, which show what was measured.
     """
 
     title: str
     rows: Sequence[str]
     recipes: Mapping[tuple[str, str], Recipe | Way]
+    shown: Sequence[str] = ()
     in_readme: Sequence[str] = ()
     is_long: bool = False
 
@@ -189,7 +192,8 @@ def tables() -> dict[str, Table]:
             "Top-1 by widths of weights and activations",
             list(dict.fromkeys(row for row, _ in mixed)),
             mixed,
-            in_readme=(PUBLIC,),
+            shown=(PUBLIC,),
+            in_readme=("W6A6", "W4A8", "W4A4", "W4A4, both", "W3A3"),
         ),
     }
 
@@ -235,9 +239,12 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     text = document(table, lines, f"python scripts/evaluate.py {name}")
     write(path.with_suffix(".md"), text)
     if path.parent == DOCS:
-        only = table.in_readme
+        only = table.shown
         shown = [line for line in lines if not only or line["model"] in only]
-        show_in_readme(name, rows_of_markdown(table, shown, with_error=False))
+        show(RESULTS, name, rows_of_markdown(table, shown, with_error=False))
+        if table.in_readme:
+            short = table._replace(rows=table.in_readme)
+            show(README, name, rows_of_markdown(short, shown, with_error=False))
     print(text)
 
 
@@ -456,15 +463,15 @@ def cell(lines: Sequence[dict[str, Any]], row: str, column: str, with_error: boo
     return f"{top1} ({error:.1e})" if with_error else top1
 
 
-def show_in_readme(name: str, text: str) -> None:
-    """Replaces what stands in README between the marks of a table, where it has them."""
+def show(page: Path, name: str, text: str) -> None:
+    """Replaces what stands on a page between the marks of a table, where it has them."""
     start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    before, mark, rest = README.read_text(encoding="utf-8").partition(start)
+    before, mark, rest = page.read_text(encoding="utf-8").partition(start)
     if mark:
         _, mark, after = rest.partition(end)
         if not mark:
-            raise ValueError(f"README.md has {start.strip()} but not {end} after it.")
-        write(README, f"{before}{start}\n{text}\n\n{end}{after}")
+            raise ValueError(f"{page} has {start.strip()} but not {end} after it.")
+        write(page, f"{before}{start}\n{text}\n\n{end}{after}")
 
 
 if __name__ == "__main__":

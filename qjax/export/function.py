@@ -53,7 +53,7 @@ def to_onnx(
     Warns:
       UserWarning: layers whose codes are only stored: the target computes with them in float.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, qjax
       >>> params = {"dense": jnp.array([[0.5, -1.0], [1.0, 0.25]])}
       >>> x = jnp.array([[1.0, 2.0], [3.0, -4.0]])

@@ -20,7 +20,7 @@ class Graph:
       constants: arrays by name.
       scope: what the names of new nodes start with.
 
-    Example:
+    Examples:
       >>> graph = Graph()
       >>> one = graph.constant(np.float32(1))
       >>> graph.node("Add", "x", one), graph.node("Add", "x", one), graph.node("Neg", "x")

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     Attributes:
       times: its size for one example.
 
-    Example:
+    Examples:
       >>> print(Batch(1), Batch(4))
       batch 4*batch
     """

@@ -61,7 +61,7 @@ def _add_extremes(state: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[jax
 def min_max() -> Observer:
     """The extremes: (min, max), float32 scalars.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> low, high = observe(min_max(), [jnp.array([1.0, -2.0]), jnp.array([3.0])])
       >>> float(low), float(high)

@@ -61,7 +61,7 @@ def least(
       A `Format` of the shape of the sample's ranges: scalars for an activation; for a kernel
       [groups, patch groups, channels], or [1, 1, 1] per tensor.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from qjax.objectives.errors import MSE
       >>> kernel = jnp.array([1.0, 1.0, -1.0, 5.0]).reshape(1, 4, 1)

@@ -30,7 +30,7 @@ class QParams:
       dtype: the type that codes are stored in (static); by default the narrowest of int8, uint8,
         int16, uint16 that holds them all.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> qparams = QParams(jnp.float32(0.5), jnp.int32(3), 0, 15)
       >>> qparams.bits, str(qparams.dtype)
@@ -271,7 +271,7 @@ def quantize_array(x: jax.Array, qparams: QParams) -> jax.Array:
     Raises:
       ValueError: if `scale` has neither the rank of `x` nor rank 0.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> qparams = QParams(jnp.float32(0.5), jnp.int32(0), -7, 7)
       >>> print(quantize_array(jnp.array([0.6, -2.0, 99.0]), qparams))
@@ -298,7 +298,7 @@ def dequantize(codes: jax.Array, qparams: QParams) -> jax.Array:
     Raises:
       ValueError: if `scale` has neither the rank of `codes` nor rank 0.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> qparams = QParams(jnp.float32(0.5), jnp.int32(0), -7, 7)
       >>> print(dequantize(jnp.array([1, -4, 7]), qparams))
@@ -332,7 +332,7 @@ def fake_quant(x: jax.Array, qparams: QParams) -> jax.Array:
     Returns:
       float of `x`'s shape and dtype.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> qparams = QParams(jnp.float32(0.5), jnp.int32(0), -7, 7)
       >>> print(fake_quant(jnp.array([0.6, -2.0, 99.0]), qparams))
@@ -351,7 +351,7 @@ def sqnr_db(reference: jax.Array, approximation: jax.Array) -> jax.Array:
     Returns:
       float32 scalar in decibels; infinite where the two are equal.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> print(f"{sqnr_db(jnp.array([3.0, 4.0]), jnp.array([3.0, 3.5])):.2f} dB")
       20.00 dB

@@ -29,7 +29,7 @@ def sums_of_powers(bits: int) -> list[int]:
     Returns:
       2^(b−1) − 1 positive integers, ascending.
 
-    Example:
+    Examples:
       >>> sums_of_powers(3), sums_of_powers(4)
       ([1, 2, 4], [1, 2, 3, 4, 6, 8, 10])
 

@@ -24,7 +24,7 @@ class Binary(QParams):
       qmax: +1.
       dtype: int8 (static).
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> binary = Binary(jnp.float32(0.5), jnp.int32(0), -1, 1)
       >>> binary.bits, binary.encode(jnp.array([0.1, -2.0, 0.0])).tolist()

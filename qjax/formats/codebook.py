@@ -32,7 +32,7 @@ def nearest_level(x: jax.Array, levels: jax.Array) -> jax.Array:
     Returns:
       int32 of the shape of `x`: how many midpoints of two neighbouring levels lie below.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> nearest_level(jnp.array([-9.0, 0.4, 0.6, 2.5]), jnp.array([0.0, 1.0, 4.0])).tolist()
       [0, 0, 1, 1]

@@ -34,7 +34,7 @@ class Dynamic:
       axis: of the examples; None for one range of the whole tensor (static).
       bounds: what a range is cut to, as by the activation that follows (static).
 
-    Example:
+    Examples:
       >>> spec = QuantSpec(8, symmetric=False, granularity="per_example", ranges="dynamic")
       >>> format = dynamic(spec, spec.limits, axis=0)
       >>> print(format.at(jnp.array([[0.0, 255.0], [-51.0, 12.75]])).scale)

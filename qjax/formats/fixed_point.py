@@ -90,7 +90,7 @@ def to_fixed_point(
       ValueError: a width outside 2 to 16; values that are not finite; under `jax.jit` no
         `integer_bits`, as the format must not depend on values there.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> pi = to_fixed_point(jnp.array([3.14159, -1.0, 0.3]))
       >>> print(pi, pi.to_float())
@@ -144,7 +144,7 @@ def q_formats(qparams: QParams) -> tuple[QFormat, ...]:
       Nothing where the tensor is not in fixed point: a scale is no power of two, or a zero point is
       that of no Q-format.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> qparams = QParams(jnp.array([0.5, 0.125]), jnp.array([128, 0]), 0, 255)
       >>> print(*q_formats(qparams))

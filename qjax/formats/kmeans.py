@@ -32,7 +32,7 @@ class KMeans:
     Attributes:
       levels: float32[groups or 1, patch groups, channels or 1, 2^b], ascending.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> kmeans = KMeans(jnp.array([[-1.0, 0.0, 0.5, 2.0]]))
       >>> kmeans.bits, kmeans.encode(jnp.array([-3.0])).tolist()

@@ -27,7 +27,7 @@ class NF4(Codebook):
       scale: float32, positive; of the rank of the data.
       levels: float32[16], the published ones.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> nf4 = NF4(jnp.float32(2.0), jnp.asarray(LEVELS))
       >>> nf4.bits, nf4.encode(jnp.array([-9.0, 0.0, 0.5])).tolist()

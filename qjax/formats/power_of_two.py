@@ -26,7 +26,7 @@ def powers_of_two(bits: int) -> list[int]:
     Args:
       bits: b, at least 2.
 
-    Example:
+    Examples:
       >>> powers_of_two(4)
       [1, 2, 4, 8, 16, 32, 64]
 

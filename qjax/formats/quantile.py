@@ -34,7 +34,7 @@ def normal_quantiles(bits: int) -> np.ndarray:
     Returns:
       float32[2^b], ascending.
 
-    Example:
+    Examples:
       >>> print(normal_quantiles(3).round(3))
       [-1.    -0.535 -0.247  0.     0.183  0.382  0.623  1.   ]
 

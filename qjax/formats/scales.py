@@ -95,7 +95,7 @@ def fixed_point_qparams(
       Qparams of the shape of `low` and `high`, every scale a power of two; 1 for a range of width
       0.
 
-    Example:
+    Examples:
       >>> from qjax.formats.spec import QuantSpec
       >>> spec = QuantSpec(8, symmetric=False)
       >>> for ends in ((0.0, 5.0), (-0.5, 5.0)):

@@ -90,7 +90,7 @@ class QuantSpec:
     Raises:
       ValueError: a field is outside its range.
 
-    Example:
+    Examples:
       >>> spec = QuantSpec(bits=4)
       >>> int(spec.qmin), int(spec.qmax)
       (-7, 7)
@@ -155,7 +155,7 @@ class QuantSpec:
           bits: the width.
           format: another format as well.
 
-        Example:
+        Examples:
           >>> QuantSpec(8).at(1).format, QuantSpec(8).at(1).at(4).format
           ('binary', 'uniform')
           >>> QuantSpec(8).at(3, "kmeans").format

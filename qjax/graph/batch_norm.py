@@ -47,7 +47,7 @@ def output_statistics(network: Network, leaves: Sequence[jax.Array]) -> dict[str
     Returns:
       `Statistics` by name; a layer without batch norm in its chain is left out.
 
-    Example:
+    Examples:
       >>> from qjax.graph.layers import find_layers
       >>> def apply_fn(params, x):
       ...     y = x @ params["w"] - params["mean"]

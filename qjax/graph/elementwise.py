@@ -4,10 +4,12 @@ A value is an array where it depends on the argument, and a number where it does
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend import core
@@ -28,7 +30,7 @@ def _of_values(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _converted(params: Params, x: Any) -> Any:
     kind = np.dtype(params["new_dtype"])
-    is_kept = jax.numpy.issubdtype(kind, jax.numpy.floating) or x.dtype == bool
+    is_kept = jnp.issubdtype(kind, jnp.floating) or x.dtype == bool
     return x.astype(np.float64) if is_kept else None
 
 
@@ -115,7 +117,7 @@ def evaluate(function: Callable[[jax.Array], jax.Array], arguments: np.ndarray) 
     Returns:
       float64 of that shape.
 
-    Example:
+    Examples:
       >>> evaluate(jax.nn.silu, np.array([0.0, 1.0]))
       array([0.        , 0.73105858])
     """
@@ -126,23 +128,36 @@ def evaluate(function: Callable[[jax.Array], jax.Array], arguments: np.ndarray) 
     return np.broadcast_to(found, flat.shape).reshape(np.shape(arguments))
 
 
-def _value(graph: Graph, atom: Atom, values: dict[core.Var, Any]) -> Any:
+def _value(graph: Graph, atom: Any, values: dict[core.Var, Any]) -> Any:
     """The value of an atom; a number for one that depends on numbers alone, None if unknown."""
     if jaxpr.is_literal(atom):
         return _number(atom.val)
-    if atom in values:
-        return values[atom]
-    if atom in graph.constants:
-        return _number(graph.constants[atom])
-    writer = graph.writer.get(atom)
-    if writer is None or len(writer.outvars) != 1:
-        return None
-    operands = [_value(graph, other, {}) for other in writer.invars]
-    return _result(writer, operands, shape(atom)) if operands else None
+    return values[atom] if atom in values else _numbers(graph).get(atom)
+
+
+_numbers_of_graphs: weakref.WeakKeyDictionary[Graph, dict[core.Var, Any]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _numbers(graph: Graph) -> dict[core.Var, Any]:
+    """The variables that depend on numbers alone, with their values."""
+    if graph in _numbers_of_graphs:
+        return _numbers_of_graphs[graph]
+    numbers = {var: _number(value) for var, value in graph.constants.items()}
+    found = {var: number for var, number in numbers.items() if number is not None}
+    _numbers_of_graphs[graph] = found
+    for equation in graph.equations:
+        operands = [_value(graph, atom, {}) for atom in equation.invars]
+        if operands and all(operand is not None for operand in operands):
+            result = _result(equation, operands, shape(equation.outvars[0]))
+            found |= {} if result is None else {equation.outvars[0]: result}
+    return found
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, Tracer) or np.size(value) != 1:
+    is_key = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    if isinstance(value, Tracer) or is_key or np.size(value) != 1:
         return None
     array = np.asarray(value).reshape(())
     return array if array.dtype == bool else array.astype(np.float64)

@@ -38,7 +38,7 @@ def fingerprint(flat: FlatJaxpr) -> str:
     Returns:
       64 hexadecimal digits.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from qjax.graph.flatten import flatten
       >>> def of(function):

@@ -61,7 +61,7 @@ def flatten(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> FlatJax
     Raises:
       ValueError: a loop has too many steps to be unrolled.
 
-    Example:
+    Examples:
       >>> def apply_fn(params, x):
       ...     return lax.scan(lambda x, w: (x @ w, None), x, params)[0]
       >>> flat = flatten(apply_fn, jnp.ones((3, 2, 2)), jnp.ones((1, 2)))

@@ -92,7 +92,7 @@ def check_network(apply_fn: Any, params: Any) -> None:
     Raises:
       TypeError: with the lines to write, for an object of a known framework.
 
-    Example:
+    Examples:
       >>> check_network(lambda params, x: x * params["scale"], {"scale": 2.0})
       Traceback (most recent call last):
       TypeError: `params` must hold arrays; found float at 'scale'. Make it one (jnp.asarray), or

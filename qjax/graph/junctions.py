@@ -51,7 +51,7 @@ def find_junctions(network: Network) -> tuple[Junction, ...]:
     Args:
       network: a traced network.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from qjax.graph.layers import find_layers
       >>> params = {"first": jnp.ones((4, 4)), "second": jnp.ones((4, 4))}

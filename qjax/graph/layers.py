@@ -250,7 +250,7 @@ def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> tuple[Lay
         `custom_vjp`, or a loop of too many steps), or its kernel is not in `params`.
       TypeError: `apply_fn` is no function, or `params` holds what is no array.
 
-    Example:
+    Examples:
       >>> params = {"hidden": jnp.ones((3, 4)), "head": jnp.ones((4, 2))}
       >>> def apply_fn(params, x):
       ...     return jax.nn.relu(x @ params["hidden"]) @ params["head"]

@@ -20,7 +20,7 @@ def layer_names(kernels: Sequence[tuple[str, str]], paths: Iterable[str]) -> lis
       kernels: (path, which element of the array that stands there, such as `[3]`) by layer.
       paths: of all params.
 
-    Example:
+    Examples:
       >>> layer_names([("params/layers/w", "[0]"), ("params/layers/w", "[1]")], ["params/layers/w"])
       ['layers[0]', 'layers[1]']
     """

@@ -78,7 +78,7 @@ def integer(
         bits; weights whose values are no integers times a scale. When called: a `float32` lowering
         that would not be exact.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, qjax
       >>> params = {"dense": jnp.array([[0.5, -1.0], [1.0, 0.25]])}
       >>> x = jnp.array([[1.0, 2.0], [3.0, -4.0]])

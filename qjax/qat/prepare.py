@@ -78,7 +78,7 @@ def prepare(
     Raises:
       ValueError: the method or the recipe cannot be trained.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, qjax
       >>> params = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)}
       >>> images = jnp.linspace(0.0, 1.0, 32).reshape(8, 4)

@@ -36,7 +36,7 @@ def pack(params: Any) -> Any:
       The same pytree with `PackedCodes` in place of every kernel that consists of codes; for
       `unpack`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from qjax.formats.affine import QParams
       >>> weights = QParams(jnp.ones((1, 1, 2)), jnp.zeros((1, 1, 2), jnp.int32), -7, 7)

@@ -60,7 +60,7 @@ def pack_signs(x: jax.Array) -> jax.Array:
 
     Bit i of word j is set where element 32·j + i is at least 0; missing elements count as set.
 
-    Example:
+    Examples:
       >>> pack_signs(jnp.array([1.0, -1.0, 1.0])).tolist()
       [4294967293]
     """

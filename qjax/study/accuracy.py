@@ -41,7 +41,7 @@ def top1(
     Raises:
       ValueError: there is no image, or not one label per image.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> top1(lambda params, x: x * params, jnp.ones(()), np.eye(3), np.array([0, 1, 1]))
       66.66666666666667

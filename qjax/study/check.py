@@ -74,7 +74,7 @@ def check(q: Quantized, x: Any) -> Check:
     Returns:
       A `Check`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, qjax
       >>> params = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)}
       >>> images = jnp.linspace(0.0, 1.0, 32).reshape(8, 4)

@@ -131,7 +131,7 @@ def cost(
     Raises:
       ValueError: an unknown model, or an accumulator width for a layer that there is not.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, qjax
       >>> params, images = {"w": jnp.ones((4, 3))}, jnp.ones((8, 4))
       >>> recipe = qjax.recipe(8, weight_bits=4).naive()

@@ -107,7 +107,7 @@ def explain(q: Quantized, layer: str, x: Any, params: Any = None) -> Explanation
     Raises:
       ValueError: there is no such layer.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, qjax
       >>> apply_fn = lambda params, x: jax.nn.relu(x @ params["dense"]["w"])
       >>> params = {"dense": {"w": jnp.array([[0.5, -1.0], [1.0, 0.25]])}}
