@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from qjax.fit.observers import Observer
 from qjax.graph.operation import Linear, output_matrix
+from qjax.rounding.metric import DAMPING
 
 
 class Moments(NamedTuple):
@@ -48,9 +49,18 @@ def moments(operation: Linear, stride: int = 1) -> Observer:
 
 
 def centered(moments: Moments) -> Moments:
-    """Takes the means out of the second moments: Cov[x] = E[x xᵀ] − E[x] E[x]ᵀ."""
+    """Takes the means out of the second moments: Cov[x] = E[x xᵀ] − E[x] E[x]ᵀ.
+
+    Where means are large next to the spread, the difference is rounding errors, some ε Σ E[x_k]²,
+    and has negative eigenvalues. There as much is added to its diagonal as damping lacks of that.
+    """
     mean = moments.mean
-    return Moments(mean, moments.hessian - mean[:, :, None] * mean[:, None, :])
+    covariance = moments.hessian - mean[:, :, None] * mean[:, None, :]
+    errors = 8 * jnp.finfo(jnp.float32).eps * jnp.sum(mean**2, axis=1)
+    variance = jnp.mean(jnp.diagonal(covariance, axis1=1, axis2=2), axis=1)
+    lacking = jnp.maximum(errors - DAMPING * jnp.maximum(variance, 0.0), 0.0)
+    identity = jnp.eye(covariance.shape[1], dtype=covariance.dtype)[None]
+    return Moments(mean, covariance + lacking[:, None, None] * identity)
 
 
 class CrossMoments(NamedTuple):

@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as st_numpy
 
 from qjax.fit.moments import CrossMoments, Moments, centered, cross_moments, moments
 from qjax.fit.observers import Observer, observe, observe_stacked
+from qjax.rounding.metric import damped
 
 SHAPE = (8, 5)  # all the values of a property's example
 SPLITS = ((8,), (3, 5), (2, 2, 4))  # few, so that each observer compiles for few shapes
@@ -138,3 +139,21 @@ def test_centered_moments_are_the_covariance(x: np.ndarray):
     np.testing.assert_allclose(found.mean[0], x.mean(0), rtol=1e-5, atol=1e-5)
     expected = np.cov(x.T.astype(np.float64), bias=True)
     np.testing.assert_allclose(found.hessian[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_covariance_is_positive_where_means_are_large():
+    rng = np.random.default_rng(0)
+    x = jnp.float32(rng.uniform(1, 2, (1, 192)) + 1e-3 * rng.normal(size=(128, 192)))
+    mean = x.mean(0)
+    raw = Moments(mean[None], (x.T @ x / len(x))[None])
+    difference = np.float64(raw.hessian[0] - jnp.outer(mean, mean))
+    assert np.linalg.eigvalsh(difference).min() < -1e-6  # what float32 leaves of it
+    found = centered(raw)
+    assert np.linalg.eigvalsh(np.float64(damped(found.hessian[0]))).min() > 0
+
+
+def test_a_covariance_of_usual_inputs_is_left_alone():
+    x = jnp.float32(np.maximum(np.random.default_rng(0).normal(size=(500, 64)), 0))
+    mean = x.mean(0)
+    raw = Moments(mean[None], (x.T @ x / len(x))[None])
+    np.testing.assert_array_equal(centered(raw).hessian[0], raw.hessian[0] - jnp.outer(mean, mean))
