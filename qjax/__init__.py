@@ -18,6 +18,7 @@ from qjax.study.accuracy import top1
 from qjax.study.check import Check, LayerCheck, check
 from qjax.study.cost import Cost, LayerCost, cost
 from qjax.study.explain import Explanation, explain
+from qjax.tuning.tune import tune
 
 __all__ = [
     "Explanation",
@@ -53,5 +54,6 @@ __all__ = [
     "to_tflite",
     "top1",
     "trace",
+    "tune",
     "unpack",
 ]

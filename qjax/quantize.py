@@ -1,6 +1,7 @@
 """The function transformation: a float network in, a quantized one out."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +14,10 @@ import numpy as np
 from qjax.fit.checkpoint import Checkpoint
 from qjax.fit.data_free import fit_without_data
 from qjax.fit.draws import EXAMPLES
+from qjax.fit.ends import search_ends
 from qjax.fit.equalize import equalize
 from qjax.fit.layerwise import calibrate
+from qjax.fit.noise import noise_of
 from qjax.graph.examples import ExampleAxes, example_axes
 from qjax.graph.fingerprint import digest, fingerprint
 from qjax.graph.fold import fold
@@ -28,7 +31,9 @@ from qjax.progress import Progress, progress_bar
 from qjax.recipe import Recipe
 from qjax.recipe import recipe as make_recipe
 from qjax.report import Report, layer_report, sum_report
+from qjax.rescaled import rescaled
 from qjax.run.function import QuantizedFunction
+from qjax.run.tap import float_layers
 from qjax.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -114,11 +119,11 @@ def quantize(
             "`checkpoint` keeps layers that are fitted on images, and `batches` has none; leave it "
             "out."
         )
-    _check_finite("params", params)
+    check_finite("params", params)
     has_images = not _is_shape(batches)
     if has_images:
-        images = _gather(batches)
-        _check_finite("batches", images)
+        images = gather(batches)
+        check_finite("batches", images)
         stacked = _stack(images)
         shapes = _resized(lambda shape: shape[1:], stacked)
     else:
@@ -134,9 +139,9 @@ def quantize(
     check_pure(apply_fn, shapes_of(params), shapes, network)
     examples = _example_axes(apply_fn, params, shapes, network, recipe, not has_images)
     leaves = jax.tree.leaves(params)
-    with _reporter(progress) as report_progress:
+    with reporter(progress) as report_progress:
         folded = fold(network, leaves)
-        sums = {}
+        sums, placed = {}, []
         if has_images:
             placed = jax.tree.leaves(_place(stacked, mesh))
             if recipe.equalize:
@@ -147,7 +152,7 @@ def quantize(
                     "function": fingerprint(network.flat),
                     "params": digest(params),
                     "images": digest(images),
-                    "recipe": recipe.to_json(),
+                    "recipe": dataclasses.replace(recipe, end_search=0).to_json(),  # of layers
                     "versions": versions(),
                     "devices": sorted(device.device_kind for device in placed[0].devices()),
                 }
@@ -157,28 +162,35 @@ def quantize(
         else:
             given = (report_progress, examples, input_range)
             fitted = fit_without_data(network, leaves, folded, recipe, *given)
-    for name, fit in fitted.items():
-        if raised := int(fit.raised):
-            logger.warning(
-                "layer %r: the scales of %d channels of weights are raised, as their biases would "
-                "leave 32 bits.",
-                name,
-                raised,
-            )
-    found = {junction.name: junction for junction in find_junctions(network)} if sums else {}
-    sum_records = [sum_report(found[name], fit) for name, fit in sums.items()]
-    layers = [site.layer for site in network.first_sites]
-    records = [layer_report(layer, fitted[layer.name]) for layer in layers]
+        for name, fit in fitted.items():
+            if raised := int(fit.raised):
+                logger.warning(
+                    "layer %r: the scales of %d channels of weights are raised, as their biases "
+                    "would leave 32 bits.",
+                    name,
+                    raised,
+                )
+        found = {junction.name: junction for junction in find_junctions(network)} if sums else {}
+        sum_records = [sum_report(found[name], fit) for name, fit in sums.items()]
+        layers = [site.layer for site in network.first_sites]
+        records = [layer_report(layer, fitted[layer.name]) for layer in layers]
+        report = Report(records, recipe, network.skipped, sum_records)
+        quantized = {
+            "layers": jax.tree.map(jnp.asarray, {name: fit.layer for name, fit in fitted.items()}),
+            "rest": jax.tree.map(jnp.copy, rest_of_params(network, params)),
+        }
+        if sums:
+            grids = {name: fit.grid for name, fit in sums.items()}
+            quantized["sums"] = jax.tree.map(jnp.asarray, grids)
+        if recipe.end_search:
+            floats = float_layers(network, params, folded)
+            count = recipe.end_search
+            after = search_ends(network, floats, quantized, placed, count, report_progress)
+            noise = noise_of(network, floats, after, list(zip(*placed, strict=True)))
+            quantized, report = after, rescaled(report, quantized, after, noise)
     kernel_shapes = {layer.name: layer.kernel_shape for layer in layers}
     function = QuantizedFunction(apply_fn, shapes_of(params), kernel_shapes, input=shapes)
-    quantized = {
-        "layers": jax.tree.map(jnp.asarray, {name: fit.layer for name, fit in fitted.items()}),
-        "rest": jax.tree.map(jnp.copy, rest_of_params(network, params)),
-    }
-    if sums:
-        grids = {name: fit.grid for name, fit in sums.items()}
-        quantized["sums"] = jax.tree.map(jnp.asarray, grids)
-    return Quantized(function, quantized, Report(records, recipe, network.skipped, sum_records))
+    return Quantized(function, quantized, report)
 
 
 def _traced(apply_fn: Callable[[Any, Any], Any], params: Any, shapes: Any, batches: Any) -> Network:
@@ -231,9 +243,12 @@ def _example_axes(
     return found
 
 
-def _reporter(progress: bool | Progress) -> contextlib.AbstractContextManager[Progress]:
+def reporter(
+    progress: bool | Progress, stage: str = "quantizing"
+) -> contextlib.AbstractContextManager[Progress]:
+    """How progress is shown: by a bar, by a function, or not at all."""
     if progress is True:
-        return progress_bar("quantizing")
+        return progress_bar(stage)
     return contextlib.nullcontext(progress or (lambda item, done, total: None))
 
 
@@ -288,26 +303,35 @@ def _check_data(
         )
 
 
-def _gather(batches: Any) -> Any:
-    """Joins calibration batches to one pytree of arrays with a leading axis of all images."""
+def gather(batches: Any, argument: str = "batches") -> Any:
+    """Joins batches to one pytree of arrays with a leading axis of all images.
+
+    Args:
+      batches: of images, as `quantize` takes them.
+      argument: what its caller calls them.
+
+    Raises:
+      TypeError: they are no arrays.
+      ValueError: they do not fit together, or there is none.
+    """
     is_one = isinstance(batches, Mapping) or hasattr(batches, "shape")
     parts = [batches] if is_one else list(batches)
     if not parts:
-        raise ValueError("`batches` is empty; pass at least one calibration image.")
-    _check_parts(parts)
+        raise ValueError(f"`{argument}` is empty; pass at least one image.")
+    _check_parts(parts, argument)
     images = jax.tree.map(lambda *leaves: np.concatenate([np.asarray(x) for x in leaves]), *parts)
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(images)}
     if len(sizes) != 1:
         raise ValueError(
-            "every array in `batches` must have the same leading axis of examples; got "
+            f"every array in `{argument}` must have the same leading axis of examples; got "
             f"{sorted(sizes)} of them."
         )
     if sizes == {0}:
-        raise ValueError("`batches` holds no calibration image; pass at least one.")
+        raise ValueError(f"`{argument}` holds no image; pass at least one.")
     return images
 
 
-def _check_parts(parts: Sequence[Any]) -> None:
+def _check_parts(parts: Sequence[Any], argument: str) -> None:
     """Refuses batches that are no arrays of examples, or whose examples have several shapes."""
     for part in parts:
         for leaf in part.values() if isinstance(part, Mapping) else [part]:
@@ -322,11 +346,13 @@ def _check_parts(parts: Sequence[Any]) -> None:
     if len(kinds) > 1:
         raise ValueError(
             "every batch must have images of the same shape; got "
-            f"{' and '.join(sorted(kinds))}. If `batches` is (images, labels), pass images alone."
+            f"{' and '.join(sorted(kinds))}. If `{argument}` is (images, labels), pass images "
+            "alone."
         )
 
 
-def _check_finite(argument: str, tree: Any) -> None:
+def check_finite(argument: str, tree: Any) -> None:
+    """Refuses arrays with NaN or infinity."""
     for path, leaf in zip(path_names(tree), jax.tree.leaves(tree), strict=True):
         is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
         if is_float and not np.all(np.isfinite(np.asarray(leaf, np.float32))):

@@ -173,6 +173,9 @@ class Recipe(LayerRecipe):
       sums: whether residual sums, concatenations, average pools and what goes into them stay in
         float, or have grids of their own as `quantized`, in the format of `outputs`, one scale to a
         tensor. Integer hardware needs them.
+      end_search: layers whose ranges are searched again by the divergence of the network's output,
+        logits of classes, from the float network's: the first, the last, and then those that matter
+        most; see `qjax.fit.ends`. 0 for none.
       grid_size: candidate clipping ranges per pass of a search.
       refinements: passes after the first, each around the best candidate so far.
       overrides: `{"Conv_0": {"bits": 8}, "*fc*": {"weights": None}}`: a glob on layer names and the
@@ -189,18 +192,25 @@ class Recipe(LayerRecipe):
     logits: bool = False
     sequential: bool = True
     sums: Sums = "float"
+    end_search: int = 0
     grid_size: int = 32
     refinements: int = 1
     overrides: Any = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = ("equalize", "logits", "sequential", "grid_size", "refinements")
+        names = ("equalize", "logits", "sequential", "end_search", "grid_size", "refinements")
         check_fields(self, names)
         if self.grid_size < 2:
             raise ValueError(f"`grid_size` must be at least 2 candidates; got {self.grid_size}.")
-        if self.refinements < 0:
-            raise ValueError(f"`refinements` must be at least 0; got {self.refinements}.")
+        for argument in ("end_search", "refinements"):
+            if getattr(self, argument) < 0:
+                raise ValueError(f"`{argument}` must be at least 0; got {getattr(self, argument)}.")
+        if self.end_search and not self.sequential:
+            raise ValueError(
+                "`end_search` looks at the output of the quantized network, for which layers are "
+                "fitted one after the other; got sequential=False. Leave out one of them."
+            )
         check_choice("sums", self.sums, get_args(Sums))
         if self.quantizes_sums and (self.outputs is None or self.outputs.is_dynamic):
             found = "float" if self.outputs is None else "dynamic ranges"
@@ -215,8 +225,17 @@ class Recipe(LayerRecipe):
                 )
         frozen = tuple((pattern, tuple(fields.items())) for pattern, fields in self._overrides())
         object.__setattr__(self, "overrides", frozen)
-        for _, fields in self._overrides():
-            _override(self._base(), fields)
+        for recipe in (self._base(), *(_override(self._base(), f) for _, f in self._overrides())):
+            self._check_end_search(recipe)
+
+    def _check_end_search(self, recipe: LayerRecipe) -> None:
+        for argument in ("inputs", "outputs"):
+            spec = getattr(recipe, argument)
+            if self.end_search and spec is not None and spec.scales is not FREE:
+                raise ValueError(
+                    f"`end_search` tries scales that are no {spec.scales.name}, as those of "
+                    f"`{argument}` are to be; leave out one of them."
+                )
 
     @property
     def quantizes_sums(self) -> bool:
@@ -282,6 +301,7 @@ class Recipe(LayerRecipe):
             equalize=False,
             logits=False,
             sequential=False,
+            end_search=0,
         )
 
     def without_data(self) -> "Recipe":
@@ -320,6 +340,7 @@ class Recipe(LayerRecipe):
 
 
 _WITHOUT_DATA = {"reconstructions": 0, "equalize": False, "logits": False, "sequential": False}
+_WITHOUT_DATA |= {"end_search": 0}
 
 
 def _recipe_fields() -> tuple[dataclasses.Field, ...]:

@@ -11,16 +11,18 @@ Beside the accuracy stands the logits' error on training images outside of the c
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import zoo
 
@@ -30,10 +32,15 @@ from pretrained import datasets
 from qjax.artifact import stored_bytes
 from qjax.atomic import write
 from qjax.fit.data_free import UnknownRangeError
+from qjax.fit.ends import search_ends
 from qjax.graph.layers import shapes_of
 from qjax.progress import progress_bar
+from qjax.quantize import BATCH_SIZE
 from qjax.recipe import Recipe
+from qjax.run.tap import float_layers
 from qjax.study.questions import ways_to_ranges
+from qjax.tuning.held_out import HeldOut
+from qjax.tuning.tune import Settings, run_tuning
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
@@ -47,6 +54,25 @@ FLOAT, UNIFORM = "float", "uniform"
 LONG = """medians over the layers of the SQNR of kernels and outputs, and
 of what outputs have more than with uniform weights of that width; top-1 in percent on all test
 images; bytes of kernels, with scales and tables, and of biases; and the error"""
+INPUTS: dict[str, Any] = {"outputs": None}
+TUNED: dict[str, tuple[int, dict[str, Any]]] = {
+    "W4A4, inputs and outputs": (4, {}),
+    "W3A3, inputs and outputs": (3, {}),
+    "W4A4, inputs": (4, INPUTS),
+    "W4A4, inputs, first and last layer at 8 bits": (4, INPUTS | {"first_last_bits": 8}),
+}
+TUNING: dict[str, dict[str, Any]] = {
+    "quantized": {},
+    "ranges by the end": {"ends": 2},
+    "tuned": {"is_tuned": True},
+    "ranges by the end, tuned": {"ends": 2, "is_tuned": True},
+}
+FINEST = ", per channel, logits by their probabilities"
+ERRORS = {
+    "error": "|f(x) − f̂(x)|² / |f(x)|² of the logits",
+    "plain": "KL(softmax(f(x)) ‖ softmax(f̂(x))) in nats",
+}
+TUNED_ON = 4096  # unlabeled training images, those of the calibration among them
 PUBLIC = "resnet20-cifar10.torch.safetensors"
 
 
@@ -60,11 +86,15 @@ class Way(NamedTuple):
       recipe: how to quantize.
       has_images: whether there are images to calibrate on.
       arithmetic: of integers, see `qjax.integer`; None for fake quantization.
+      ends: layers whose ranges are searched again, see `Recipe.end_search`.
+      is_tuned: whether scales and biases are tuned then, see `qjax.tune`.
     """
 
     recipe: Recipe
     has_images: bool = True
     arithmetic: str | None = None
+    ends: int = 0
+    is_tuned: bool = False
 
 
 class Table(NamedTuple):
@@ -77,6 +107,7 @@ class Table(NamedTuple):
       shown: the models that docs/results.md shows; all by default.
       in_readme: the rows of these that README shows.
       is_long: whether a column is a block of lines, which show what was measured.
+      error: what stands in brackets: a field of the measurements.
     """
 
     title: str
@@ -85,6 +116,7 @@ class Table(NamedTuple):
     shown: Sequence[str] = ()
     in_readme: Sequence[str] = ()
     is_long: bool = False
+    error: str = "error"
 
 
 def tables() -> dict[str, Table]:
@@ -174,7 +206,21 @@ def tables() -> dict[str, Table]:
         for bits in RANGE_WIDTHS
         for name, recipe, has_images in ways_to_ranges(qjax.recipe(bits))
     }
+    finest: dict[str, Any] = {"activation_granularity": "per_channel"}
+    tuning = {}
+    for column, (bits, fields) in TUNED.items():
+        logits = {} if fields else {"logits": True}
+        for name, more in {"": {}, FINEST: {**finest, **logits}}.items():
+            recipe = qjax.recipe(bits, **fields, **more)
+            for row, changes in TUNING.items():
+                tuning[row + name, column] = Way(recipe, **changes)
     return {
+        "tuning": Table(
+            "Ranges by the end, and tuned scales",
+            [row + name for name in ("", FINEST) for row in TUNING],
+            tuning,
+            error="plain",
+        ),
         "codebooks": Table("Formats of weights", list(kernels), codebooks, is_long=True),
         "fixed-point": Table("Powers of two against free scales", list(scales), fixed_point),
         "ranges": Table(
@@ -219,7 +265,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration draw")
     parser.add_argument("--calibration-size", type=int, default=1024, metavar="N", help="images")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="of the table (all)")
+    parser.add_argument("--columns", nargs="+", metavar="COLUMN", help="of the table (all)")
     parser.add_argument("--results", type=Path, metavar="FILE", help="docs/results-TABLE.jsonl")
+    parser.add_argument(
+        "--networks", type=Path, metavar="DIR", help="keep quantized networks there, and use them"
+    )
     parser.add_argument("--restart", action="store_true", help="measure anew what is kept")
 
 
@@ -228,9 +278,11 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     path = arguments.results or DOCS / f"results-{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     table = tables()[name]
-    for row in arguments.rows or ():
-        if row not in table.rows:
-            raise SystemExit(f"`--rows` must be of {', '.join(table.rows)}; got {row!r}.")
+    columns = list(dict.fromkeys(column for _, column in table.recipes))
+    for option, known in {"rows": table.rows, "columns": columns}.items():
+        for given in getattr(arguments, option) or ():
+            if given not in known:
+                raise SystemExit(f"`--{option}` must be of {'; '.join(known)}; got {given!r}.")
     if arguments.restart:
         forget(path, arguments)
     for model in arguments.models:
@@ -262,6 +314,7 @@ def forget(path: Path, arguments: argparse.Namespace) -> None:
         if line["model"] not in models
         or line["seed"] not in arguments.seeds
         or line["row"] not in (arguments.rows or [line["row"]])
+        or line["column"] not in (arguments.columns or [line["column"]])
     ]
     write(path, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -269,7 +322,11 @@ def forget(path: Path, arguments: argparse.Namespace) -> None:
 def measure_missing(name: str, table: Table, arguments: argparse.Namespace, path: Path) -> None:
     """Measures what `path` does not hold yet of a model, and appends it line by line."""
     label = Path(name).name
-    keys = [key for key in table.recipes if key[0] in (arguments.rows or table.rows)]
+    keys = [
+        (row, column)
+        for row, column in table.recipes
+        if row in (arguments.rows or table.rows) and column in (arguments.columns or [column])
+    ]
     wanted = [(FLOAT, FLOAT, 0), *((*key, seed) for seed in arguments.seeds for key in keys)]
     lines = [line for line in read(path) if line["model"] == label]
     held = {(line["row"], line["column"], line["seed"]) for line in lines}
@@ -293,6 +350,7 @@ def measure_missing(name: str, table: Table, arguments: argparse.Namespace, path
         qjax.top1, images=test.images, labels=test.labels, preprocess=model.preprocess
     )
     last: tuple[Any, qjax.Quantized, float] | None = None
+    searched: dict[int, qjax.Quantized] = {}
     with progress_bar(label) as progress:
         for done, (row, column, seed) in enumerate(missing):
             progress(f"{row}, {column}, draw {seed}", done, len(missing))
@@ -302,23 +360,39 @@ def measure_missing(name: str, table: Table, arguments: argparse.Namespace, path
             else:
                 drawn = datasets.calibration_draw(np.arange(len(images)), used, seed)
                 others = np.setdiff1d(np.arange(len(images)), drawn)
-                others = np.random.default_rng(seed).permutation(others)[:HELD_OUT]
+                others = np.random.default_rng(seed).permutation(others)
+                others, more = others[:HELD_OUT], others[HELD_OUT : HELD_OUT + TUNED_ON - used]
                 way = table.recipes[row, column]
                 way = way if isinstance(way, Way) else Way(way)
                 line["calibration_images"] = used
                 key = way.recipe, way.has_images, seed
                 if last is None or last[0] != key:
-                    start = time.perf_counter()
                     calibration: Any = model.preprocess(images[drawn])
                     given = calibration if way.has_images else shapes_of(calibration)
+                    about = [label, way.recipe.to_json(), way.has_images, used, seed]
+                    work = partial(qjax.quantize, model.apply_fn, model.params, given, way.recipe)
                     try:
-                        q = qjax.quantize(model.apply_fn, model.params, given, way.recipe)
+                        q, seconds = network_of(arguments.networks, about, model, work)
                     except UnknownRangeError:  # no batch norm: the table has a dash
                         missed = {"top1": None, "error": None, "test_images": len(test.images)}
                         append(path, line | missed)
                         continue
-                    last = key, q, time.perf_counter() - start
+                    last = key, q, seconds
+                    searched.clear()
                 _, q, line["seconds"] = last
+                if way.ends or way.is_tuned:
+                    start = time.perf_counter()
+                    if way.ends not in searched:
+                        batches = model.preprocess(images[drawn])
+                        searched[way.ends] = with_ends(q, model.params, batches, way.ends)
+                    q = searched[way.ends]
+                    if way.is_tuned:
+                        unlabeled = model.preprocess(images[np.concatenate([drawn, more])])
+                        found = run_tuning(
+                            q, model.apply_fn, model.params, unlabeled, Settings(seed=seed)
+                        )
+                        q, line["is_kept"] = found.q, found.is_kept
+                    line["more_seconds"] = time.perf_counter() - start
                 line |= {
                     "weight_db": [record.weight_sqnr_db for record in q.report],
                     "output_db": [record.output_sqnr_db for record in q.report],
@@ -326,10 +400,54 @@ def measure_missing(name: str, table: Table, arguments: argparse.Namespace, path
                 }
                 run = q if way.arithmetic is None else on_integers(q, way.arithmetic)
                 line["error"] = logits_error(model, run, model.preprocess(images[others]))
+                if table.error == "plain":
+                    held_out = model.preprocess(images[others])
+                    held_out = HeldOut(model.apply_fn, model.params, held_out)
+                    line |= held_out.divergences(q)._asdict()
                 line["top1"] = accuracy(run.apply_fn, q.params)
                 if run is not q:
                     line["other_logits"] = differing(q, run, model.preprocess, test.images)
             append(path, line | {"test_images": len(test.images)})
+
+
+def network_of(
+    folder: Path | None,
+    about: Sequence[Any],
+    model: pretrained.Pretrained,
+    work: Callable[[], qjax.Quantized],
+) -> tuple[qjax.Quantized, float]:
+    """A quantized network and the seconds that it took, from a folder where it is there.
+
+    Args:
+      folder: of networks; None to keep none.
+      about: what the network depends on, as JSON values.
+      model: the float network.
+      work: makes the quantized one.
+    """
+    name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    file = None if folder is None else folder / f"{name}.json"
+    if folder is not None and file is not None and file.exists():
+        return qjax.load(folder / name, model.apply_fn), json.loads(file.read_text())["seconds"]
+    start = time.perf_counter()
+    q = work()
+    jax.block_until_ready(q.params)
+    seconds = time.perf_counter() - start
+    if folder is not None and file is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        qjax.save(folder / name, q)
+        write(file, json.dumps({"seconds": seconds, "about": about}))
+    return q, seconds
+
+
+def with_ends(
+    q: qjax.Quantized, params: Any, calibration: np.ndarray, count: int
+) -> qjax.Quantized:
+    """What `qjax.quantize` with `Recipe.end_search` gives, without fitting the layers again."""
+    batches = calibration.reshape(-1, BATCH_SIZE, *calibration.shape[1:])
+    network = q.apply_fn.network(batches[0])
+    floats = float_layers(network, params)
+    found = search_ends(network, floats, q.params, [jnp.asarray(batches)], count, lambda *_: None)
+    return q._replace(params=found)
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
@@ -380,7 +498,7 @@ def document(table: Table, lines: Sequence[dict[str, Any]], command: str) -> str
     return f"""# {table.title}
 
 Measured by `{command}`: {shown}
-|f(x) − f̂(x)|² / |f(x)|² of the logits on up to {HELD_OUT:,} training images not calibrated on.
+{ERRORS[table.error]} on up to {HELD_OUT:,} training images not calibrated on.
 {counts} calibration images; means over the draws.{_agreement(lines)}
 
 {rows_of_markdown(table, lines, with_error=True)}
@@ -408,13 +526,14 @@ def rows_of_markdown(table: Table, lines: Sequence[dict[str, Any]], with_error: 
         f"| | float | draws | | {' | '.join(columns)} |",
         f"|---|---|---|---|{'---|' * len(columns)}",
     ]
+    error = table.error if with_error else None
     for model in dict.fromkeys(line["model"] for line in lines):
         mine = [line for line in lines if line["model"] == model]
         reference = next(line["top1"] for line in mine if line["row"] == FLOAT)
         draws = len({line["seed"] for line in mine if line["row"] != FLOAT})
         head = f"{model} | {reference:.2f} | {draws}"
         for row in table.rows:
-            cells = [cell(mine, row, column, with_error) for column in columns]
+            cells = [cell(mine, row, column, error) for column in columns]
             if any(cells):
                 text.append(f"| {head} | {row} | {' | '.join(cells)} |")
                 head = " | | "
@@ -451,16 +570,17 @@ def long_rows(table: Table, lines: Sequence[dict[str, Any]], columns: Sequence[s
     return "\n".join(text)
 
 
-def cell(lines: Sequence[dict[str, Any]], row: str, column: str, with_error: bool) -> str:
-    """Means over the draws."""
+def cell(lines: Sequence[dict[str, Any]], row: str, column: str, error: str | None) -> str:
+    """Means over the draws; in brackets those of a field of the measurements, if one is named."""
     found = [line for line in lines if (line["row"], line["column"]) == (row, column)]
     if not found:
         return ""
     if found[0]["top1"] is None:
         return "–"
     top1 = f"{statistics.mean(line['top1'] for line in found):.2f}"
-    error = statistics.mean(line["error"] for line in found)
-    return f"{top1} ({error:.1e})" if with_error else top1
+    if error is None:
+        return top1
+    return f"{top1} ({statistics.mean(line[error] for line in found):.1e})"
 
 
 def show(page: Path, name: str, text: str) -> None:

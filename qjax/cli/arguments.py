@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from qjax.cli.loading import CALIBRATION_SIZE, Loaded, add_dataset, load
+from qjax.cli.loading import CALIBRATION_SIZE, Loaded, add_dataset, at_least_one, load
 from qjax.cli.wording import RECIPE, flag
 from qjax.formats.affine import AFFINE
 from qjax.formats.spec import (
@@ -50,7 +50,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--calibration-size",
-        type=_at_least_one,
+        type=at_least_one,
         metavar="N",
         help=f"training images to calibrate on ({CALIBRATION_SIZE}, or all if there are fewer)",
     )
@@ -162,6 +162,13 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         help="least-squares fits of every kernel to its quantized input "
         f"({Recipe.reconstructions})",
     )
+    add(
+        "--end-search",
+        type=int,
+        metavar="N",
+        help="search the ranges of N layers again by the probabilities of the classes: the first, "
+        "the last, then those that matter most (0)",
+    )
     add("--no-sequential", dest="sequential", **off, help="fit every layer on float inputs")
 
 
@@ -247,12 +254,6 @@ def width_in_bits(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"expected a width from {MIN_BITS} to {MAX_BITS} bits; got {text!r}"
         )
-    return int(text)
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1 image; got {text!r}")
     return int(text)
 
 

@@ -11,6 +11,7 @@ from qjax.fit.checkpoint import FILE
 from qjax.graph.fingerprint import digest
 from qjax.kept import Kept
 from qjax.recipe import Recipe
+from qjax.tuning import checkpoint as tuning
 from qjax.versions import versions
 
 ROWS = "rows.jsonl"
@@ -55,7 +56,7 @@ def removed_at_end(arguments: argparse.Namespace) -> Iterator[None]:
     yield
     if arguments.checkpoint is not None:
         folder = Path(arguments.checkpoint)
-        for name in (FILE, ROWS):
+        for name in (FILE, ROWS, tuning.FILE):
             (folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()

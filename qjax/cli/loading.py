@@ -1,5 +1,6 @@
 """What a command works on: a pretrained model, calibration images and test images."""
 
+import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ def load(
     """
     progress("model", 0, 3)
     model = pretrained.load(model_name)
-    name = _dataset_of(model, dataset_name)
+    name = dataset_of(model, dataset_name)
     progress("training images", 1, 3)
     images = _split("--dataset", name, "train").images
     size = calibration_size or min(CALIBRATION_SIZE, len(images))
@@ -92,11 +93,23 @@ def an_image(model: pretrained.Pretrained, dataset_name: str | None) -> Any:
     Raises:
       ValueError: there is no such dataset.
     """
-    name = _dataset_of(model, dataset_name)
+    name = dataset_of(model, dataset_name)
     return model.preprocess(_split("--dataset", name, "test").images[:1])
 
 
-def _dataset_of(model: pretrained.Pretrained, name: str | None) -> str:
+def at_least_one(text: str) -> int:
+    """Reads a number of images."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1 image; got {text!r}")
+    return int(text)
+
+
+def dataset_of(model: pretrained.Pretrained, name: str | None) -> str:
+    """The name of a dataset, by default the model's own.
+
+    Raises:
+      ValueError: neither is known.
+    """
     if not (name or model.dataset):
         raise ValueError(
             f"`--dataset` must name the images of {model.name}: a TFDS name, a folder of images by "

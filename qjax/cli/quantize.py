@@ -12,7 +12,7 @@ import numpy as np
 
 from qjax import artifact
 from qjax.atomic import write
-from qjax.cli import checkpoint, export, widths
+from qjax.cli import checkpoint, export, tune, widths
 from qjax.cli.arguments import add_model, add_recipe, load_model, read_recipe
 from qjax.cli.command import Command, Stage, add_quiet, stages
 from qjax.cli.files import check_apart, check_file
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="without a single image: ranges of activations by batch norm, or at run time; add "
         "--activation-ranges dynamic, or --input-bits float --output-bits float for weights alone",
     )
+    tune.add_arguments(parser.add_argument_group("tuning").add_argument)
     add = parser.add_argument_group("what to write").add_argument
     add(
         "--baseline",
@@ -80,6 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.export is not None:
         export.check(arguments.export, recipe, _target(arguments))
     widths.check(arguments, recipe)
+    tune.check(arguments)
     _check_data_free(arguments)
     if arguments.checkpoint is not None and arguments.search_bits is not None:
         raise ValueError("`--search-bits` keeps nothing; leave out `--checkpoint`.")
@@ -87,8 +89,15 @@ def run(arguments: argparse.Namespace) -> None:
     with stage("loading") as progress:
         loaded = load_model(arguments, progress)
     q, seconds = _quantized(arguments, loaded, recipe, stage)
+    tuned = None
+    if arguments.tune is not None:
+        with stage("tuning") as progress:
+            tuned = tune.run(arguments, loaded, q, progress)
+        q = tuned.q
     accuracies = _accuracies(arguments, loaded, q, stage)
-    result = _result(arguments, loaded, q, accuracies, seconds)
+    result = _result(arguments, loaded, q, accuracies, seconds) | {"tuning": None}
+    if tuned is not None:
+        result["tuning"] = tune.to_json(arguments, tuned)
     with checkpoint.removed_at_end(arguments):
         _write(arguments, loaded, q, result, stage)
 
@@ -246,6 +255,7 @@ def _summary(result: dict[str, Any]) -> str:
     naive = result["naive_top1"]
     beside = "" if naive is None else f", {naive:.2f} % naively ({naive - before:+.2f})"
     size, small = result["bytes_float"], result["bytes_quantized"]
+    tuned = result["tuning"]
     images = f"{result['calibration_images']:,} training images of {result['dataset']}"
     used = f"on {images}, without labels (seed {result['seed']})"
     return "\n".join(
@@ -255,6 +265,7 @@ def _summary(result: dict[str, Any]) -> str:
             f"parameters   {size:,} bytes float, {small:,} quantized ({size / small:.2f}x smaller)",
             f"calibration  {result['seconds']:.1f} s "
             f"{used if result['calibration_images'] else 'without images'}",
+            *([] if tuned is None else [tune.summary(tuned)]),
         )
     )
 

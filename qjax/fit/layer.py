@@ -87,7 +87,7 @@ class Fit(NamedTuple):
         return None if self.energies is None else decibels(self.energies)
 
 
-def decibels(energies: tuple[jax.Array, jax.Array]) -> float:
+def decibels(energies: tuple[Any, Any]) -> float:
     """The ratio of two energies, each a sum by batch; infinite where one is 0, NaN if one is."""
     signal, noise = (math.fsum(np.asarray(by_batch).tolist()) for by_batch in energies)
     if not (math.isfinite(signal) and math.isfinite(noise)):

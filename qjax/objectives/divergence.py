@@ -1,4 +1,4 @@
-"""The divergence of the distribution of codes from that of the values (entropy calibration)."""
+"""Divergences: of the distribution of codes from that of the values, and of classes."""
 
 from typing import Any
 
@@ -60,6 +60,34 @@ def divergence(data: tuple[jax.Array, jax.Array], format: Any) -> jax.Array:
     q = jnp.where(kept > 0, mass / jnp.maximum(bins, 1.0), 0.0)
     p, q = (values / jnp.maximum(jnp.sum(values), 1e-30) for values in (p, q))
     return jnp.sum(jnp.where(p > 0, p * jnp.log(p / jnp.maximum(q, 1e-9)), 0.0))
+
+
+def divergence_of_classes(
+    wanted: jax.Array, found: jax.Array, temperature: float = 1.0
+) -> jax.Array:
+    """T²·KL(softmax(f / T) ‖ softmax(f̂ / T)) of logits, for every example.
+
+    A temperature above 1 lets more than the greatest logits count; the factor T² keeps the size of
+    the gradient.
+
+    Args:
+      wanted: f, float[..., classes].
+      found: f̂, of that shape.
+      temperature: T.
+
+    Returns:
+      float32[...] in nats.
+
+    References:
+      Hinton et al., 2015, arXiv:1503.02531, section 2.
+
+    Example:
+      >>> f = jnp.log(jnp.array([0.5, 0.5]))
+      >>> print(f"{divergence_of_classes(f, jnp.log(jnp.array([0.25, 0.75]))):.4f}")
+      0.1438
+    """
+    p, q = (jax.nn.log_softmax(f.astype(jnp.float32) / temperature) for f in (wanted, found))
+    return temperature**2 * jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
 def _loss(sample: Sample, format: Any) -> jax.Array:

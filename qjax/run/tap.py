@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from qjax.graph.fold import fold
+from qjax.graph.fold import Folded, fold
 from qjax.graph.layers import Network, find_layers, shapes_of
 from qjax.graph.schedule import rest_of_params
 from qjax.programs import FAST_TO_COMPILE
@@ -33,17 +33,20 @@ class Tap(NamedTuple):
 Tapped = Callable[[Mapping[str, Any], Any], tuple[Any, dict[str, Tap]]]
 
 
-def float_layers(network: Network, params: Any) -> dict[str, Any]:
+def float_layers(
+    network: Network, params: Any, folded: Sequence[Folded] | None = None
+) -> dict[str, Any]:
     """Brings float params to the form of `Quantized.params`, every tensor left in float.
 
     Args:
       network: a traced network.
       params: its params.
+      folded: kernel and bias of each layer, where they are not those of `params`.
 
     Returns:
       `layers`, the folded layers by name, and `rest`, the other leaves by path.
     """
-    folded = fold(network, jax.tree.leaves(params))
+    folded = fold(network, jax.tree.leaves(params)) if folded is None else folded
     layers = {
         site.layer.name: QuantizedLayer(kernel, bias, None, None, None, None)
         for site, (kernel, bias) in zip(network.first_sites, folded, strict=True)

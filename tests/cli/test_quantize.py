@@ -47,6 +47,43 @@ def test_quantize(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert same.report == restored.report  # nothing that a library call would not do
 
 
+def test_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    kept, out = tmp_path / "kept", tmp_path / "artifact"
+    options = ["--bits", "3", "--tune", "40", "--tune-size", "36", "--checkpoint", str(kept)]
+    assert quantize(*options, "--out", str(out), "--json") == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)["tuning"]
+    assert found["steps"] == 40 and found["is_kept"]
+    assert found["after"]["plain"] < found["before"]["plain"]
+    [line] = [line for line in lines if line.startswith("tuning")]
+    assert line.startswith("tuning       40 steps, divergence held out: plain 0.") and "→" in line
+    assert not kept.exists()
+    images = datasets.calibration_draw(datasets.load("noise", "train").images, 36, 0)
+    restored = qjax.load(out, apply_fn)
+    calibration = datasets.calibration_draw(datasets.load("noise", "train").images, 40, 0)
+    q = qjax.quantize(apply_fn, make_params(), PIXELS(calibration), restored.report.recipe)
+    same = qjax.tune(q, apply_fn, make_params(), PIXELS(images), steps=40)
+    np.testing.assert_array_equal(
+        same.params["layers"]["head"].bias, restored.params["layers"]["head"].bias
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tune", "0"], "`--tune` must be at least 1 step; got 0"),
+        (["--tune-size", "9"], "`--tune-size` is for tuning; add `--tune`, or leave it out"),
+        (["--data-free", "--tune"], "`--data-free` has no images to tune on"),
+        (["--end-search", "-1"], "`--end-search` must be at least 0; got -1"),
+    ],
+)
+def test_tuning_that_is_not_possible(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert quantize(*options) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_without_images(capsys: pytest.CaptureFixture[str]):
     dynamic = ["--input-bits", "8", "--activation-ranges", "dynamic"]
     assert quantize("--data-free", *dynamic, "--baseline", "--json") == 0

@@ -1,0 +1,1 @@
+"""Tuning the quantizer of a quantized network: its scales and biases learn, its codes stay."""

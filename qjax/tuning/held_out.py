@@ -1,0 +1,59 @@
+"""How far a quantized network is from the float one on images that it was not tuned on."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from qjax.objectives.divergence import divergence_of_classes
+from qjax.programs import FAST_TO_RUN, compiled
+from qjax.quantize import Quantized
+from qjax.tuning.views import blended
+
+SHARE = 0.7  # of an image in a blend with the one before
+EVALUATED = 128  # images at a time
+
+
+class Divergences(NamedTuple):
+    """KL(softmax(f) ‖ softmax(f̂)) of the quantized network from the float one, means in nats.
+
+    Attributes:
+      plain: on images.
+      blended: on blends of two of them, 0.7·x + 0.3·x'.
+    """
+
+    plain: float
+    blended: float
+
+
+class HeldOut:
+    """Images, blends of them, and what the float network makes of both."""
+
+    def __init__(self, apply_fn: Callable[[Any, Any], Any], params: Any, images: Any) -> None:
+        """Evaluates the float network.
+
+        Args:
+          apply_fn: the float network.
+          params: its params.
+          images: an input of any number of examples.
+        """
+        self._count = len(jax.tree.leaves(images)[0])
+        partners = np.roll(np.arange(self._count), 1)
+        blends = blended(images, partners, np.full(self._count, SHARE, np.float32))
+        self._sets = images, blends
+        teacher = compiled(apply_fn, FAST_TO_RUN)
+        self._wanted = [self._outputs(teacher, params, each) for each in self._sets]
+
+    def divergences(self, q: Quantized) -> Divergences:
+        """Those of a quantized network."""
+        found = (self._outputs(q.apply_fn, q.params, each) for each in self._sets)
+        pairs = zip(self._wanted, found, strict=True)
+        return Divergences(*(float(divergence_of_classes(*pair).mean()) for pair in pairs))
+
+    def _outputs(self, function: Callable[[Any, Any], Any], params: Any, images: Any) -> Any:
+        starts = range(0, self._count, EVALUATED)
+        parts = (
+            jax.tree.map(lambda leaf, at=at: leaf[at : at + EVALUATED], images) for at in starts
+        )
+        return np.concatenate([np.asarray(function(params, part)) for part in parts])
