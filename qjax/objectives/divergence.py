@@ -81,7 +81,7 @@ def divergence_of_classes(
     References:
       Hinton et al., 2015, arXiv:1503.02531, section 2.
 
-    Example:
+    Examples:
       >>> f = jnp.log(jnp.array([0.5, 0.5]))
       >>> print(f"{divergence_of_classes(f, jnp.log(jnp.array([0.25, 0.75]))):.4f}")
       0.1438

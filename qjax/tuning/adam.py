@@ -52,7 +52,7 @@ def update(
     References:
       Kingma and Ba, 2015, arXiv:1412.6980, algorithm 1.
 
-    Example:
+    Examples:
       >>> p = jnp.float32(1.0)
       >>> p, _ = update(p, 4.0 * p, start(p), jnp.float32(0.0), jnp.float32(0.1))
       >>> print(f"{p:.3f}")
@@ -80,7 +80,7 @@ def learning_rate(peak: float, steps: int, warmup: int, step: Any) -> jax.Array:
       warmup: of them that rise; at least 1 less than `steps`.
       step: float32[], steps before this one.
 
-    Example:
+    Examples:
       >>> [round(float(learning_rate(1.0, 6, 2, jnp.float32(i))), 3) for i in range(6)]
       [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
     """

@@ -119,7 +119,7 @@ def tune(
         its range.
       TypeError: an argument is of another kind than what it should be.
 
-    Example:
+    Examples:
       >>> import qjax
       >>> key = jax.random.key(0)
       >>> params = {"w": jax.random.normal(key, (8, 4))}
