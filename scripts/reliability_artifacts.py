@@ -23,9 +23,8 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 import qjax
-from qjax import directory
+from qjax import directory, kept_arrays
 from qjax.directory import Files
-from qjax.fit import checkpoint
 
 WIDTHS = {"a": 3, "b": 5}  # of the weights of two artifacts
 
@@ -147,7 +146,7 @@ def killed_runs(count: int, seed: int) -> Iterator[Case]:
 
 def quantize_once(folder: str) -> None:
     """What the process does: every layer is written."""
-    checkpoint.PAUSE = 0
+    kept_arrays.PAUSE = 0
     print("quantizing", flush=True)
     mixed(Path(folder))
 

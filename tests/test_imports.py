@@ -11,7 +11,17 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "qjax"
 # Folders and modules in the order of the pipeline: each may import only what stands before
 # it. A new module is given its place here.
 ORDER = (
-    *("atomic", "fields", "kept", "programs", "progress", "pytree", "table", "versions"),
+    *(
+        "atomic",
+        "fields",
+        "kept",
+        "kept_arrays",
+        "programs",
+        "progress",
+        "pytree",
+        "table",
+        "versions",
+    ),
     *("formats.base", "formats.affine", "formats.binary", "formats.codebook", "formats.multiples"),
     *("formats.apot", "formats.kmeans", "formats.nf4", "formats.power_of_two", "formats.quantile"),
     *("formats.packing", "formats.scales"),

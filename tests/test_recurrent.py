@@ -185,7 +185,7 @@ def test_sums_and_outputs_after_the_activation_have_grids_too():
 def test_a_killed_run_goes_on_within_a_loop(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
     cell = gru()
     whole = qjax.quantize(cell.looped, cell.params, X, NAIVE)
-    monkeypatch.setattr("qjax.fit.checkpoint.PAUSE", 0)
+    monkeypatch.setattr("qjax.kept_arrays.PAUSE", 0)
 
     def kill(name: str, done: int, total: int) -> None:
         if done == 3:

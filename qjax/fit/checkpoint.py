@@ -5,26 +5,18 @@ last one of them; it is replaced whole. What it belongs to stands in it: it is r
 same network, params, images, recipe and versions, and refused by any other.
 """
 
-import hashlib
-import json
 import os
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from qjax import atomic
 from qjax.fit.junction import FittedJunction
 from qjax.fit.layer import Fit
 from qjax.graph.layers import Network
-from qjax.kept import REMEDY, refuse_other_run
+from qjax.kept_arrays import KeptArrays
 from qjax.run.stored import (
     arrays_of_format,
     arrays_of_layer,
@@ -42,7 +34,6 @@ from qjax.run.stored import (
 )
 
 FILE = "layers.safetensors"
-PAUSE = 20.0  # seconds of work for every second of writing, before the values are written again
 
 Values = dict[core.Var, Any]
 
@@ -51,44 +42,16 @@ class Checkpoint:
     """The file of a run, which may have been interrupted."""
 
     def __init__(self, folder: str | os.PathLike, about: Mapping[str, Any]) -> None:
-        """Reads what is there.
-
-        Args:
-          folder: made if it does not exist.
-          about: what the run depends on, as JSON values.
-
-        Raises:
-          ValueError: the file there is of another run, or damaged.
-        """
-        folder = Path(folder)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"`checkpoint` must be a folder; {folder} is a file.")
-        folder.mkdir(parents=True, exist_ok=True)
-        for entry in folder.iterdir():
-            if atomic.TEMPORARY.fullmatch(entry.name):
-                entry.unlink(missing_ok=True)
-        self._file, self._about = folder / FILE, about
-        self._entries, self._arrays = self._read() if self._file.exists() else ({}, {})
-        self._is_due_at = -np.inf
-
-    def _read(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Reads what is there; see `KeptArrays`."""
+        self._kept = KeptArrays(folder, FILE, about)
+        self._entries = self._kept.entries
         try:
-            with safe_open(self._file, "np") as file:
-                metadata = file.metadata()
-                stored = {name: file.get_tensor(name) for name in file.keys()}
-            entries = json.loads(metadata["entries"])
-            arrays = {
-                name: restored_array(stored[name], jnp.dtype(dtype), shape)
-                for name, (dtype, shape) in entries["arrays"].items()
+            self._arrays = {
+                name: restored_array(self._kept.arrays[name], jnp.dtype(dtype), shape)
+                for name, (dtype, shape) in self._entries.get("arrays", {}).items()
             }
-            is_whole = metadata["sha256"] == _digest(metadata["entries"], stored)
-        except (LookupError, TypeError, ValueError, SafetensorError) as error:
-            message = f"`checkpoint` {self._file} is damaged ({error}); {REMEDY}."
-            raise ValueError(message) from error
-        if not is_whole:
-            raise ValueError(f"`checkpoint` {self._file} is damaged; {REMEDY}.")
-        refuse_other_run(self._file, entries["about"], self._about)
-        return entries, arrays
+        except (LookupError, TypeError, ValueError) as error:
+            raise self._kept.damaged(f" ({error})") from error
 
     def restore(self, fits: dict[str, Fit], sums: dict[str, FittedJunction]) -> int:
         """Writes what is finished, and returns how many units of work that is."""
@@ -147,8 +110,7 @@ class Checkpoint:
         is_last: bool,
     ) -> None:
         """Writes what is finished, unless writing would take more than a share of the time."""
-        start = time.monotonic()
-        if start < self._is_due_at and not is_last:
+        if not (self._kept.is_due or is_last):
             return
         numbers = {var: number for number, var in enumerate(_variables(network))}
         floats, quantized = ({numbers[v]: x for v, x in values.items()} for values in live)
@@ -172,7 +134,6 @@ class Checkpoint:
             }
         )
         entries = {
-            "about": self._about,
             "done": done,
             "fits": {
                 name: {"layer": describe_layer(fit.layer), "numbers": _places(_numbers(fit))}
@@ -189,11 +150,7 @@ class Checkpoint:
             "live": {"floats": list(floats), "quantized": list(quantized), "shared": shared},
             "arrays": describe_arrays(arrays),
         }
-        stored = {name: storable(array) for name, array in arrays.items()}
-        text = json.dumps(entries)
-        atomic.write(self._file, save(stored, {"entries": text, "sha256": _digest(text, stored)}))
-        now = time.monotonic()
-        self._is_due_at = now + PAUSE * (now - start)
+        self._kept.write(entries, {name: storable(array) for name, array in arrays.items()})
 
 
 def _fit(layer: Any, *numbers: Any) -> Fit:
@@ -220,10 +177,3 @@ def _variables(network: Network) -> list[core.Var]:
     """The variables that values flow through, in an order that is the same in every process."""
     flat = network.flat
     return [*flat.inputs, *(var for equation in flat.equations for var in equation.outvars)]
-
-
-def _digest(text: str, arrays: Mapping[str, np.ndarray]) -> str:
-    found = hashlib.sha256(text.encode())
-    for name in sorted(arrays):
-        found.update(arrays[name].tobytes())
-    return found.hexdigest()

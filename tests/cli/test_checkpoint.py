@@ -35,7 +35,7 @@ def result(out: Path) -> dict[str, bytes]:
 
 
 def test_quantize_goes_on(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "PAUSE", 0)
+    monkeypatch.setattr("qjax.kept_arrays.PAUSE", 0)
     options = ["--checkpoint", str(tmp_path / "kept"), "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
         write = checkpoint.Checkpoint.write

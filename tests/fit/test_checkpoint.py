@@ -67,7 +67,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("layer", LAYERS[1:])
 def test_a_run_that_is_stopped_goes_on(tmp_path: Path, monkeypatch, whole, layer: str):
-    monkeypatch.setattr(checkpoint, "PAUSE", 0)
+    monkeypatch.setattr("qjax.kept_arrays.PAUSE", 0)
 
     def stop(name: str, done: int, total: int) -> None:
         if name == layer:
@@ -88,8 +88,8 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
 from fit import test_checkpoint
-from qjax.fit import checkpoint
-checkpoint.PAUSE = 0
+from qjax import kept_arrays
+kept_arrays.PAUSE = 0
 def kill(name, done, total):
     if name == "c":
         os.kill(os.getpid(), signal.SIGKILL)
