@@ -18,7 +18,7 @@ from qjax.fit.ends import search_ends
 from qjax.fit.equalize import equalize
 from qjax.fit.layerwise import calibrate
 from qjax.fit.noise import noise_of
-from qjax.graph.examples import ExampleAxes, example_axes
+from qjax.graph.examples import ExampleAxes, example_axes, with_one_more
 from qjax.graph.fingerprint import digest, fingerprint
 from qjax.graph.fold import fold
 from qjax.graph.frameworks import check_network
@@ -232,8 +232,7 @@ def _example_axes(
     by_example = [name for name, own in recipes.items() if own.has_ranges_per_example]
     if not by_example and not is_wanted:
         return {}
-    larger = _resized(lambda shape: (shape[0] + 1, *shape[1:]), shapes)
-    found = example_axes(network, find_layers(apply_fn, params, larger))
+    found = example_axes(network, find_layers(apply_fn, params, with_one_more(shapes)))
     for name in by_example:
         if name not in found:
             raise ValueError(

@@ -130,6 +130,16 @@ class LayerRecipe:
         return {field: spec and spec.limits for field, spec in specs.items()}
 
     @property
+    def scales_not_free(self) -> dict[str, str]:
+        """The fields whose scales cannot be any number, and the names of their scales."""
+        specs = {field: getattr(self, field) for field in _WIDTHS.values()}
+        return {
+            field: spec.scales.name
+            for field, spec in specs.items()
+            if spec is not None and spec.scales is not FREE
+        }
+
+    @property
     def has_ranges_per_example(self) -> bool:
         """Whether the range of an input or output is that of each example."""
         specs = filter(None, (self.inputs, self.outputs))
@@ -225,16 +235,15 @@ class Recipe(LayerRecipe):
                 )
         frozen = tuple((pattern, tuple(fields.items())) for pattern, fields in self._overrides())
         object.__setattr__(self, "overrides", frozen)
-        for recipe in (self._base(), *(_override(self._base(), f) for _, f in self._overrides())):
+        for recipe in self._layer_recipes():
             self._check_end_search(recipe)
 
     def _check_end_search(self, recipe: LayerRecipe) -> None:
-        for argument in ("inputs", "outputs"):
-            spec = getattr(recipe, argument)
-            if self.end_search and spec is not None and spec.scales is not FREE:
+        for argument, name in recipe.scales_not_free.items():
+            if self.end_search and argument != "weights":
                 raise ValueError(
-                    f"`end_search` tries scales that are no {spec.scales.name}, as those of "
-                    f"`{argument}` are to be; leave out one of them."
+                    f"`end_search` tries scales that are no {name}, as those of `{argument}` are "
+                    "to be; leave out one of them."
                 )
 
     @property
@@ -255,6 +264,11 @@ class Recipe(LayerRecipe):
 
     def _base(self) -> LayerRecipe:
         return LayerRecipe(**{field: getattr(self, field) for field in _LAYER_FIELDS})
+
+    def _layer_recipes(self) -> list[LayerRecipe]:
+        """The recipe of layers without an override, and one for each override."""
+        base = self._base()
+        return [base, *(_override(base, fields) for _, fields in self._overrides())]
 
     def by_layer(self, names: Sequence[str]) -> dict[str, LayerRecipe]:
         """Returns the recipe of each layer, overrides applied in order.
@@ -284,8 +298,7 @@ class Recipe(LayerRecipe):
         Raises:
           ValueError: a format is none of the target's, here or in an override.
         """
-        base = self._base()
-        for recipe in (base, *(_override(base, fields) for _, fields in self._overrides())):
+        for recipe in self._layer_recipes():
             for argument in _WIDTHS.values():
                 target.check(argument, getattr(recipe, argument))
 

@@ -35,9 +35,14 @@ class Measured(NamedTuple):
 def in_own_process(measure: Callable[..., Any], arguments: argparse.Namespace) -> Measured:
     """Runs a measurement, which returns (first, steady, losses), in a fresh process."""
     fields = {key: value for key, value in vars(arguments).items() if key != "run"}
+    return in_fresh_process(_with_peak, measure, argparse.Namespace(**fields))
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns that runs in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(_with_peak, measure, argparse.Namespace(**fields)).result()
+        return pool.submit(function, *arguments).result()
 
 
 def _with_peak(measure: Callable[..., Any], arguments: argparse.Namespace) -> Measured:

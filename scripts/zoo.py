@@ -1,23 +1,22 @@
 """Many families of networks, quantized: what is found, how well it does, what it takes."""
 
 import argparse
-import json
 import resource
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import zoo_networks
+from measure import in_fresh_process
 from onnx_sessions import quantize_static, session
 
 import qjax
 from pretrained import datasets
 from qjax.atomic import write
+from qjax.kept import Kept
 from qjax.table import table
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -77,7 +76,7 @@ def measure(name: str) -> dict[str, Any]:
     apply_fn, params = network.make()
     calibration, others = inputs(network.example)
     expected = np.asarray(jax.jit(apply_fn)(params, others))
-    found: dict[str, Any] = {"name": name, "images": IMAGES}
+    found: dict[str, Any] = {}
     for width, recipe in RECIPES.items():
         before = _cpu_seconds()
         q = qjax.quantize(apply_fn, params, calibration, recipe)
@@ -120,33 +119,15 @@ def error_db(expected: np.ndarray, found: Any) -> float:
 def run(arguments: argparse.Namespace) -> None:
     """Measures the networks that are missing, each in a process of its own; writes the page."""
     results = arguments.results or RESULTS
-    lines = (
-        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    )
-    known = {} if arguments.restart else {line["name"]: line for line in lines}
+    if arguments.restart:
+        results.unlink(missing_ok=True)
+    kept, known = Kept(results, {"images": IMAGES}), {}
     for name in zoo_networks.NETWORKS:
-        if name not in known:
-            print(name, flush=True)
-            known[name] = in_own_process(name)
-            write(results, "".join(f"{json.dumps(line)}\n" for line in known.values()))
-    rows = [row(name, known[name]) for name in zoo_networks.NETWORKS]
+        print(name, flush=True)
+        known[name] = kept.of(name, partial(in_fresh_process, measure, name))
+    rows = [row(name, found) for name, found in known.items()]
     print(table(HEADER, rows, "<<" + ">" * (len(HEADER) - 2)))
-    page = results.with_name(PAGE.name)
-    write(page, document(rows, known))
-
-
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    """What was measured, by name."""
-    lines = map(json.loads, path.read_text().splitlines())
-    return {line["name"]: line for line in lines}
-
-
-def in_own_process(name: str) -> dict[str, Any]:
-    """Measures a network in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "measured.json"
-        subprocess.run([sys.executable, __file__, name, str(out)], check=True)
-        return json.loads(out.read_text())
+    write(results.with_name(PAGE.name), document(rows, known))
 
 
 def row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -181,7 +162,3 @@ def document(rows: Sequence[Sequence[str]], known: Mapping[str, Any]) -> str:
         table="\n".join(lines),
         notes="\n".join(notes),
     )
-
-
-if __name__ == "__main__":
-    write(sys.argv[2], json.dumps(measure(sys.argv[1])))

@@ -4,8 +4,10 @@ It is quantized once, with the recipe that compiles fastest.
 """
 
 import functools
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,21 @@ def images(count: int = 24) -> Any:
 def quantized(**changes: Any) -> qjax.Quantized:
     recipe = qjax.recipe(**{**{f: getattr(CHEAP, f) for f in _FIELDS}, **changes})
     return qjax.quantize(apply_fn, make_params(), images(), recipe)
+
+
+def assert_codes_agree(q: qjax.Quantized, x: Any) -> None:
+    """Integers and fake quantization have the same codes in every layer."""
+    run = qjax.integer(q)
+    for name, codes in q.apply_fn.codes(q.params, x).items():
+        np.testing.assert_array_equal(run.codes(q.params, x)[name], codes)
+
+
+def saved_and_loaded(q: qjax.Quantized, folder: Path) -> qjax.Quantized:
+    """The network read again from an artifact, with the same params."""
+    qjax.save(folder / "model", q)
+    again = qjax.load(folder / "model", apply_fn)
+    chex.assert_trees_all_equal(again.params, q.params, strict=True)
+    return again
 
 
 _FIELDS = (

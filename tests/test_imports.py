@@ -55,7 +55,7 @@ ORDER = (
         "fit.ahead",
     ),
     *("fit.layerwise", "fit.draws", "fit.data_free"),
-    *("fit.scales", "fit.noise", "fit.ends"),
+    *("fit.blends", "fit.scales", "fit.noise", "fit.ends"),
     *("report", "rescaled", "quantize", "directory", "artifact"),
     *("integer.accumulator", "integer.requantize", "integer.lowerings", "integer.codes"),
     *("integer.rules", "integer.function"),

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.fit.blends import blended_in_pairs
 from qjax.fit.scales import Frame, Moving, Place, frame_of, key_of, moved, start
 from qjax.fit.search import map_candidates
 from qjax.graph.junctions import Junction
@@ -30,14 +31,13 @@ from qjax.objectives.divergence import divergence_of_classes
 from qjax.programs import FAST_TO_COMPILE
 from qjax.progress import Progress
 from qjax.run.fake import FAKE
-from qjax.run.function import bind, outputs_of, steps_of
+from qjax.run.function import bind, outputs, outputs_of, steps_of
 from qjax.run.interpreter import evaluate
 
 FACTORS = (0.6, 0.66, 0.72, 0.78, 0.84, 0.89, 0.94, 1.0, 1.06, 1.12)
 TRIED = 0.84  # the factor that tells how much the other layers matter
 TEMPERATURE = 4.0
 EXAMPLES = 512  # images, and as many blends of them
-SHARE = 0.7  # of an image in a blend with the next one
 
 
 class Examples(NamedTuple):
@@ -171,10 +171,8 @@ def _divergence(
     x: Any,
     wanted: jax.Array,
 ) -> jax.Array:
-    env = bind(network, params["rest"], x)
-    steps, read = steps_of(network, moved(frame, params, moving))
-    evaluate(steps, env, read, FAKE)
-    return jnp.mean(divergence_of_classes(wanted, outputs_of(network, env, FAKE), TEMPERATURE))
+    found = outputs(network, FAKE, moved(frame, params, moving), x)
+    return jnp.mean(divergence_of_classes(wanted, found, TEMPERATURE))
 
 
 # ---- Examples
@@ -184,12 +182,12 @@ def _examples(
     network: Network, floats: Mapping[str, Any], batches: Sequence[jax.Array]
 ) -> list[Examples]:
     """Batches of images, each followed by one of blends, with the outputs of the float network."""
-    run = network.program("float outputs", partial(_outputs, network), FAST_TO_COMPILE)
+    run = network.program("float outputs", partial(outputs, network, FAKE), FAST_TO_COMPILE)
     count, size = batches[0].shape[:2]
     found = []
     for number in range(min(count, -(-EXAMPLES // size))):
         leaves = [leaf[number] for leaf in batches]
-        for each in (leaves, _blended(leaves)):
+        for each in (leaves, blended_in_pairs(leaves)):
             wanted = run(floats, each)
             shape = jnp.shape(wanted) if isinstance(wanted, jax.Array) else ()
             if len(shape) < 2 or shape[-1] < 2:
@@ -199,19 +197,6 @@ def _examples(
                 )
             found.append(Examples(each, wanted))
     return found
-
-
-def _blended(leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
-        return list(leaves)
-    return [SHARE * leaf + (1 - SHARE) * jnp.roll(leaf, 1, 0) for leaf in leaves]
-
-
-def _outputs(network: Network, params: Mapping[str, Any], x: Any) -> Any:
-    env = bind(network, params["rest"], x)
-    steps, read = steps_of(network, params)
-    evaluate(steps, env, read, FAKE)
-    return outputs_of(network, env, FAKE)
 
 
 # ---- The order of evaluation

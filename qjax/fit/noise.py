@@ -12,8 +12,7 @@ from qjax.graph.junctions import Junction, find_junctions
 from qjax.graph.layers import Network
 from qjax.programs import FAST_TO_COMPILE
 from qjax.run.fake import FAKE
-from qjax.run.function import bind, steps_of
-from qjax.run.interpreter import evaluate
+from qjax.run.function import evaluated
 
 
 def noise_of(
@@ -53,9 +52,7 @@ def _values(
     network: Network, junctions: Sequence[Junction], params: Mapping[str, Any], x: Any
 ) -> dict[str, jax.Array]:
     """The outputs of layers after their activation, and the junctions after theirs."""
-    env = bind(network, params["rest"], x)
-    steps, read = steps_of(network, params)
-    evaluate(steps, env, read, FAKE)
+    env = evaluated(network, FAKE, params, x)
     found = {}
     for site in network.first_sites:
         values = [env[step.activated] for step in network.sites_of(site.layer.name)]

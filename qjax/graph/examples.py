@@ -1,9 +1,22 @@
 """Which axis of what a layer reads and writes holds the examples, known by tracing one more."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 from qjax.graph.jaxpr import Atom, shape
 from qjax.graph.layers import Network, Site
+
+
+def with_one_more(x: Any) -> Any:
+    """The shapes of an input of one example more.
+
+    Args:
+      x: an input, or its shapes.
+    """
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] + 1, *leaf.shape[1:]), leaf.dtype), x
+    )
 
 
 class ExampleAxes(NamedTuple):

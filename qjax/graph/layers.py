@@ -321,12 +321,15 @@ def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Ne
     live = jaxpr.needed(flat)
     sites, kernels, skipped = [], [], []
     for position, equation in enumerate(flat.equations):
+        is_contraction = jaxpr.contains_contraction(equation)
+        if position not in live or not (is_contraction or equation.primitive.name in _CHOOSING):
+            continue
         operands = [jaxpr.depends_on([atom], found) for atom in equation.invars]
-        if position not in live or not any(operand.x for operand in operands):
+        if not any(operand.x for operand in operands):
             continue
         if reason := _chosen_by_input(equation, operands):
             skipped.append(_skip(equation, reason))
-        if not jaxpr.contains_contraction(equation):
+        if not is_contraction:
             continue
         by_params = [i for i, operand in enumerate(operands) if operand.params_only]
         leaves = [i for operand in by_params for i in operands[operand].params]

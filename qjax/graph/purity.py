@@ -9,6 +9,7 @@ from jax.extend import core
 
 from qjax.graph import jaxpr
 from qjax.graph.activation import with_clips
+from qjax.graph.examples import with_one_more
 from qjax.graph.fingerprint import fingerprint
 from qjax.graph.flatten import flatten
 from qjax.graph.jaxpr import FlatJaxpr, dtype, shape
@@ -82,14 +83,21 @@ def _reduced_examples(network: Network) -> int | None:
     flat = network.flat
     sizes = {shape(var)[0] for var in flat.inputs if shape(var)}
     inputs = {site.input for site in network.sites}
+    reductions = [
+        (position, operands)
+        for position, equation in enumerate(flat.equations)
+        if 0 in equation.params.get("axes", ())
+        and (operands := jaxpr.variables(equation.invars))
+        and shape(operands[0])[0] in sizes
+    ]
+    if not reductions:
+        return None
     found = jaxpr.dependences(flat)
+    starts = {at for at, operands in reductions if jaxpr.depends_on(operands, found).x}
     after: dict[core.Var, int] = {}
     for position, equation in enumerate(flat.equations):
-        operands = jaxpr.variables(equation.invars)
-        known = [after[var] for var in operands if var in after]
-        axes = equation.params.get("axes", ())
-        if not known and 0 in axes and jaxpr.depends_on(operands, found).x:
-            known = [position] if shape(operands[0])[0] in sizes else []
+        known = [after[var] for var in jaxpr.variables(equation.invars) if var in after]
+        known += [position] if position in starts else []
         if known:
             after |= dict.fromkeys(equation.outvars, min(known))
     return min((after[var] for var in inputs & after.keys()), default=None)
@@ -99,10 +107,7 @@ def _grows(
     apply_fn: Callable[[Any, Any], Any], params: Any, x: Any, flat: FlatJaxpr, position: int
 ) -> bool:
     """Whether the first axis of what an equation reads holds the examples: it grows with them."""
-    more = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] + 1, *leaf.shape[1:]), leaf.dtype), x
-    )
-    larger = with_clips(flatten(apply_fn, params, more)).equations
+    larger = with_clips(flatten(apply_fn, params, with_one_more(x))).equations
     if len(larger) != len(flat.equations):
         return False
     before, after = (shape(found[position].invars[0])[0] for found in (flat.equations, larger))

@@ -167,13 +167,11 @@ def _check(name: str, recipe: LayerRecipe) -> None:
                 f"layer {name!r} has {field} of dynamic ranges, which have no step to train; use "
                 "static ranges."
             )
-    for field in ("weights", "inputs", "outputs"):
-        spec = getattr(recipe, field)
-        if spec is not None and spec.scales is not FREE:
-            raise ValueError(
-                f"layer {name!r} has {field} with scales {spec.scales.name}, which training would "
-                f"leave; use scale={FREE.name!r}."
-            )
+    for field, scales in recipe.scales_not_free.items():
+        raise ValueError(
+            f"layer {name!r} has {field} with scales {scales}, which training would leave; use "
+            f"scale={FREE.name!r}."
+        )
 
 
 def _is_binary(recipe: LayerRecipe) -> bool:

@@ -55,7 +55,7 @@ class QuantizedFunction:
         Raises:
           ValueError: the function has other layers at this input's shape than were quantized.
         """
-        return self._run("evaluate", _outputs, params, x)
+        return self._run("evaluate", outputs, params, x)
 
     def codes(self, params: Mapping[str, Any], x: Any) -> dict[str, jax.Array]:
         """Evaluates the network for the codes of every layer's pre-activation output, by name.
@@ -166,21 +166,30 @@ def outputs_of(network: Network, env: Env, rules: Rules) -> Any:
     return jax.tree.unflatten(flat.out_tree, outputs)
 
 
-def _evaluated(network: Network, rules: Rules, params: Mapping[str, Any], x: Any) -> Env:
+def evaluated(network: Network, rules: Rules, params: Mapping[str, Any], x: Any) -> Env:
+    """All values of a network by variable.
+
+    Args:
+      network: traced at the shape of `x`.
+      rules: of the evaluation.
+      params: `Quantized.params`.
+      x: an input.
+    """
     env = bind(network, params["rest"], x)
     steps, read = steps_of(network, params)
     evaluate(steps, env, read, rules)
     return env
 
 
-def _outputs(network: Network, rules: Rules, params: Mapping[str, Any], x: Any) -> Any:
-    return outputs_of(network, _evaluated(network, rules, params, x), rules)
+def outputs(network: Network, rules: Rules, params: Mapping[str, Any], x: Any) -> Any:
+    """What the network returns; the arguments are those of `evaluated`."""
+    return outputs_of(network, evaluated(network, rules, params, x), rules)
 
 
 def _codes(
     network: Network, rules: Rules, params: Mapping[str, Any], x: Any
 ) -> dict[str, jax.Array]:
-    env = _evaluated(network, rules, params, x)
+    env = evaluated(network, rules, params, x)
     found = {}
     for site in network.first_sites:
         format = params["layers"][site.layer.name].outputs

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from qjax.fit.blends import blended_in_pairs
 from qjax.objectives.divergence import divergence_of_classes
 from qjax.programs import FAST_TO_RUN, compiled
 from qjax.quantize import Quantized
-from qjax.tuning.views import blended
 
-SHARE = 0.7  # of an image in a blend with the one before
 EVALUATED = 128  # images at a time
 
 
@@ -39,9 +38,7 @@ class HeldOut:
           images: an input of any number of examples.
         """
         self._count = len(jax.tree.leaves(images)[0])
-        partners = np.roll(np.arange(self._count), 1)
-        blends = blended(images, partners, np.full(self._count, SHARE, np.float32))
-        self._sets = images, blends
+        self._sets = images, blended_in_pairs(images)
         teacher = compiled(apply_fn, FAST_TO_RUN)
         self._wanted = [self._outputs(teacher, params, each) for each in self._sets]
 

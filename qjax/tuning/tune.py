@@ -32,8 +32,7 @@ from qjax.quantize import Quantized, check_finite, gather, reporter
 from qjax.report import Report
 from qjax.rescaled import rescaled
 from qjax.run.fake import FAKE
-from qjax.run.function import bind, outputs_of, steps_of
-from qjax.run.interpreter import evaluate
+from qjax.run.function import outputs
 from qjax.run.tap import float_layers
 from qjax.tuning import adam, views
 from qjax.tuning.checkpoint import Checkpoint
@@ -248,17 +247,10 @@ def _step(
 
     def loss(learned: Moving) -> jax.Array:
         current = moved(frame, quantized, learned)
-        env = bind(network, current["rest"], seen)
-        evaluate(*_evaluated(network, env, current))
-        found = outputs_of(network, env, FAKE)
+        found = outputs(network, FAKE, current, seen)
         return jnp.mean(divergence_of_classes(wanted, found, temperature))
 
     return adam.update(learned, jax.grad(loss)(learned), moments, step, rate)
-
-
-def _evaluated(network: Network, env: Any, params: Mapping[str, Any]) -> tuple[Any, ...]:
-    steps, read = steps_of(network, params)
-    return steps, env, read, FAKE
 
 
 # ---- Images and devices
@@ -335,13 +327,11 @@ def _check(q: Any, apply_fn: Any, params: Any, settings: Settings) -> None:
             raise ValueError(f"`{name}` must be a positive number; got {value!r}.")
     recipes = q.report.recipe.by_layer([record.name for record in q.report])
     for name, recipe in recipes.items():
-        for field in ("weights", "inputs", "outputs"):
-            spec = getattr(recipe, field)
-            if spec is not None and spec.scales is not FREE:
-                raise ValueError(
-                    f"`q` has {field} of layer {name!r} with scales {spec.scales.name}, which "
-                    f"tuning would leave; quantize with scale={FREE.name!r}."
-                )
+        for field, scales in recipe.scales_not_free.items():
+            raise ValueError(
+                f"`q` has {field} of layer {name!r} with scales {scales}, which tuning would "
+                f"leave; quantize with scale={FREE.name!r}."
+            )
 
 
 def _check_logits(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> None:

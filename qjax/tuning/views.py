@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from qjax.fit.blends import blended
+
 SHIFT = 1 / 8  # of the side of an image, the farthest that it is moved
 CHANNELS = 4  # at most, on an axis that is taken for the channels of an image
 
@@ -60,24 +62,6 @@ def show(view: View, x: Any) -> Any:
     """
     seen = jax.tree.map(lambda leaf: _moved(view, leaf), x)
     return blended(seen, view.partners, view.shares)
-
-
-def blended(x: Any, partners: Any, shares: Any) -> Any:
-    """Blends the examples of a batch: λ·x + (1 − λ)·x[partners].
-
-    Args:
-      x: arrays with a leading axis of N examples.
-      partners: int32[N].
-      shares: float32[N], λ.
-    """
-    if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(x)):
-        return x
-
-    def blend(leaf: jax.Array) -> jax.Array:
-        share = jnp.reshape(shares, (-1, *[1] * (leaf.ndim - 1))).astype(leaf.dtype)
-        return share * leaf + (1 - share) * leaf[partners]
-
-    return jax.tree.map(blend, x)
 
 
 def _moved(view: View, images: jax.Array) -> jax.Array:

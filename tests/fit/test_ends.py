@@ -46,13 +46,8 @@ def test_scales_move_where_that_helps_and_codes_stay(tmp_path: Path):
         for q in (before, after)
     ]
     assert float(found[1]) < float(found[0])
-    run = qjax.integer(after)
-    for name, codes in after.apply_fn.codes(after.params, x).items():
-        np.testing.assert_array_equal(run.codes(after.params, x)[name], codes)
-    qjax.save(tmp_path / "model", after)
-    again = qjax.load(tmp_path / "model", small.apply_fn)
-    chex.assert_trees_all_equal(again.params, after.params, strict=True)
-    assert again.report == after.report
+    small.assert_codes_agree(after, x)
+    assert small.saved_and_loaded(after, tmp_path).report == after.report
     assert after.report[0].output_scale == pytest.approx(
         float(after.params["layers"]["conv"].outputs.scale)
     )

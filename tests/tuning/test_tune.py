@@ -48,10 +48,8 @@ RESIDUAL = np.asarray(jax.random.normal(jax.random.key(9), (64, 8)))
 
 
 def assert_integers_agree(q: qjax.Quantized, x: Any) -> None:
-    run = qjax.integer(q)
-    for name, codes in q.apply_fn.codes(q.params, x).items():
-        np.testing.assert_array_equal(run.codes(q.params, x)[name], codes)
-    np.testing.assert_array_equal(run(q.params, x), q.apply_fn(q.params, x))
+    small.assert_codes_agree(q, x)
+    np.testing.assert_array_equal(qjax.integer(q)(q.params, x), q.apply_fn(q.params, x))
 
 
 FORMATS = {
