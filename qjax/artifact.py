@@ -67,7 +67,7 @@ __all__ = ["MANIFEST", "check_destination", "load", "save", "versions"]
 _FEW = 2**24  # elements that may be missing from the file, as they are all 0, without suspicion
 
 
-def save(path: str | os.PathLike, q: Quantized) -> None:
+def save(path: str | os.PathLike[str], q: Quantized) -> None:
     """Writes a quantized network to a directory, whole or not at all.
 
     Args:
@@ -137,7 +137,7 @@ def _entries(q: Quantized) -> dict[str, Any]:
 
 
 def load(
-    path: str | os.PathLike, apply_fn: Callable[[Any, Any], Any], params: Any = None
+    path: str | os.PathLike[str], apply_fn: Callable[[Any, Any], Any], params: Any = None
 ) -> Quantized:
     """Reads a quantized network that `save` wrote.
 
@@ -507,7 +507,7 @@ def _check_params(expected: Sequence[Any], given: Sequence[Any]) -> None:
             )
 
 
-def _located(path: str | os.PathLike) -> Path:
+def _located(path: str | os.PathLike[str]) -> Path:
     """The directory of an artifact, downloaded where it is a name in the Hugging Face Hub."""
     if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return Path(path)

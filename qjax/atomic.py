@@ -16,7 +16,7 @@ def temporary(folder: Path) -> Path:
     return folder / f".{uuid.uuid4().hex}.qjax"
 
 
-def write(path: str | os.PathLike, content: bytes | str) -> None:
+def write(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Writes a file: who reads it finds the old content or the new one.
 
     The content goes to a new file beside it, to the disk, and then takes the file's name. A link

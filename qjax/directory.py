@@ -49,7 +49,7 @@ class Files(NamedTuple):
     data: bytes
 
 
-def check_destination(path: str | os.PathLike) -> None:
+def check_destination(path: str | os.PathLike[str]) -> None:
     """Checks that `save` can write to a directory, without leaving anything in it.
 
     Args:

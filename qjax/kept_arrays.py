@@ -26,7 +26,7 @@ class KeptArrays:
       arrays: by name.
     """
 
-    def __init__(self, folder: str | os.PathLike, name: str, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], name: str, about: Mapping[str, Any]) -> None:
         """Reads what is there, and removes what a killed process left half-written.
 
         Args:

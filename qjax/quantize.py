@@ -36,7 +36,7 @@ from qjax.run.function import QuantizedFunction
 from qjax.run.tap import float_layers
 from qjax.versions import versions
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 128  # calibration images that go through the network together
 
@@ -66,7 +66,7 @@ def quantize(
     mesh: jax.sharding.Mesh | None = None,
     progress: bool | Progress = False,
     input_range: tuple[float, float] | None = None,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Quantized:
     """Quantizes a pretrained network without retraining it.
 
@@ -164,7 +164,7 @@ def quantize(
             fitted = fit_without_data(network, leaves, folded, recipe, *given)
         for name, fit in fitted.items():
             if raised := int(fit.raised):
-                logger.warning(
+                _logger.warning(
                     "layer %r: the scales of %d channels of weights are raised, as their biases "
                     "would leave 32 bits.",
                     name,
@@ -372,7 +372,7 @@ def _stack(images: Any) -> Any:
     count = min(range(least, 2 * least + 1), key=lambda count: (total % count, count))
     size = total // count
     if count * size < total:
-        logger.warning(
+        _logger.warning(
             "%d of %d calibration images are used: batches of equal size hold no more.",
             count * size,
             total,
@@ -387,7 +387,7 @@ def _place(stacked: Any, mesh: jax.sharding.Mesh | None) -> Any:
     size, devices = jax.tree.leaves(stacked)[0].shape[1], mesh.devices.size
     used = max(count for count in range(1, devices + 1) if size % count == 0)
     if used < devices:
-        logger.warning(
+        _logger.warning(
             "%d of %d devices are used: batches of %d images do not divide among more.",
             used,
             devices,

@@ -9,6 +9,7 @@ from typing import Any, overload
 import jax
 import numpy as np
 
+from qjax import charts
 from qjax.fit.junction import FittedJunction
 from qjax.fit.layer import Fit
 from qjax.formats.affine import QParams
@@ -242,8 +243,8 @@ class Report(Sequence[LayerReport]):
     ) -> None:
         self._layers = tuple(layers)
         self.recipe = recipe
-        self.skipped = tuple(skipped)
-        self.sums = tuple(sums)
+        self.skipped: tuple[Skipped, ...] = tuple(skipped)
+        self.sums: tuple[SumReport, ...] = tuple(sums)
 
     @overload
     def __getitem__(self, index: int) -> LayerReport: ...
@@ -278,6 +279,45 @@ class Report(Sequence[LayerReport]):
         if any(layer.has_dynamic_input or layer.has_dynamic_output for layer in self):
             lines.append("d: dynamic, the range is found at run time")
         return "\n".join([*lines, *in_float(self.skipped, width)])
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draws the signal to noise ratios of all layers, in dB, for a notebook.
+
+        Args:
+          axes: of matplotlib, to draw on; by default those of a new figure.
+
+        Returns:
+          The axes.
+
+        Raises:
+          ImportError: if there is no matplotlib.
+
+        Examples:
+          >>> import jax.numpy as jnp, qjax
+          >>> params = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]])}
+          >>> q = qjax.quantize(lambda p, x: x @ p["w"], params, jnp.eye(2), bits=8)
+          >>> [text.get_text() for text in q.report.plot().get_yticklabels()]
+          ['w']
+        """
+        charts.require()
+        names = [layer.name for layer in self]
+        if axes is None:
+            from matplotlib import pyplot
+
+            width, height = charts.rows_size(names)
+            axes = pyplot.figure(figsize=(width / 72, height / 72), layout="constrained").subplots()
+        ratios = {
+            "weights": [layer.weight_sqnr_db for layer in self],
+            "outputs": [layer.output_sqnr_db for layer in self],
+        }
+        series = {
+            name: [math.nan if ratio is None else ratio for ratio in column]
+            for name, column in ratios.items()
+        }
+        charts.dots(axes, names, series, {"weights": charts.BLUE, "outputs": charts.ORANGE})
+        axes.set_xlabel("signal to quantization noise, dB")
+        axes.legend(frameon=False)
+        return axes
 
     def _sum_rows(self, layer: str) -> list[tuple[str, ...]]:
         return [_sum_row(record) for record in self.sums if record.layer == layer]

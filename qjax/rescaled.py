@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,6 +31,7 @@ def rescaled(
       noise: SQNR of outputs after the activation, and of junctions, by name; unknown where it is
         missing.
     """
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
     old, new = before["layers"], after["layers"]
     records = [
         _layer(record, old[record.name], new[record.name], noise.get(record.name))

@@ -56,7 +56,7 @@ ORDER = (
     ),
     *("fit.layerwise", "fit.draws", "fit.data_free"),
     *("fit.blends", "fit.scales", "fit.noise", "fit.ends"),
-    *("report", "rescaled", "quantize", "directory", "artifact"),
+    *("charts", "report", "rescaled", "quantize", "directory", "artifact"),
     *("integer.accumulator", "integer.requantize", "integer.lowerings", "integer.codes"),
     *("integer.rules", "integer.function"),
     *("export.blocks", "export.nodes", "export.sizes", "export.writer", "export.primitives"),
@@ -67,7 +67,7 @@ ORDER = (
     *("study.accuracy", "study.quality", "study.cost", "study.sensitivity", "study.allocate"),
     *("study.curves", "study.layer_trace", "study.explain", "study.accumulators"),
     "study.questions",
-    *("page.document", "page.svg", "page.quantization", "page.study"),
+    *("page.document", "page.quantization", "page.study"),
     *(
         "cli.signals",
         "cli.output",
@@ -86,7 +86,7 @@ ORDER = (
 )
 # All that the library and its command line may load, apart from the standard library.
 PACKAGES = {"huggingface_hub", "jax", "litert_converter", "numpy", "onnx", "pretrained", "qjax"}
-PACKAGES |= {"rich", "safetensors"}
+PACKAGES |= {"chex", "matplotlib", "rich", "safetensors"}
 PATHS = [path.relative_to(PACKAGE).with_suffix("") for path in sorted(PACKAGE.rglob("*.py"))]
 MODULES = {
     ".".join(path.parts): PACKAGE / f"{path}.py" for path in PATHS if not path.stem.startswith("__")

@@ -4,6 +4,7 @@ import argparse
 
 import jax.numpy as jnp
 
+from qjax import charts
 from qjax.atomic import write
 from qjax.cli import command
 from qjax.cli.loading import Loaded
@@ -47,6 +48,8 @@ def answer(
     Raises:
       ValueError: there is no such image or layer.
     """
+    if arguments.report is not None:
+        charts.require()
     model, calibration, test = loaded
     if not 0 <= arguments.image < len(test.images):
         raise ValueError(

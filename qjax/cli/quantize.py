@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax import artifact
+from qjax import artifact, charts
 from qjax.atomic import write
 from qjax.cli import checkpoint, export, tune, widths
 from qjax.cli.arguments import add_model, add_recipe, load_model, read_recipe
@@ -74,6 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
     outputs["--checkpoint"] = arguments.checkpoint
     for option in ("--report", "--export"):
         check_file(option, outputs[option])
+    if arguments.report is not None:
+        charts.require()
     if arguments.out is not None:
         with worded({"path": "`--out`"}):
             artifact.check_destination(arguments.out)

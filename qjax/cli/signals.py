@@ -18,7 +18,7 @@ class Stopped(BaseException):
 
     def __init__(self, number: int) -> None:
         """Takes the number of the signal."""
-        self.signal = signal.Signals(number)
+        self.signal: signal.Signals = signal.Signals(number)
         super().__init__(SIGNALS[self.signal])
 
     @property

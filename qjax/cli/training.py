@@ -16,7 +16,7 @@ from qjax.table import table
 
 NAME = "training"
 QUESTION = "When does it pay to train with quantized values?"
-DEFAULTS = {"seeds": (0, 1, 2), "epochs": 1.0, "methods": comparison.TRAINED}
+DEFAULTS: dict[str, Any] = {"seeds": (0, 1, 2), "epochs": 1.0, "methods": comparison.TRAINED}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

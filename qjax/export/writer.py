@@ -61,7 +61,7 @@ class Writer:
 
     def __init__(self, sizes: Mapping[core.Var, Sizes], inputs: Any, target: Target) -> None:
         """Takes the sizes of all variables, and the tensor and axis that hold the examples."""
-        self.graph = Graph()
+        self.graph: Graph = Graph()
         self.target = target
         self.after: str | None = None
         self._sizes = sizes

@@ -44,7 +44,7 @@ class Ahead:
         grids: Mapping[core.Var, Any],
     ) -> None:
         """Takes what is known here; nothing of it is changed."""
-        self.grids = dict(grids)
+        self.grids: dict[core.Var, Any] = dict(grids)
         self._streams, self._folded, self._fits, self._sums = streams.copy(), folded, fits, sums
 
     def values(self, segments: Sequence[Segment], wanted: Sequence[core.Var]) -> list[Values]:

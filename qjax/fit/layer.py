@@ -10,6 +10,7 @@ import math
 from functools import partial
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -309,6 +310,10 @@ def round_kernel(
 
     Compiled once per shape and format of kernels, whatever else differs between layers.
     """
+    chex.assert_rank(kernel, 3)
+    if hessian is not None:
+        groups, patch, _ = kernel.shape
+        chex.assert_shape(hessian, (groups, patch, patch))
     given, (kernel, unit) = kernel, _in_units(kernel, spec)
     sample = KernelSample(kernel, spec, hessian)
     format = least(objective, sample, spec, candidates, limits)
@@ -316,6 +321,7 @@ def round_kernel(
         format = spec.family.fit(sample.values, sample.importance, format)
     covering = widest(sample, spec, limits)
     codes, format = rounding.round(Problem(kernel, format, hessian))
+    chex.assert_equal_shape([codes, kernel])
     if sweeps:
         assert hessian is not None
         ratio, refit = spec.scales.nearest_ratio, spec.family.refit

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -115,6 +116,7 @@ def _add_patches(
 ) -> tuple[jax.Array, Moments]:
     count, sums = state
     patches = operation.patches(x.astype(jnp.float32), stride)
+    chex.assert_shape(patches, (None, *sums.mean.shape))
     hessian = sums.hessian + _product("pgk,pgl->gkl", patches, patches)
     return count + patches.shape[0], Moments(sums.mean + patches.sum(0), hessian)
 
@@ -130,5 +132,6 @@ def _add_residual(
     count, sums = state
     patches = operation.patches(x.astype(jnp.float32), stride)
     missing = output_matrix(operation, residual)[::stride]
+    chex.assert_equal_shape_prefix([patches, missing], 2)
     cross = sums.cross + _product("pgk,pgm->gkm", patches, missing)
     return count + patches.shape[0], CrossMoments(sums.residual_mean + missing.sum(0), cross)

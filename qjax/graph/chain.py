@@ -55,7 +55,8 @@ class Graph:
     """Who reads and who writes each variable of a flat jaxpr."""
 
     def __init__(self, flat: FlatJaxpr) -> None:
-        self.equations, self.constants = flat.equations, flat.constants
+        self.equations: tuple[core.JaxprEqn, ...] = flat.equations
+        self.constants: dict[core.Var, jax.Array] = flat.constants
         self.readers: dict[core.Var, list[int]] = collections.defaultdict(list)
         self.writer: dict[core.Var, core.JaxprEqn] = {}
         for position in sorted(jaxpr.needed(flat)):

@@ -237,7 +237,9 @@ class Equations:
         results: Sequence[core.Var],
     ) -> None:
         """Takes the attributes."""
-        self.equations, self.operands, self.results = equations, operands, results
+        self.equations: Sequence[core.JaxprEqn] = equations
+        self.operands: Sequence[core.Var] = operands
+        self.results: Sequence[core.Var] = results
         numbers: dict[core.Var, int] = {}
         self._key = (
             _described_atoms(operands, numbers),

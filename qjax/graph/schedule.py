@@ -17,7 +17,7 @@ class Activated(NamedTuple):
     site: Site
 
 
-Step = core.JaxprEqn | Site | Activated | Junction
+Step = Site | Activated | Junction | Any  # or a core.JaxprEqn, whose fields JAX does not type
 
 
 def schedule(network: Network, junctions: Sequence[Junction] = ()) -> tuple[Step, ...]:

@@ -9,15 +9,16 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from html import escape
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from qjax import charts
 from qjax.objectives.errors import ABSMAX
 from qjax.objectives.table import OBJECTIVES
-from qjax.page import svg
 from qjax.page.document import document
 from qjax.progress import Progress
 from qjax.quantize import Quantized
@@ -271,6 +272,12 @@ def _css(column: int) -> str:
     return ' class="text"' if column < _TEXT else ""
 
 
+_COLOURS = {
+    "weights": charts.BLUE,
+    "inputs": charts.GREEN,
+    "outputs": charts.PURPLE,
+    "accumulated": charts.ORANGE,
+}
 _SERIES = {
     "weights": "weights",
     "inputs": "inputs",
@@ -282,16 +289,28 @@ _SERIES = {
 def _quality(facts: Facts) -> str:
     names = [layer.name for layer in facts.layers]
     series = {css: [getattr(layer, css) for layer in facts.layers] for css in _SERIES}
-    key = "".join(f'<span class="key {css}"></span>{text}' for css, text in _SERIES.items())
-    dots = svg.dots(names, series, "signal to quantization noise of each layer in dB")
+    key = _key(_SERIES, _COLOURS)
+    size = charts.rows_size(names)
+    draw = partial(charts.dots, names=names, series=series, colours=_COLOURS)
+    dots = charts.svg(draw, "signal to quantization noise of each layer in dB", size)
     noise = [100 * 10 ** (-facts.sensitivity.get(name, math.inf) / 20) for name in names]
-    bars = svg.bars(names, noise, "%", "error of the logits with one layer quantized")
+    draw = partial(charts.bars, names=names, values=noise, unit="%")
+    bars = charts.svg(draw, "error of the logits with one layer quantized", size)
     return (
         "<h2>Where the noise comes from</h2>\n"
         "<p>Left: signal to quantization noise per layer. Right: sensitivity, the root mean square "
         "error of the logits relative to the logits when only that layer is quantized.</p>\n"
         f'<div class="pair"><figure><figcaption>dB&ensp;{key}</figcaption>{dots}</figure>\n'
         f"<figure><figcaption>error of the logits, in percent</figcaption>{bars}</figure></div>"
+    )
+
+
+def _key(labels: Mapping[str, str], colours: Mapping[str, str]) -> str:
+    """What the colours of a chart stand for."""
+    hues = {name: f"var({charts.VARIABLES[colour]})" for name, colour in colours.items()}
+    return "".join(
+        f'<span class="key" style="background: {hues[name]}"></span>{text}'
+        for name, text in labels.items()
     )
 
 
@@ -314,7 +333,8 @@ def _details(facts: Facts) -> str:
 
 
 def _histogram(name: str, h: Histogram) -> str:
-    chart = svg.histogram(h.counts, h.low, h.high, h.clip, f"histogram of the {name}")
+    draw = partial(charts.histogram, counts=h.counts, low=h.low, high=h.high, clip=h.clip)
+    chart = charts.svg(draw, f"histogram of the {name}")
     text = "in float" if h.clip is None else f"range {h.clip[0]:.4g} … {h.clip[1]:.4g}"
     return f"<figure><figcaption>{escape(name)}: {text}</figcaption>{chart}</figure>"
 
@@ -334,16 +354,8 @@ def _curves(facts: Facts) -> str:
 
 
 _DRAWN = [objective for objective in OBJECTIVES.values() if objective is not ABSMAX]
-
-
-def _colours() -> str:
-    """A colour for every cost function."""
-    rules = (
-        f".curve.{o.name} {{ stroke: var({hue}); }} .point.{o.name} {{ fill: var({hue}); }} "
-        f".key.{o.name} {{ background: var({hue}); }}"
-        for o, hue in zip(_DRAWN, itertools.cycle(("--d", "--a", "--b", "--c")), strict=False)
-    )
-    return f"<style>{' '.join(rules)}</style>"
+_HUES = itertools.cycle((charts.PURPLE, charts.BLUE, charts.ORANGE, charts.GREEN))
+_OF_OBJECTIVE = {o.name: hue for o, hue in zip(_DRAWN, _HUES, strict=False)}
 
 
 def _charts(layers: Mapping[str, Sequence[Curves]]) -> str:
@@ -351,19 +363,23 @@ def _charts(layers: Mapping[str, Sequence[Curves]]) -> str:
     for name, tensors in layers.items():
         charts = "\n".join(_tensor_curves(curves) for curves in tensors)
         parts.append(f'<h3>{escape(name)}</h3>\n<div class="three">{charts}</div>')
-    key = "".join(
-        f'<span class="key {css}"></span>{text}'
-        for css, text in ((objective.name, objective.label) for objective in _DRAWN)
-    )
-    legend = f"{_colours()}<figure><figcaption>{key}</figcaption></figure>\n"
+    labels = {objective.name: objective.label for objective in _DRAWN}
+    legend = f"<figure><figcaption>{_key(labels, _OF_OBJECTIVE)}</figcaption></figure>\n"
     return legend + "\n".join(parts)
 
 
 def _tensor_curves(curves: Curves) -> str:
-    points = {choice.method: (min(choice.share, 1.0), choice.method) for choice in curves.choices}
+    points = {choice.method: min(choice.share, 1.0) for choice in curves.choices}
     points.pop(ABSMAX.name, None)
-    chart = svg.curves(
-        curves.shares, curves.losses, points, f"cost functions of the range of the {curves.tensor}"
+    chart = charts.svg(
+        partial(
+            charts.curves,
+            x=curves.shares,
+            lines=curves.losses,
+            points=points,
+            colours=_OF_OBJECTIVE,
+        ),
+        f"cost functions of the range of the {curves.tensor}",
     )
     rows = []
     for choice in curves.choices:

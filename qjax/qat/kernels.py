@@ -135,7 +135,6 @@ def connected(is_stochastic: bool) -> KernelTraining:
 # ---- Binary weights with their scale
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def binary_weights(kernel: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """α·sign(w) with α the mean of |w| over `axes`: the binary kernel of least squared error.
 
@@ -148,11 +147,16 @@ def binary_weights(kernel: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     References:
       Rastegari et al., 2016, arXiv:1603.05279, eq. 6 and section 3.1.
     """
+    return _binary(kernel, axes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _binary(kernel: Any, axes: tuple[int, ...]) -> Any:
     return jnp.mean(jnp.abs(kernel), axes, keepdims=True) * signs(kernel)
 
 
 def _binary_forward(kernel: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    return binary_weights(kernel, axes), kernel
+    return _binary(kernel, axes), kernel
 
 
 def _binary_backward(
@@ -164,7 +168,7 @@ def _binary_backward(
     return (gradient * (1 / count + scale * inside),)
 
 
-binary_weights.defvjp(_binary_forward, _binary_backward)
+_binary.defvjp(_binary_forward, _binary_backward)
 
 
 def _start_from_kernel(kernel: jax.Array, codes: jax.Array, format: Any) -> Params:

@@ -9,14 +9,18 @@ import jax.numpy as jnp
 from qjax.formats.spec import QuantSpec
 
 
-@jax.custom_vjp
-def scale_gradient(x: jax.Array, factor: float) -> jax.Array:
+def scale_gradient(x: jax.Array, factor: float | jax.Array) -> jax.Array:
     """`x`, with its gradient multiplied by `factor`."""
+    return _with_scaled_gradient(x, factor)
+
+
+@jax.custom_vjp
+def _with_scaled_gradient(x: Any, factor: Any) -> Any:
     del factor
     return x
 
 
-scale_gradient.defvjp(
+_with_scaled_gradient.defvjp(
     lambda x, factor: (x, factor), lambda factor, gradient: (gradient * factor, None)
 )
 

@@ -83,10 +83,11 @@ class Cost(Sequence[LayerCost]):
     """
 
     def __init__(self, layers: Sequence[LayerCost], unit: str) -> None:
-        self._layers, self.unit = tuple(layers), unit
+        self._layers = tuple(layers)
+        self.unit: str = unit
         names = [field.name for field in dataclasses.fields(LayerCost)][1:]
         sums = {name: sum(getattr(layer, name) for layer in layers) for name in names}
-        self.total = LayerCost(f"{len(layers)} layers", **sums)
+        self.total: LayerCost = LayerCost(f"{len(layers)} layers", **sums)
 
     @overload
     def __getitem__(self, index: int) -> LayerCost: ...

@@ -15,7 +15,7 @@ FILE = "tuning.safetensors"
 class Checkpoint:
     """The file of a run, which may have been interrupted."""
 
-    def __init__(self, folder: str | os.PathLike, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
         """Reads what is there; see `KeptArrays`."""
         self._kept = KeptArrays(folder, FILE, about)
 

@@ -39,7 +39,7 @@ from qjax.tuning.checkpoint import Checkpoint
 from qjax.tuning.held_out import EVALUATED, Divergences, HeldOut
 from qjax.versions import versions
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 STEPS = 400
 BATCH = 32
@@ -89,7 +89,7 @@ def tune(
     seed: int = 0,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool | Progress = False,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Quantized:
     """Tunes the scales and biases of a quantized network on unlabeled images.
 
@@ -133,7 +133,7 @@ def tune(
     where: dict[str, Any] = {"mesh": mesh, "progress": progress, "checkpoint": checkpoint}
     found = run_tuning(q, apply_fn, params, images, settings, **where)
     if not found.is_kept:
-        logger.warning(
+        _logger.warning(
             "tuning is not kept: on images held out the divergence went from %.4g to %.4g, and on "
             "blends of them from %.4g to %.4g; more images or a smaller `rate` may help.",
             *(found.before.plain, found.after.plain),
@@ -151,7 +151,7 @@ def run_tuning(
     *,
     mesh: jax.sharding.Mesh | None = None,
     progress: bool | Progress = False,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Tuned:
     """Does what `tune` does and says what came of it; the arguments are those of `tune`."""
     _check(q, apply_fn, params, settings)
@@ -272,7 +272,7 @@ def _placement(mesh: jax.sharding.Mesh | None, batch: int) -> _Placement:
         return _Placement(lambda tree: tree, lambda tree: tree)
     used = max(n for n in range(1, mesh.devices.size + 1) if batch % n == 0)
     if used < mesh.devices.size:
-        logger.warning(
+        _logger.warning(
             "%d of %d devices are used: batches of %d images do not divide among more.",
             *(used, mesh.devices.size, batch),
         )
