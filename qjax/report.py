@@ -316,7 +316,7 @@ class Report(Sequence[LayerReport]):
         }
         charts.dots(axes, names, series, {"weights": charts.BLUE, "outputs": charts.ORANGE})
         axes.set_xlabel("signal to quantization noise, dB")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
         return axes
 
     def _sum_rows(self, layer: str) -> list[tuple[str, ...]]:

@@ -3,6 +3,8 @@
 import doctest
 import pathlib
 import re
+import runpy
+from typing import Any
 
 import jax
 import pytest
@@ -10,6 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 ALL = {page.stem: page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
+TUTORIALS = {page.stem: page for page in sorted(DOCS.glob("tutorials/*.py"))}
 PAGES = {name: page for name, page in ALL.items() if ">>> " in page.read_text("utf-8")}
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 IN_RUNTIMES = ("openvino", "ai_edge_litert", "iree.", "litert")  # tests/runtimes runs these
@@ -51,6 +54,33 @@ def test_blocks_without_output_run(
     with jax.numpy_rank_promotion("allow"):  # as it is for readers
         for block in plain_blocks(ALL[name]):
             exec(compile(block, str(ALL[name]), "exec"), names)
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_a_tutorial_finds_what_it_tells(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        names = runpy.run_path(str(TUTORIALS[name]))
+    TOLD[name](names)
+
+
+def _network_from_float_to_onnx(names: dict[str, Any]) -> None:
+    assert names["in_float"] > 97
+    assert names["with_8_bits"] > names["in_float"] - 0.5
+    assert names["with_4_bits"] > names["in_float"] - 2
+    assert names["same"] and names["in_onnx"] == pytest.approx(names["with_8_bits"])
+
+
+def _reading_a_report(names: dict[str, Any]) -> None:
+    assert names["with_3_bits"] < names["in_float"]
+    assert [record.weight_bits for record in names["q"].report] == [3] * 20
+
+
+TOLD = {"flax_cnn": _network_from_float_to_onnx, "reading_a_report": _reading_a_report}
+
+
+def test_every_tutorial_is_told():
+    assert set(TOLD) == set(TUTORIALS)
 
 
 def test_readme_is_short_and_its_blocks_run():

@@ -85,7 +85,8 @@ def check(q: Quantized, x: Any) -> Check:
     """
     outputs, taps = tapped(q.apply_fn.apply_fn, q.apply_fn.params, x)(q.params, x)
     layers: Mapping[str, QuantizedLayer] = q.params["layers"]
-    records = [_check_layer(name, layers[name], tap) for name, tap in taps.items()]
+    names = [record.name for record in q.report]
+    records = [_check_layer(name, layers[name], taps[name]) for name in names]
     counts = (sum(map(_not_finite, jax.tree.leaves(tree))) for tree in (x, outputs))
     return Check(tuple(records), *counts)
 

@@ -511,4 +511,5 @@ def _db(value: float) -> str:
 
 
 def _number(value: float) -> str:
+    value += 0.0  # -0 is shown as 0
     return f"{value:.0f}" if value == round(value) and abs(value) < 1e12 else f"{value:.4g}"
