@@ -1,7 +1,7 @@
 """Training the reference models: SGD with Nesterov momentum in plain JAX, resumable.
 
 The weights that come out are the exponential moving average at the last step, with batch statistics
-taken anew for them. No checkpoint is ever chosen by its accuracy. Steps run in chunks, each one
+measured again for them. No checkpoint is ever chosen by its accuracy. Steps run in chunks, each one
 call of a jitted `lax.scan`, after which the whole state goes to disk.
 """
 

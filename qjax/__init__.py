@@ -1,6 +1,6 @@
 """qjax: post-training quantization of JAX networks as one function transformation."""
 
-from qjax import qat
+from qjax import qat, versions
 from qjax.artifact import load, save
 from qjax.export.function import to_onnx
 from qjax.export.tflite import to_tflite
@@ -19,6 +19,8 @@ from qjax.study.check import Check, LayerCheck, check
 from qjax.study.cost import Cost, LayerCost, cost
 from qjax.study.explain import Explanation, explain
 from qjax.tuning.tune import tune
+
+__version__: str = versions.VERSION
 
 __all__ = [
     "Explanation",
@@ -56,4 +58,5 @@ __all__ = [
     "trace",
     "tune",
     "unpack",
+    "__version__",
 ]

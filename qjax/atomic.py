@@ -7,7 +7,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-# What a write that was killed may leave beside its file.
+# What a write that was killed may leave next to its file.
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.qjax")
 
 
@@ -19,7 +19,7 @@ def temporary(folder: Path) -> Path:
 def write(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Writes a file: who reads it finds the old content or the new one.
 
-    The content goes to a new file beside it, to the disk, and then takes the file's name. A link
+    The content goes to a new file next to it, to the disk, and then takes the file's name. A link
     stays one; a device or a pipe is written to as it is.
 
     Args:

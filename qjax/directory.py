@@ -116,7 +116,7 @@ def _sweep(path: Path) -> None:
     for entry in path.iterdir():
         if entry.name not in kept and _OURS.fullmatch(entry.name):
             entry.unlink(missing_ok=True)
-    # Folders that an older qjax left beside the artifact when it was killed.
+    # Folders that an older qjax left next to the artifact when it was killed.
     for entry in path.parent.iterdir():
         is_left = re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}", entry.name)
         if is_left and entry.is_dir() and _is_ours(entry):

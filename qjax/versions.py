@@ -9,16 +9,22 @@ import jax
 import numpy as np
 
 
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("qjax")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+VERSION: str = _own_version()
+
+
 def versions() -> dict[str, str]:
     """The versions of qjax, jax, numpy and Python that are running."""
-    try:
-        own = importlib.metadata.version("qjax")
-    except importlib.metadata.PackageNotFoundError:
-        own = "not installed"
     return {
-        "qjax": own,
-        "jax": jax.__version__,
-        "numpy": np.__version__,
+        "qjax": VERSION,
+        "jax": jax.VERSION,
+        "numpy": np.VERSION,
         "python": platform.python_version(),
     }
 

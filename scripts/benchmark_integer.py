@@ -58,7 +58,7 @@ def add_agreement(commands: Any) -> None:
     parser = commands.add_parser("agreement", help=text, description=text)
     add = parser.add_argument
     add("--models", nargs="+", default=["lenet5-mnist", "resnet20-cifar10"], metavar="NAME|PATH")
-    add("--bits", type=int, default=8, metavar="N", help="of all tensors (%(default)s)")
+    add("--bits", type=int, default=8, metavar="N", help="width of all tensors (%(default)s)")
     add("--json", action="store_true", help="end with the results as one line of JSON")
     parser.set_defaults(run=run_agreement)
 

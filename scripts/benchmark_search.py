@@ -40,7 +40,7 @@ def add_search(commands: Any) -> None:
         metavar="N",
         help="time the loop on so many candidates and scale its time to all (all)",
     )
-    add("--repeats", type=int, default=3, metavar="N", help="for the medians (%(default)s)")
+    add("--repeats", type=int, default=3, metavar="N", help="rounds for the medians (%(default)s)")
     add("--json", action="store_true", help="end with the results as one line of JSON")
     parser.set_defaults(run=run_search)
 
@@ -193,10 +193,17 @@ def add_scaling(commands: Any) -> None:
     add = parser.add_argument
     add("--images", nargs="+", type=int, default=[1024, 256, 512, 2048], metavar="N")
     add("--candidates", nargs="+", type=int, default=[32, 128], metavar="N")
-    add("--filters", nargs="*", type=int, default=[16, 32, 64], metavar="N", help="of stage 1")
+    add(
+        "--filters",
+        nargs="*",
+        type=int,
+        default=[16, 32, 64],
+        metavar="N",
+        help="filters of stage 1",
+    )
     add("--repeats", type=int, default=1, metavar="N", help="later calls, 0: none (%(default)s)")
-    add("--bits", type=int, default=4, metavar="N", help="of all tensors (%(default)s)")
-    add("--resnet18", action="store_true", help="also the full-width ResNet-18")
+    add("--bits", type=int, default=4, metavar="N", help="width of all tensors (%(default)s)")
+    add("--resnet18", action="store_true", help="measure the full-width ResNet-18 as well")
     parser.set_defaults(run=run_scaling)
 
 

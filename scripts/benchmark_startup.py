@@ -53,9 +53,9 @@ def add_startup(commands: Any) -> None:
     parser = commands.add_parser("startup", help=text, description=text)
     add = parser.add_argument
     add("--model", default="resnet20-digits", metavar="NAME|PATH", help="(%(default)s)")
-    add("--bits", type=int, default=8, metavar="N", help="of all tensors (%(default)s)")
+    add("--bits", type=int, default=8, metavar="N", help="width of all tensors (%(default)s)")
     add("--against", metavar="PATH", help="an older checkout to compare with")
-    add("--repeats", type=int, default=3, metavar="N", help="for the medians (%(default)s)")
+    add("--repeats", type=int, default=3, metavar="N", help="rounds for the medians (%(default)s)")
     add("--json", action="store_true", help="end with the results as one line of JSON")
     parser.set_defaults(run=run_startup)
 

@@ -231,8 +231,8 @@ def main() -> None:
         metavar="NAME|PATH",
         help=f"(all with weights); for speed alone: {', '.join(UNTRAINED)}",
     )
-    add("--bits", type=int, default=8, metavar="N", help="of all tensors (%(default)s)")
-    add("--weight-bits", type=int, metavar="N", help="of weights alone (as --bits)")
+    add("--bits", type=int, default=8, metavar="N", help="width of all tensors (%(default)s)")
+    add("--weight-bits", type=int, metavar="N", help="width of the weights (as --bits)")
     add("--sums", choices=get_args(Sums), default="quantized", help="(%(default)s)")
     names = [runtime.name for runtime in RUNTIMES[1:]]
     add("--runtimes", nargs="+", choices=names, default=names, help="next to JAX (all)")

@@ -5,7 +5,7 @@ Every finished measurement is kept, so a run that was interrupted goes on where 
   python scripts/evaluate.py widths
   python scripts/evaluate.py mixed --models resnet20-cifar10 --seeds 0 1 2
 
-Beside the accuracy stands the logits' error on training images outside of the calibration draw,
+Next to the accuracy stands the logits' error on training images outside of the calibration draw,
 |f(x) - f_quantized(x)|^2 over |f(x)|^2, summed: methods are chosen by it, never by test images.
 """
 
@@ -229,7 +229,7 @@ def tables() -> dict[str, Table]:
             ranges,
         ),
         "ablation": Table(
-            "What each ingredient adds to those above it (the default: all but the last two)",
+            "Ablation: each ingredient added to those above it (the default: all but the last two)",
             list(steps),
             ablation,
         ),
@@ -262,15 +262,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|PATH",
         help="all reference models",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration draw")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], help="random seeds of the calibration draw"
+    )
     parser.add_argument("--calibration-size", type=int, default=1024, metavar="N", help="images")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="of the table (all)")
-    parser.add_argument("--columns", nargs="+", metavar="COLUMN", help="of the table (all)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows of the table (all)")
+    parser.add_argument("--columns", nargs="+", metavar="COLUMN", help="columns of the table (all)")
     parser.add_argument("--results", type=Path, metavar="FILE", help="docs/results-TABLE.jsonl")
     parser.add_argument(
         "--networks", type=Path, metavar="DIR", help="keep quantized networks there, and use them"
     )
-    parser.add_argument("--restart", action="store_true", help="measure anew what is kept")
+    parser.add_argument("--restart", action="store_true", help="measure again what is kept")
 
 
 def run(name: str, arguments: argparse.Namespace) -> None:
@@ -306,7 +308,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def forget(path: Path, arguments: argparse.Namespace) -> None:
-    """Drops the measurements that are to be made anew."""
+    """Drops the measurements that are to be made again."""
     models = {Path(model).name for model in arguments.models}
     kept = [
         line
@@ -341,7 +343,7 @@ def measure_missing(name: str, table: Table, arguments: argparse.Namespace, path
         if line.get("calibration_images", used) != used:
             raise SystemExit(
                 f"{path} has {label} with {line['calibration_images']} calibration images, not "
-                f"{used}; pass --restart to measure it anew, or --results to keep both."
+                f"{used}; pass --restart to measure it again, or --results to keep both."
             )
     if not missing:
         return

@@ -96,7 +96,7 @@ def main() -> int:
     add("--groups", nargs="+", choices=tuple(GROUPS), default=tuple(GROUPS), metavar="NAME")
     counts = ", ".join(f"{name} {group.count}" for name, group in GROUPS.items())
     add("--cases", type=int, metavar="N", help=f"of each group ({counts})")
-    add("--minutes", type=float, default=float("inf"), metavar="X", help="for each at most")
+    add("--minutes", type=float, default=float("inf"), metavar="X", help="most minutes per group")
     add("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
     add("--out", metavar="FILE", help="write the table: docs/reliability.md")
     add("--role", nargs=2, help=argparse.SUPPRESS)

@@ -81,7 +81,7 @@ def _add_quantized(parser: argparse.ArgumentParser) -> None:
     )
     add("--weights-only", action="store_true", help="leave inputs and outputs in float")
     add("--epochs", type=float, default=1.0, metavar="N", help="(%(default)s)")
-    add("--learning-rate", type=float, metavar="RATE", help="its peak (the method's own)")
+    add("--learning-rate", type=float, metavar="RATE", help="peak learning rate (the method's own)")
     add("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
     add("--out", metavar="DIR", help="save the quantized model for qjax.load")
 

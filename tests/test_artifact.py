@@ -285,7 +285,7 @@ def test_a_failed_save_leaves_the_older_artifact(q, saved: Path, monkeypatch: py
 
 
 def test_what_killed_saves_left_is_swept(q: qjax.Quantized, saved: Path):
-    """Also a folder without a manifest, and what an older qjax left beside the artifact."""
+    """Also a folder without a manifest, and what an older qjax left next to the artifact."""
     hexadecimal = "0123456789abcdef" * 2
     left = {
         saved / f".{hexadecimal}.qjax": "half",

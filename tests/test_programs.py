@@ -74,7 +74,7 @@ def test_layers_of_equal_shape_share_programs(programs: list[str]):
     qjax.quantize(deep, kernels[:3], x, RECIPE)
     shallow = len(programs)
     qjax.quantize(deep, kernels, x, RECIPE)
-    # What is compiled anew belongs to the network as a whole: its folded kernels.
+    # What is compiled again belongs to the network as a whole: its folded kernels.
     assert len(programs) - shallow <= 1
 
 

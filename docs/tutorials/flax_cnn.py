@@ -140,5 +140,5 @@ in_onnx = 100 * float((logits.argmax(1) == digits.target[test]).mean())
 print(f"ONNX Runtime: {in_onnx:.1f} %, {exported.ByteSize():,} bytes")
 
 # %% [markdown]
-# From here: [reading a report](reading_a_report.py), [what is quantized](../quantizing.md), and
+# From here: [reading a report](reading_a_report.py), [layers and formats](../quantizing.md), and
 # [running it in other runtimes](../onnx.md).

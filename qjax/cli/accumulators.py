@@ -22,19 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=WIDTHS,
         metavar="N",
-        help="in bits, 2 to 32 (10 to 32)",
+        help="widths of accumulators in bits, 2 to 32 (10 to 32)",
     )
     add(
         "--overflow",
         choices=tuple(OVERFLOWS),
         default="saturate",
-        help="what becomes of a sum that does not fit (%(default)s)",
+        help="result of a sum that does not fit (%(default)s)",
     )
     add(
         "--check",
         choices=tuple(CHECKS),
         default="sum",
-        help="when it is noticed: after the whole sum or after every term (%(default)s)",
+        help="check for overflow after the whole sum or after every term (%(default)s)",
     )
 
 

@@ -54,7 +54,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"training images to calibrate on ({CALIBRATION_SIZE}, or all if there are fewer)",
     )
-    add("--seed", type=_seed, default=0, metavar="N", help="of their draw (%(default)s)")
+    add(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="random seed for choosing calibration images (%(default)s)",
+    )
 
 
 def add_network(add: Callable[..., Any]) -> None:
@@ -77,15 +83,15 @@ def load_model(arguments: argparse.Namespace, progress: Progress) -> Loaded:
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Declares how it is quantized; `read_recipe` reads it."""
-    add = parser.add_argument_group("how (widths are 1 to 16 bits)").add_argument
+    add = parser.add_argument_group("how to quantize (widths are 1 to 16 bits)").add_argument
     switch: dict[str, Any] = {"action": "store_true", "default": None}
     off: dict[str, Any] = {"action": "store_false", "default": None}
     add(
         "--recipe",
         metavar="FILE",
-        help="from the JSON of an earlier run, instead of all else here",
+        help="read the recipe from the JSON of an earlier run; excludes the other options here",
     )
-    add("--bits", type=int, metavar="N", help=f"weights, inputs, outputs ({BITS})")
+    add("--bits", type=int, metavar="N", help=f"width of weights, inputs and outputs ({BITS})")
     for part in _PARTS:
         add(
             f"--{part}-bits",
@@ -102,54 +108,64 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--target",
         choices=tuple(TARGETS),
         metavar="NAME",
-        help=f"in the formats that a runtime takes: {', '.join(TARGETS)}",
+        help=f"use the formats that a runtime supports: {', '.join(TARGETS)}",
     )
-    add("--first-last-bits", type=int, metavar="N", help="width in the first and last layer")
+    add("--first-last-bits", type=int, metavar="N", help="width in the first and the last layer")
     add(
         "--override",
         type=_override,
         action="append",
         dest="overrides",
         metavar="PATTERN=N|float",
-        help="width in the layers whose name matches a glob, e.g. '*conv1=4', of what is not in "
-        "float; repeatable, later ones win",
+        help="width in the layers whose names match a glob, such as '*conv1=4'; what is left in "
+        "float stays so; may be repeated, and the last match counts",
     )
     choose = partial(_add_choice, add)
     choose(
-        "--range-method", OBJECTIVES, LayerRecipe().objective.name, "how clipping ranges are chosen"
+        "--range-method",
+        OBJECTIVES,
+        LayerRecipe().objective.name,
+        "objective of the clipping ranges",
     )
     choose(
         "--activation-granularity",
         ActivationGranularity,
         "per_tensor",
-        "of the scales of inputs and outputs",
+        "granularity of the scales of inputs and outputs",
     )
     choose(
         "--activation-ranges",
         ActivationRanges,
         "static",
-        "found on training images or, as the extremes, at run time, which leaves outputs in float "
-        "unless --output-bits is given",
+        "ranges of activations, fixed after calibration or taken from the extremes at run time; "
+        "dynamic leaves outputs in float unless --output-bits is given",
     )
-    choose("--output-position", OutputPosition, Recipe.output_position, "where outputs are rounded")
-    choose("--weight-format", FORMATS, AFFINE.name, "what the codes of the weights stand for")
     choose(
-        "--sums", Sums, Recipe.sums, "residual sums, concatenations, pools, as integer hardware has"
+        "--output-position",
+        OutputPosition,
+        Recipe.output_position,
+        "position at which outputs are rounded",
     )
-    choose("--rounding", ROUNDINGS, LayerRecipe().round_with.name, "of the weights")
+    choose("--weight-format", FORMATS, AFFINE.name, "number format of the weights")
+    choose("--sums", Sums, Recipe.sums, "residual sums, concatenations and pools")
+    choose("--rounding", ROUNDINGS, LayerRecipe().round_with.name, "rounding of the weights")
     add(
         "--sweeps",
         type=int,
         metavar="N",
-        help=f"coordinate sweeps after rounding ({Recipe.sweeps})",
+        help=f"number of coordinate sweeps after rounding ({Recipe.sweeps})",
     )
     add(
         "--no-bias-correction",
         dest="bias_correction",
         **off,
-        help="keep the mean error of each channel",
+        help="do not correct the mean error of each channel",
     )
-    add("--equalize", **switch, help="even out the channels between two layers first")
+    add(
+        "--equalize",
+        **switch,
+        help="equalize the channels between consecutive layers before quantizing",
+    )
     add(
         "--logits",
         **switch,
@@ -159,14 +175,14 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--reconstructions",
         type=int,
         metavar="N",
-        help="least-squares fits of every kernel to its quantized input "
+        help="number of least-squares fits of every kernel to its quantized input "
         f"({Recipe.reconstructions})",
     )
     add(
         "--end-search",
         type=int,
         metavar="N",
-        help="search the ranges of N layers again by the probabilities of the classes: the first, "
+        help="search the ranges of N layers again by the probabilities of the classes; the first, "
         "the last, then those that matter most (0)",
     )
     add("--no-sequential", dest="sequential", **off, help="fit every layer on float inputs")

@@ -22,8 +22,8 @@ def add_argument(add: Callable[..., Any]) -> None:
     add(
         "--checkpoint",
         metavar="DIR",
-        help="keep finished work there until the command has ended; after a kill the same command "
-        "goes on with it",
+        help="keep finished work in this folder until the command has ended; after a kill the same "
+        "command resumes from it",
     )
 
 

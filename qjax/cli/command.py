@@ -72,7 +72,7 @@ def question(
 
 def add_quiet(add: Callable[..., Any]) -> None:
     """Declares whether `stages` shows bars, by a parser's or a group's `add_argument`."""
-    add("--quiet", action="store_true", help="no progress")
+    add("--quiet", action="store_true", help="show no progress")
 
 
 def stages(arguments: argparse.Namespace) -> Stage:

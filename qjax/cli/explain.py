@@ -24,8 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to explain").add_argument
     add("layer", metavar="LAYER", help="name of a layer, e.g. layer1/block0/conv1")
     add("--image", type=int, default=0, metavar="N", help="test image to follow (%(default)s)")
-    add("--ranges", action="store_true", help="also compare the cost functions of its ranges")
-    add("--report", metavar="FILE", help="and draw them on a page to look at: ranges.html")
+    add("--ranges", action="store_true", help="compare the cost functions of the layer's ranges")
+    add(
+        "--report",
+        metavar="FILE",
+        help="draw the cost functions of the ranges on a page: ranges.html",
+    )
 
 
 def answer(

@@ -38,28 +38,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-free",
         action="store_true",
-        help="without a single image: ranges of activations by batch norm, or at run time; add "
-        "--activation-ranges dynamic, or --input-bits float --output-bits float for weights alone",
+        help="quantize without any image: ranges of activations come from batch norm; add "
+        "--activation-ranges dynamic for ranges at run time, or --input-bits float --output-bits "
+        "float for weights alone",
     )
     tune.add_arguments(parser.add_argument_group("tuning").add_argument)
-    add = parser.add_argument_group("what to write").add_argument
+    add = parser.add_argument_group("output").add_argument
     add(
         "--baseline",
         action="store_true",
-        help="also quantize naively (absmax ranges, nearest rounding, no correction)",
+        help="quantize naively as well, for comparison: absmax ranges, nearest rounding, no "
+        "correction",
     )
     add(
         "--cost",
         choices=MODELS,
         metavar="MODEL",
-        help="table of operations, bytes and energy, by a "
+        help="print a table of operations, bytes and energy, by a "
         "model: bits (E = multiplications * b_w * b_x + additions * b_acc) or picojoules (45 nm)",
     )
-    add("--report", metavar="FILE", help="write a page to read: report.html")
+    add("--report", metavar="FILE", help="write a report as a web page: report.html")
     add("--out", metavar="DIR", help="save the quantized model for qjax.load")
     add("--export", metavar="FILE", help="write the quantized model as ONNX: model.onnx")
     checkpoint.add_argument(add)
-    add("--json", action="store_true", help="end standard output with the results as one JSON line")
+    add("--json", action="store_true", help="print the results as one line of JSON at the end")
     add_quiet(add)
 
 
@@ -255,7 +257,7 @@ def _result(
 def _summary(result: dict[str, Any]) -> str:
     before, after = result["float_top1"], result["quantized_top1"]
     naive = result["naive_top1"]
-    beside = "" if naive is None else f", {naive:.2f} % naively ({naive - before:+.2f})"
+    naively = "" if naive is None else f", {naive:.2f} % naively ({naive - before:+.2f})"
     size, small = result["bytes_float"], result["bytes_quantized"]
     tuned = result["tuning"]
     images = f"{result['calibration_images']:,} training images of {result['dataset']}"
@@ -263,7 +265,7 @@ def _summary(result: dict[str, Any]) -> str:
     return "\n".join(
         (
             f"top-1        {before:.2f} % float, {after:.2f} % quantized ({after - before:+.2f})"
-            f"{beside}, {result['test_images']:,} test images of {result['test_dataset']}",
+            f"{naively}, {result['test_images']:,} test images of {result['test_dataset']}",
             f"parameters   {size:,} bytes float, {small:,} quantized ({size / small:.2f}x smaller)",
             f"calibration  {result['seconds']:.1f} s "
             f"{used if result['calibration_images'] else 'without images'}",

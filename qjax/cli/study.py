@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="widths in bits (2 to 16 for weight-bits and activation-bits, 8 6 4 for "
         "fixed-point, 8 4 3 2 1 for training, else 8 4)",
     )
-    add("--report", metavar="FILE", help="write a page to look at: study.html")
+    add("--report", metavar="FILE", help="write the study as a web page: study.html")
     checkpoint.add_argument(add)
     training.add_arguments(parser)
 

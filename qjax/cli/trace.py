@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     add = parser.add_argument
     add_network(add)
-    add("--quiet", action="store_true", help="no notes on standard error")
+    add("--quiet", action="store_true", help="write no notes to standard error")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -21,16 +21,22 @@ DEFAULTS: dict[str, Any] = {"seeds": (0, 1, 2), "epochs": 1.0, "methods": compar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what only this study takes."""
-    add = parser.add_argument_group("of the study training").add_argument
-    add("--seeds", type=int, nargs="+", metavar="N", help="of draws and training (0 1 2)")
-    add("--epochs", type=float, metavar="X", help="of training (1)")
+    add = parser.add_argument_group("options of the study training").add_argument
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="random seeds of calibration draws and of training (0 1 2)",
+    )
+    add("--epochs", type=float, metavar="X", help="epochs of training (1)")
     add(
         "--methods",
         nargs="+",
         choices=METHODS,
         metavar="METHOD",
-        help=f"of training: {', '.join(METHODS)} ({' '.join(comparison.TRAINED)}); one bit is for "
-        "binary_* and xnor, more for the others",
+        help=f"methods of training: {', '.join(METHODS)} ({' '.join(comparison.TRAINED)}); one bit "
+        "is for binary_* and xnor, more for the others",
     )
 
 

@@ -22,14 +22,14 @@ def add_arguments(add: Callable[..., Any]) -> None:
         nargs="?",
         const=STEPS,
         metavar="STEPS",
-        help="then tune scales and biases, not codes, toward the float model's outputs on training "
-        f"images without labels ({STEPS} steps)",
+        help="after quantizing, tune scales and biases (not codes) toward the outputs of the "
+        f"float model on unlabeled training images ({STEPS} steps)",
     )
     add(
         "--tune-size",
         type=at_least_one,
         metavar="N",
-        help=f"training images to tune on ({SIZE}, or all if there are fewer)",
+        help=f"number of training images for tuning ({SIZE}, or all if there are fewer)",
     )
 
 

@@ -23,7 +23,7 @@ SENSITIVITY_IMAGES = 256  # of the calibration images
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares what widths can be found by; at most one of them may be given."""
-    group = parser.add_argument_group("widths to be found (instead of --bits)")
+    group = parser.add_argument_group("search for widths (instead of --bits)")
     add = group.add_mutually_exclusive_group().add_argument
     add(
         "--search-bits",
@@ -31,16 +31,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=AGREEMENT,
         metavar="PERCENT",
-        help="one for all: start at 2 and add a bit until this share of the calibration images is "
-        "predicted as in float (%(const)s)",
+        help="find one width for all layers: start at 2 bits and add one until this percentage of "
+        "the calibration images is classified as in float (%(const)s)",
     )
-    add("--average-bits", type=float, metavar="X", help="of weights and activations each")
-    add("--max-bytes", type=int, metavar="N", help="of all parameters; activations keep --bits")
+    add(
+        "--average-bits",
+        type=float,
+        metavar="X",
+        help="average width of the weights, and of the activations",
+    )
+    add(
+        "--max-bytes", type=int, metavar="N", help="size of all parameters; activations keep --bits"
+    )
     add(
         "--target-drop",
         type=float,
         metavar="POINTS",
-        help="the fewest bits whose estimated loss of top-1 accuracy is within this",
+        help="fewest bits whose estimated loss of top-1 accuracy is at most this",
     )
 
 

@@ -1,4 +1,4 @@
-"""Fitting a kernel anew, in float, to the quantized input that it will meet.
+"""Fitting a kernel again, in float, to the quantized input that it will meet.
 
 With z the output that is wanted, s what is added to it before the activation, x̂ the layer's
 quantized input and ẑ = Wᵀx̂ + b its output, the layer lacks

@@ -168,8 +168,8 @@ def _moved_axes(equation: core.JaxprEqn, channel_axes: tuple[int, ...]) -> tuple
 
 
 def _reshaped_axis(before: Sequence[int], after: Sequence[int], axis: int) -> int | None:
-    behind = math.prod(before[axis + 1 :])
+    inner = math.prod(before[axis + 1 :])
     for candidate, size in enumerate(after):
-        if size == before[axis] and math.prod(after[candidate + 1 :]) == behind:
+        if size == before[axis] and math.prod(after[candidate + 1 :]) == inner:
             return candidate
     return None

@@ -11,7 +11,7 @@ HISTOGRAM_BINS = 2048  # of the distributions that are compared
 
 
 def without_spike_at_zero(counts: jax.Array, edges: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(counts, centers of the bins), with a spike at 0 cut down to the bins beside it.
+    """(counts, centers of the bins), with a spike at 0 cut down to the bins next to it.
 
     0 is exact in every candidate; the many zeros after a ReLU would outweigh everything else.
     """

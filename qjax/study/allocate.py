@@ -216,7 +216,7 @@ def meet_target(
 
     The loss is estimated without labels, taking the float network's probabilities for those of the
     labels: the mean of p(ŷ_float | x) − p(ŷ_quantized | x) over the images. Bisection over budgets
-    from 2 to 8 bits, the network quantized anew for each.
+    from 2 to 8 bits, the network quantized again for each.
 
     Args:
       apply_fn: a classifier, a pure function of (params, x) that returns logits float[N, K].

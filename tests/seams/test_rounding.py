@@ -54,7 +54,7 @@ def test_codes_lie_on_the_grid_and_are_right_on_average(granularity: Any):
     assert codes.dtype == np.int8 and np.abs(codes).max() == 7
     exact = w / scale
     error = codes[0] - exact
-    assert np.abs(error).max() < 1 + 1e-4, "one of the two codes beside the value"
+    assert np.abs(error).max() < 1 + 1e-4, "one of the two codes next to the value"
     assert np.mean(np.abs(error) > 0.5 + 1e-4) > 0.1, "not always the nearer one"
     fraction = exact - np.floor(exact)
     deviation = np.sqrt(np.sum(fraction * (1 - fraction))) / w.size

@@ -76,14 +76,14 @@ def test_primitives_between_the_layers_are_counted():
 
 
 def test_the_depth_is_that_of_the_longest_way():
-    # A stem, two blocks of two convolutions beside a shortcut, a head.
+    # A stem, two blocks of two convolutions with a shortcut, a head.
     assert counted(network_of("linen_resnet"))[1] == [1 + 2 + 2 + 1]
     assert set(counted(network_of("activations"))[1]) == {1}
     assert counted(network_of("two_inputs"))[1] == [1, 2], "norm, score"
 
 
 def test_a_count_of_multiplications_on_real_values():
-    """What has no rule is bound on real values: the network is evaluated beside the count."""
+    """What has no rule is bound on real values: the network is evaluated along with the count."""
     case = CASES["plain_mlp"]
     network = network_of("plain_mlp")
     total = 0
