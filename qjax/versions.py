@@ -23,8 +23,8 @@ def versions() -> dict[str, str]:
     """The versions of qjax, jax, numpy and Python that are running."""
     return {
         "qjax": VERSION,
-        "jax": jax.VERSION,
-        "numpy": np.VERSION,
+        "jax": jax.__version__,
+        "numpy": np.__version__,
         "python": platform.python_version(),
     }
 
