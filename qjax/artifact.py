@@ -37,9 +37,10 @@ from qjax.graph.layers import Skipped, find_layers
 from qjax.graph.naming import path_names
 from qjax.quantize import Quantized
 from qjax.recipe import Recipe
-from qjax.report import LayerReport, Report, SumReport
+from qjax.report import LayerReport, MatmulReport, Report, SumReport
 from qjax.run.function import QuantizedFunction
 from qjax.run.layer import QuantizedLayer
+from qjax.run.matmul import QuantizedMatmul
 from qjax.run.stored import (
     UnknownFormatError,
     arrays_of_format,
@@ -60,7 +61,7 @@ from qjax.run.stored import (
 )
 from qjax.versions import environment, versions
 
-R = TypeVar("R", LayerReport, SumReport)
+R = TypeVar("R", LayerReport, SumReport, MatmulReport)
 
 __all__ = ["MANIFEST", "check_destination", "load", "save", "versions"]
 
@@ -98,11 +99,16 @@ def save(path: str | os.PathLike[str], q: Quantized) -> None:
         except ValueError as error:
             raise ValueError(f"`q` cannot be saved: in layer {name!r}, {error}.") from error
     sums: Mapping[str, QParams] = q.params.get("sums", {})
+    matmuls: Mapping[str, QuantizedMatmul] = q.params.get("matmuls", {})
     arrays = by_path(
         {
             "layers": {name: arrays_of_layer(layer) for name, layer in layers.items()},
             "rest": q.params["rest"],
             "sums": {name: arrays_of_format(grid) for name, grid in sums.items()},
+            "matmuls": {
+                name: {field: arrays_of_format(grid) for field, grid in matmul.formats.items()}
+                for name, matmul in matmuls.items()
+            },
         }
     )
     data = safetensors.save(
@@ -117,6 +123,7 @@ def _entries(q: Quantized) -> dict[str, Any]:
     """All that is no array, but for what describes the process that writes it."""
     layers = q.params["layers"].items()
     sums = q.params.get("sums", {}).items()
+    matmuls: Mapping[str, QuantizedMatmul] = q.params.get("matmuls", {})
     return {
         "recipe": q.report.recipe.to_json(),
         "layers": {
@@ -124,6 +131,10 @@ def _entries(q: Quantized) -> dict[str, Any]:
             for name, layer in layers
         },
         "sums": {name: describe_format(grid) for name, grid in sums},
+        "matmuls": {
+            name: {field: describe_format(grid) for field, grid in matmul.formats.items()}
+            for name, matmul in matmuls.items()
+        },
         "rest": list(q.params["rest"]),
         "params": _described(q.apply_fn.params),
         "structure": _structure(q.apply_fn.params),
@@ -132,6 +143,7 @@ def _entries(q: Quantized) -> dict[str, Any]:
         "fingerprint": _fingerprint(q.apply_fn),
         "report": [record_to_json(record) for record in q.report],
         "report_of_sums": [record_to_json(record) for record in q.report.sums],
+        "report_of_matmuls": [record_to_json(record) for record in q.report.matmuls],
         "skipped": q.report.skipped,
     }
 
@@ -160,11 +172,15 @@ def load(
     entries, file = files.entries, files.manifest
     with _explained(file):
         _check_entries(entries)
-        sums = entries.get("sums", {})
+        sums, matmuls = (entries.get(name, {}) for name in ("sums", "matmuls"))
         template = {
             "layers": {name: layer_template(item) for name, item in entries["layers"].items()},
             "rest": dict.fromkeys(entries["rest"], 0),
             "sums": {name: format_template(grid) for name, grid in sums.items()},
+            "matmuls": {
+                name: {field: format_template(grid) for field, grid in grids.items()}
+                for name, grids in matmuls.items()
+            },
         }
     arrays = _restored_arrays(files)
     for name in sorted({*path_names(template)} ^ arrays.keys()):
@@ -187,6 +203,12 @@ def load(
             check_format(grids[name], "grid")
     if sums:
         restored["sums"] = grids
+    products = {}
+    for name, stored in tree["matmuls"].items():
+        with _explained(file, f"matmuls/{name}"):
+            products[name] = _restored_matmul(stored, matmuls[name])
+    if matmuls:
+        restored["matmuls"] = products
     function = QuantizedFunction(
         apply_fn,
         _float_params(file, entries, params),
@@ -200,6 +222,14 @@ def load(
         _check_function(file, entries, function)
         _check_entries_of(q, file, entries, params is not None)
     return q
+
+
+def _restored_matmul(stored: Mapping[str, Any], described: Mapping[str, Any]) -> QuantizedMatmul:
+    formats: dict[str, Any] = {"outputs": None}
+    for field, entry in described.items():
+        formats[field] = restored_format(stored[field], entry)
+        check_format(formats[field], field)
+    return QuantizedMatmul(**formats)
 
 
 @contextlib.contextmanager
@@ -228,6 +258,7 @@ def _check_entries(entries: Mapping[str, Any]) -> None:
     """Refuses a manifest without what every version has."""
     # Earlier versions came without these.
     optional = {"sums": dict, "report_of_sums": list, "environment": dict}
+    optional |= {"matmuls": dict, "report_of_matmuls": list}
     for name, kind in (_ENTRIES | {n: k for n, k in optional.items() if n in entries}).items():
         if not isinstance(entries.get(name), kind):
             raise ValueError(f"{name!r} must be a {kind.__name__}; got {entries.get(name)!r:.60}")
@@ -313,8 +344,8 @@ def _check_function(file: Path, entries: Mapping[str, Any], function: QuantizedF
 
 def _report(file: Path, entries: Mapping[str, Any]) -> Report:
     """The report of an artifact."""
-    records: dict[str, list[Any]] = {"report": [], "report_of_sums": []}
-    kinds = {"report": LayerReport, "report_of_sums": SumReport}
+    kinds = {"report": LayerReport, "report_of_sums": SumReport, "report_of_matmuls": MatmulReport}
+    records: dict[str, list[Any]] = {entry: [] for entry in kinds}
     for entry, kind in kinds.items():
         for number, fields in enumerate(entries.get(entry, ())):
             with _explained(file, f"{entry}/{number}"):
@@ -326,10 +357,11 @@ def _report(file: Path, entries: Mapping[str, Any]) -> Report:
         with _explained(file, f"skipped/{number}"):
             primitive, shapes, reason = fields
             skipped.append(Skipped(primitive, tuple(map(tuple, shapes)), reason))
-    return Report(records["report"], recipe, skipped, records["report_of_sums"])
+    others = records["report_of_sums"], records["report_of_matmuls"]
+    return Report(records["report"], recipe, skipped, *others)
 
 
-def record_to_json(record: LayerReport | SumReport) -> dict[str, Any]:
+def record_to_json(record: LayerReport | SumReport | MatmulReport) -> dict[str, Any]:
     """Returns a record as JSON values.
 
     What is not finite (lossless: ∞ dB) becomes null, and decibels that were not measured "unknown".
@@ -346,11 +378,15 @@ def record_to_json(record: LayerReport | SumReport) -> dict[str, Any]:
 _UNKNOWN = "unknown"
 
 
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 def _record_from_json(record: type[R], fields: Mapping[str, Any]) -> R:
     def decode(name: str, value: Any) -> Any:
         if name.endswith("_db") and (value is None or value == _UNKNOWN):
             return math.inf if value is None else None
-        return tuple(value) if isinstance(value, list) else value
+        return _tuples(value)
 
     found = record(**{name: decode(name, value) for name, value in fields.items()})
     check_fields(found)
@@ -360,7 +396,8 @@ def _record_from_json(record: type[R], fields: Mapping[str, Any]) -> R:
 def stored_bytes(q: Quantized) -> int:
     """The bytes of all arrays, codes at their true width; an artifact leaves out what is all 0."""
     rest = sum(leaf.nbytes for leaf in jax.tree.leaves(q.params["rest"]))
-    return rest + sum(record.bytes_quantized for record in (*q.report, *q.report.sums))
+    records = *q.report, *q.report.sums, *q.report.matmuls
+    return rest + sum(record.bytes_quantized for record in records)
 
 
 # ---- Arrays

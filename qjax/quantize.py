@@ -16,6 +16,7 @@ from qjax.fit.data_free import fit_without_data
 from qjax.fit.draws import EXAMPLES
 from qjax.fit.ends import search_ends
 from qjax.fit.equalize import equalize
+from qjax.fit.junction import FittedMatmul
 from qjax.fit.layerwise import calibrate
 from qjax.fit.noise import noise_of
 from qjax.graph.examples import ExampleAxes, example_axes, with_one_more
@@ -24,13 +25,14 @@ from qjax.graph.fold import fold
 from qjax.graph.frameworks import check_network
 from qjax.graph.junctions import find_junctions
 from qjax.graph.layers import Network, check_layers, find_layers, shapes_of
+from qjax.graph.matmuls import find_matmuls, left_in_float
 from qjax.graph.naming import path_names
 from qjax.graph.purity import check_pure
 from qjax.graph.schedule import rest_of_params
 from qjax.progress import Progress, progress_bar
 from qjax.recipe import Recipe
 from qjax.recipe import recipe as make_recipe
-from qjax.report import Report, layer_report, sum_report
+from qjax.report import Report, layer_report, matmul_report, sum_report
 from qjax.rescaled import rescaled
 from qjax.run.function import QuantizedFunction
 from qjax.run.tap import float_layers
@@ -47,7 +49,8 @@ class Quantized(NamedTuple):
     Attributes:
       apply_fn: a pure function of (params, x), compiled once per shape of x.
       params: `layers`, a `QuantizedLayer` by name; `rest`, the leaves of the float params that are
-        still read, by path; and `sums`, grids by name, where `Recipe.sums` is quantized.
+        still read, by path; `sums`, grids by name, where `Recipe.sums` is quantized; and `matmuls`,
+        a `QuantizedMatmul` by name, where `Recipe.matmuls` is.
       report: a record per layer; `str(report)` is a table.
     """
 
@@ -132,6 +135,11 @@ def quantize(
                 "`sums` quantized needs the values of sums, and `batches` has no images; pass "
                 "images, or leave the sums in float."
             )
+        if recipe.quantizes_matmuls:
+            raise ValueError(
+                "`matmuls` quantized needs the values of their operands, and `batches` has no "
+                "images; pass images, or leave the matmuls in float."
+            )
         recipe = recipe.without_data()
         shapes = _resized(lambda shape: (EXAMPLES, *shape[1:]), batches)
     network = _traced(apply_fn, params, shapes, batches)
@@ -171,17 +179,26 @@ def quantize(
                     raised,
                 )
         found = {junction.name: junction for junction in find_junctions(network)} if sums else {}
-        sum_records = [sum_report(found[name], fit) for name, fit in sums.items()]
+        joined = {name: found[name] for name in sums if name in found}
+        products = find_matmuls(network) if sums else ()
+        sum_records = [sum_report(junction, sums[name]) for name, junction in joined.items()]
+        matmuls = {matmul.name: FittedMatmul.found(matmul.name, sums) for matmul in products}
+        matmuls = {name: fit for name, fit in matmuls.items() if fit is not None}
+        matmul_records = [matmul_report(m, matmuls[m.name]) for m in products if m.name in matmuls]
         layers = [site.layer for site in network.first_sites]
         records = [layer_report(layer, fitted[layer.name]) for layer in layers]
-        report = Report(records, recipe, network.skipped, sum_records)
+        skipped = left_in_float(network, matmuls)
+        report = Report(records, recipe, skipped, sum_records, matmul_records)
         quantized = {
             "layers": jax.tree.map(jnp.asarray, {name: fit.layer for name, fit in fitted.items()}),
             "rest": jax.tree.map(jnp.copy, rest_of_params(network, params)),
         }
-        if sums:
-            grids = {name: fit.grid for name, fit in sums.items()}
+        if joined:
+            grids = {name: sums[name].grid for name in joined}
             quantized["sums"] = jax.tree.map(jnp.asarray, grids)
+        if matmuls:
+            grids = {name: fit.quantized for name, fit in matmuls.items()}
+            quantized["matmuls"] = jax.tree.map(jnp.asarray, grids)
         if recipe.end_search:
             floats = float_layers(network, params, folded)
             count = recipe.end_search

@@ -26,6 +26,7 @@ from qjax.targets import TARGETS, Target
 
 OutputPosition = Literal["pre_activation", "post_activation", "both"]
 Sums = Literal["float", "quantized"]
+Matmuls = Literal["float", "quantized"]
 
 WEIGHTS = QuantSpec()
 ACTIVATIONS = QuantSpec(symmetric=False, granularity="per_tensor")
@@ -183,6 +184,9 @@ class Recipe(LayerRecipe):
       sums: whether residual sums, concatenations, average pools and what goes into them stay in
         float, or have grids of their own as `quantized`, in the format of `outputs`, one scale to a
         tensor. Integer hardware needs them.
+      matmuls: whether products of two activations (attention scores, probabilities times values)
+        stay in float, or are `quantized`: each operand in the format of `inputs`, the result in
+        that of `outputs`, one scale to a tensor.
       end_search: layers whose ranges are searched again by the divergence of the network's output,
         logits of classes, from the float network's: the first, the last, and then those that matter
         most; see `qjax.fit.ends`. 0 for none.
@@ -202,6 +206,7 @@ class Recipe(LayerRecipe):
     logits: bool = False
     sequential: bool = True
     sums: Sums = "float"
+    matmuls: Matmuls = "float"
     end_search: int = 0
     grid_size: int = 32
     refinements: int = 1
@@ -228,6 +233,19 @@ class Recipe(LayerRecipe):
                 f"`sums` quantized needs `outputs` with static ranges, whose format sums take; got "
                 f"{found}. Give `outputs` a width, or leave the sums in float."
             )
+        check_choice("matmuls", self.matmuls, get_args(Matmuls))
+        if self.quantizes_matmuls and self.inputs is None:
+            raise ValueError(
+                "`matmuls` quantized needs `inputs` with static ranges, whose format operands "
+                "take; got float. Give `inputs` a width, or leave the matmuls in float."
+            )
+        for argument in ("inputs", "outputs") if self.quantizes_matmuls else ():
+            spec = getattr(self, argument)
+            if spec is not None and spec.is_dynamic:
+                raise ValueError(
+                    f"`matmuls` quantized needs `{argument}` with static ranges; got dynamic "
+                    "ranges. Use ranges='static', or leave the matmuls in float."
+                )
         for pattern, _ in self._overrides():
             if not isinstance(pattern, str):
                 raise ValueError(
@@ -257,6 +275,11 @@ class Recipe(LayerRecipe):
         assert self.outputs is not None
         return dataclasses.replace(self.outputs, granularity="per_tensor")
 
+    @property
+    def quantizes_matmuls(self) -> bool:
+        """Whether products of two activations have grids of their own."""
+        return self.matmuls == "quantized"
+
     def _overrides(self) -> list[tuple[str, dict[str, Any]]]:
         items = self.overrides
         items = items.items() if isinstance(items, Mapping) else items
@@ -270,19 +293,27 @@ class Recipe(LayerRecipe):
         base = self._base()
         return [base, *(_override(base, fields) for _, fields in self._overrides())]
 
-    def by_layer(self, names: Sequence[str]) -> dict[str, LayerRecipe]:
+    def by_layer(
+        self, names: Sequence[str], matmuls: Sequence[str] | None = None
+    ) -> dict[str, LayerRecipe]:
         """Returns the recipe of each layer, overrides applied in order.
 
         Args:
           names: all layer names, in dataflow order.
+          matmuls: the names of products of two activations, whose recipes are wanted too. Without
+            them, patterns that name such products are let pass.
 
         Raises:
           ValueError: a pattern matches no layer.
         """
+        known = {"@first": names[:1], "@last": names[-1:]}
+        names = [*names, *(matmuls or ())]
         recipes = dict.fromkeys(names, self._base())
-        known = {"@first": names[:1], "@last": names[-1:]} | {name: [name] for name in names}
+        known |= {name: [name] for name in names}
         for pattern, fields in self._overrides():
             matched = known.get(pattern) or fnmatch.filter(names, pattern)
+            if not matched and matmuls is None and self.quantizes_matmuls and "matmul" in pattern:
+                continue
             if not matched:
                 raise ValueError(
                     f"`overrides` pattern {pattern!r} matches no layer; the layers are "

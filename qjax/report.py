@@ -10,13 +10,14 @@ import jax
 import numpy as np
 
 from qjax import charts
-from qjax.fit.junction import FittedJunction
+from qjax.fit.junction import FittedJunction, FittedMatmul
 from qjax.fit.layer import Fit
 from qjax.formats.affine import QParams
 from qjax.formats.binary import Signs
 from qjax.formats.dynamic import ActivationFormat
 from qjax.graph.junctions import Junction
 from qjax.graph.layers import Layer, Skipped
+from qjax.graph.matmuls import KIND, Matmul
 from qjax.recipe import Recipe
 from qjax.table import printable, table
 
@@ -130,9 +131,69 @@ class SumReport:
         return 8
 
 
+@dataclasses.dataclass(frozen=True)
+class MatmulReport:
+    """One quantized product of two activations.
+
+    Attributes:
+      name: the last layer before it, and its kind.
+      layer: that layer; empty if there is none.
+      kind: matmul.
+      shapes: of its operands and its result, for one example.
+      bits: widths of their codes; None for a result in float, as the next three.
+      scales: real units per code.
+      zero_points: the codes of 0.
+      clips: the clipping ranges' shares of the ranges of the values.
+      output_sqnr_db: signal to noise of the result, against the float network's.
+      depth: how many products make up one element of the result.
+      macs: multiply-accumulate operations per example.
+    """
+
+    name: str
+    layer: str
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+    bits: tuple[int | None, ...]
+    scales: tuple[float | None, ...]
+    zero_points: tuple[int | None, ...]
+    clips: tuple[float | None, ...]
+    output_sqnr_db: float | None
+    depth: int
+    macs: int
+
+    @property
+    def bytes_quantized(self) -> int:
+        """Of scales and zero points."""
+        return 8 * sum(bits is not None for bits in self.bits)
+
+    @property
+    def widths(self) -> str:
+        """The bits of both operands and of the result."""
+        return "/".join("–" if bits is None else str(bits) for bits in self.bits)
+
+
+def matmul_report(matmul: Matmul, fitted: FittedMatmul) -> MatmulReport:
+    """Describes a fitted product of two activations."""
+    grids = [part.grid for part in fitted]
+    return MatmulReport(
+        name=matmul.name,
+        layer=matmul.layer,
+        kind=KIND,
+        shapes=tuple(part.shape[1:] for part in fitted),
+        bits=tuple(grid and grid.bits for grid in grids),
+        scales=tuple(_scale(grid) for grid in grids),
+        zero_points=tuple(_zero_point(grid) for grid in grids),
+        clips=tuple(None if part.grid is None else float(part.clip) for part in fitted),
+        output_sqnr_db=fitted.outputs.sqnr_db,
+        depth=matmul.depth,
+        macs=matmul.macs,
+    )
+
+
 def sum_report(junction: Junction, fitted: FittedJunction) -> SumReport:
     """Describes a fitted junction."""
     grid = fitted.grid
+    assert grid is not None
     return SumReport(
         name=junction.name,
         layer=junction.layer,
@@ -232,6 +293,7 @@ class Report(Sequence[LayerReport]):
       recipe: what was asked for.
       skipped: products that stayed in float, and why.
       sums: a record per value between layers that has a grid of its own.
+      matmuls: a record per quantized product of two activations.
     """
 
     def __init__(
@@ -240,11 +302,13 @@ class Report(Sequence[LayerReport]):
         recipe: Recipe,
         skipped: Sequence[Skipped],
         sums: Sequence[SumReport] = (),
+        matmuls: Sequence[MatmulReport] = (),
     ) -> None:
         self._layers = tuple(layers)
         self.recipe = recipe
         self.skipped: tuple[Skipped, ...] = tuple(skipped)
         self.sums: tuple[SumReport, ...] = tuple(sums)
+        self.matmuls: tuple[MatmulReport, ...] = tuple(matmuls)
 
     @overload
     def __getitem__(self, index: int) -> LayerReport: ...
@@ -320,12 +384,13 @@ class Report(Sequence[LayerReport]):
         return axes
 
     def _sum_rows(self, layer: str) -> list[tuple[str, ...]]:
-        return [_sum_row(record) for record in self.sums if record.layer == layer]
+        sums = [_sum_row(record) for record in self.sums if record.layer == layer]
+        return [_matmul_row(m) for m in self.matmuls if m.layer == layer] + sums
 
     def _total(self) -> tuple[str, ...]:
         sizes = [sum(getattr(layer, f"bytes_{kind}") for layer in self) for kind in _KINDS]
-        sizes[1] += sum(record.bytes_quantized for record in self.sums)
-        macs = sum(layer.macs for layer in self)
+        sizes[1] += sum(record.bytes_quantized for record in (*self.sums, *self.matmuls))
+        macs = sum(record.macs for record in (*self, *self.matmuls))
         return (f"{len(self)} layers", *[""] * 6, si(macs), " → ".join(map(si, sizes)))
 
 
@@ -361,6 +426,20 @@ def _sum_row(record: SumReport) -> tuple[str, ...]:
         "",
         _db(record.sqnr_db),
         "",
+        f"0 → {record.bytes_quantized}",
+    )
+
+
+def _matmul_row(record: MatmulReport) -> tuple[str, ...]:
+    return (
+        record.name,
+        record.kind,
+        " · ".join(map(product, record.shapes[:2])),
+        record.widths,
+        "none",
+        "",
+        _db(record.output_sqnr_db),
+        si(record.macs),
         f"0 → {record.bytes_quantized}",
     )
 

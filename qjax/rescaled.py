@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.formats.affine import QParams
-from qjax.report import LayerReport, Report, SumReport
+from qjax.report import LayerReport, MatmulReport, Report, SumReport
 from qjax.run.layer import QuantizedLayer
+from qjax.run.matmul import QuantizedMatmul
 
 
 def rescaled(
@@ -28,8 +29,8 @@ def rescaled(
       report: of the layers as they were fitted.
       before: `Quantized.params` that it is of.
       after: those with other scales.
-      noise: SQNR of outputs after the activation, and of junctions, by name; unknown where it is
-        missing.
+      noise: SQNR of outputs after the activation, junctions and matmuls, by name; unknown where it
+        is missing.
     """
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
     old, new = before["layers"], after["layers"]
@@ -42,8 +43,13 @@ def rescaled(
         _sum(record, old[record.name], new[record.name], noise.get(record.name))
         for record in report.sums
     ]
+    old, new = before.get("matmuls", {}), after.get("matmuls", {})
+    matmuls = [
+        _matmul(record, old[record.name], new[record.name], noise.get(record.name))
+        for record in report.matmuls
+    ]
     recipe = dataclasses.replace(report.recipe, sequential=True)
-    return Report(records, recipe, report.skipped, sums)
+    return Report(records, recipe, report.skipped, sums, matmuls)
 
 
 def _layer(
@@ -76,3 +82,18 @@ def _sum(record: SumReport, before: QParams, after: QParams, noise: float | None
         clip=record.clip * float(after.scale / before.scale),
         sqnr_db=record.sqnr_db if noise is None else noise,
     )
+
+
+def _matmul(
+    record: MatmulReport, before: QuantizedMatmul, after: QuantizedMatmul, noise: float | None
+) -> MatmulReport:
+    ratios = [
+        None if old is None or new is None else float(new.scale / old.scale)
+        for old, new in zip(before, after, strict=True)
+    ]
+    clips = tuple(
+        clip and ratio and clip * ratio for clip, ratio in zip(record.clips, ratios, strict=True)
+    )
+    scales = tuple(grid and float(grid.scale) for grid in after)
+    sqnr_db = record.output_sqnr_db if noise is None else noise
+    return dataclasses.replace(record, scales=scales, clips=clips, output_sqnr_db=sqnr_db)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from qjax.artifact import record_to_json, versions
 from qjax.export.blocks import is_block_product
 from qjax.formats.spec import in_table
-from qjax.graph.layers import Site
+from qjax.graph.layers import Network, Site
+from qjax.graph.matmuls import find_matmuls
 from qjax.graph.operation import Convolution
 from qjax.quantize import Quantized
 from qjax.run.layer import QuantizedLayer
@@ -74,7 +75,7 @@ def to_onnx(
         [x] = counted("to_onnx", arguments, "q, x")
         traced = trace_twice(network.apply_fn.apply_fn, network.apply_fn.params, x)
         params = unpack(network.params)
-        check_network(network, traced[0].sites, params["layers"], chosen)
+        check_network(network, traced[0], params["layers"], chosen)
         records = [record_to_json(record) for record in network.report]
         known |= {"target": chosen.name, "recipe": network.report.recipe.to_json()}
         known["layers"] = records
@@ -117,16 +118,18 @@ def counted(function: str, arguments: tuple[Any, ...], wanted: str) -> tuple[Any
 
 
 def check_network(
-    q: Quantized, sites: tuple[Site, ...], layers: Mapping[str, QuantizedLayer], target: Target
+    q: Quantized, network: Network, layers: Mapping[str, QuantizedLayer], target: Target
 ) -> None:
     """Refuses what the target cannot run, and says which layers it runs in float."""
-    recipes = q.report.recipe.by_layer(list(layers))
-    for name, recipe in recipes.items():
-        for argument in ("weights", "inputs", "outputs"):
+    whole = q.report.recipe
+    matmuls = [m.name for m in find_matmuls(network)] if whole.quantizes_matmuls else []
+    for name, recipe in whole.by_layer(list(layers), matmuls).items():
+        for argument in ("weights", "inputs", "outputs")[name not in layers :]:
             try:
                 target.check(argument, getattr(recipe, argument))
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from error
+    sites = network.first_sites
     notes = {site.layer.name: _in_float(site, layers[site.layer.name], target) for site in sites}
     found = [f"{name} ({why})" for name, why in notes.items() if why is not None]
     if found:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Var
 
 from qjax.export.blocks import blocks_of, is_block_product
 from qjax.export.primitives import write_equation
@@ -25,11 +26,13 @@ from qjax.export.sizes import Batch, Size, Sizes
 from qjax.export.writer import EVERYTHING, Tensor, Value, Writer, clipped, with_zero
 from qjax.formats.affine import QParams
 from qjax.graph.activation import Activation
-from qjax.graph.jaxpr import dtype
+from qjax.graph.jaxpr import dtype, shape
 from qjax.graph.junctions import Junction
 from qjax.graph.layers import Site
+from qjax.graph.matmuls import Matmul
 from qjax.graph.operation import Convolution, DotProduct
 from qjax.run.layer import QuantizedLayer, accumulator_scale
+from qjax.run.matmul import QuantizedMatmul
 
 INT4_BITS = 4  # codes of at most that width are stored two to a byte
 
@@ -61,6 +64,43 @@ def write_activated(writer: Writer, site: Site, layer: QuantizedLayer, value: Te
 def write_junction(writer: Writer, junction: Junction, grid: QParams, value: Tensor) -> Tensor:
     """Rounds a sum, a concatenation, a pool, or what goes into one of them."""
     return _rounded(writer, junction.activation, grid, value)
+
+
+def write_matmul(
+    writer: Writer, step: Matmul, matmul: QuantizedMatmul, lhs: Value, rhs: Value
+) -> Tensor:
+    """Writes a product of two activations as a MatMul of the codes of both."""
+    writer.graph.scope = step.name
+    product, (left, right) = step.product, step.operands
+    (batch, other), (depth, depth_of_other) = product.batch, product.contracting
+    rows, columns = product.free((len(shape(left)), len(shape(right))))
+    x = _matrices(writer, left, matmul.lhs, lhs, (batch, rows, depth))
+    y = _matrices(writer, right, matmul.rhs, rhs, (other, depth_of_other, columns))
+    rank = len(batch) + 2
+    z = Tensor(writer.graph.node("MatMul", x, y), tuple(range(rank)))
+    z = z if matmul.outputs is None else writer.rounded(z, matmul.outputs)
+    if len(rows) != 1 or len(columns) != 1:
+        sizes = writer.sizes(step.output)
+        z = Tensor(writer.reshaped(z.name, sizes), tuple(range(len(sizes))), bounds=z.bounds)
+    if dtype(step.output) != jnp.float32:
+        z = Tensor(writer.cast(z.name, dtype(step.output)), z.order)
+    writer.after = step.name
+    return z
+
+
+def _matrices(
+    writer: Writer, atom: Var, grid: QParams, value: Value, runs: Sequence[Sequence[int]]
+) -> str:
+    """An operand as matrices on its grid: batch axes, and one for each of two runs of axes."""
+    value, sizes = writer.tensor(value, atom), writer.sizes(atom)
+    x = writer.placed(value, atom, [axis for run in runs for axis in run])
+    if dtype(atom) != jnp.float32:
+        x = Tensor(writer.cast(x.name, jnp.float32), x.order)
+    batch, *others = ([sizes[axis] for axis in run] for run in runs)
+    if any(len(run) != 1 for run in others):
+        shape = (*batch, *(_product(tuple(run)) for run in others))
+        x = Tensor(writer.reshaped(x.name, shape), tuple(range(len(shape))), bounds=x.bounds)
+    return writer.rounded(x, grid).name
 
 
 def _convolution(writer: Writer, site: Site, layer: QuantizedLayer, value: Tensor) -> Tensor:

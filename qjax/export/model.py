@@ -10,7 +10,12 @@ import onnx
 from jax.extend import core
 from onnx import helper
 
-from qjax.export.layers import write_activated, write_junction, write_layer
+from qjax.export.layers import (
+    write_activated,
+    write_junction,
+    write_layer,
+    write_matmul,
+)
 from qjax.export.primitives import write_equation
 from qjax.export.sizes import TRACED, Sizes, sizes_by_variable, with_batch
 from qjax.export.writer import Tensor, Writer, element_type
@@ -91,10 +96,9 @@ def _rules(writer: Writer, steps: tuple[Step, ...]) -> Rules:
     equations = (step for step in steps if isinstance(step, core.JaxprEqn))
     primitives = {step.primitive.name for step in equations}
     write = dict.fromkeys(primitives, partial(write_equation, writer))
-    layer, activated, joined = (
-        partial(rule, writer) for rule in (write_layer, write_activated, write_junction)
-    )
-    return Rules(layer, activated, write, real, joined)
+    written = write_layer, write_activated, write_junction, write_matmul
+    layer, activated, joined, multiplied = (partial(rule, writer) for rule in written)
+    return Rules(layer, activated, write, real, joined, multiplied)
 
 
 def _names(tree: Any, alone: str) -> list[str]:

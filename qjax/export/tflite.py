@@ -6,7 +6,7 @@ into int32. Activations are clipped before they are rounded, which is the same a
 grid: the converter then makes the ReLU a part of the layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,12 +22,14 @@ from qjax.graph import jaxpr
 from qjax.graph.activation import NONE, Activation, clip_bounds
 from qjax.graph.junctions import Junction
 from qjax.graph.layers import Network, Site, shapes_of
+from qjax.graph.matmuls import Matmul
 from qjax.graph.operation import Convolution, along_channels
 from qjax.integer.codes import GridKey, grid_key
 from qjax.quantize import Quantized
 from qjax.run.function import bind, outputs_of, steps_of
 from qjax.run.interpreter import Rules, evaluate
 from qjax.run.layer import QuantizedLayer, dequantized_bias, scaled_kernel
+from qjax.run.matmul import QuantizedMatmul
 from qjax.targets import LITERT
 
 _OFFSET = 128  # from the codes of activations, 0 to 255, to int8
@@ -115,9 +117,11 @@ def _quantized(q: Quantized, x: Any) -> Callable[[Any], Any]:
       ValueError: a format that LiteRT does not run on integers.
     """
     network, layers = q.apply_fn.network(x), q.params["layers"]
-    check_network(q, network.sites, layers, LITERT)
+    check_network(q, network, layers, LITERT)
     for name, layer in layers.items():
         _check(name, layer)
+    for name, matmul in q.params.get("matmuls", {}).items():
+        _check_grids(f"matmul {name!r}", matmul.formats)
     return lambda x: _evaluated(network, q.params, x)
 
 
@@ -127,11 +131,14 @@ def _check(name: str, layer: QuantizedLayer) -> None:
             f"layer {name!r}: `weights` must have granularity per_channel or per_tensor for "
             "LiteRT; got per_group."
         )
-    for field in ("inputs", "outputs"):
-        grid = getattr(layer, field)
+    _check_grids(f"layer {name!r}", {"inputs": layer.inputs, "outputs": layer.outputs})
+
+
+def _check_grids(where: str, grids: Mapping[str, Any]) -> None:
+    for field, grid in grids.items():
         if grid is not None and (int(grid.qmin), int(grid.qmax)) != (0, 255):
             raise ValueError(
-                f"layer {name!r}: `{field}` must have 8 bits, asymmetric, for LiteRT, which clips "
+                f"{where}: `{field}` must have 8 bits, asymmetric, for LiteRT, which clips "
                 f"to those; got codes from {int(grid.qmin)} to {int(grid.qmax)}."
             )
 
@@ -141,7 +148,7 @@ def _evaluated(network: Network, params: Any, x: Any) -> Any:
     steps, read = steps_of(network, params)
     equations = [step for step in steps if isinstance(step, core.JaxprEqn)]
     primitives = dict.fromkeys((e.primitive.name for e in equations), _keep_if_clipped)
-    rules = Rules(_layer, _activated, primitives, _real, _joined)
+    rules = Rules(_layer, _activated, primitives, _real, _joined, _multiplied)
     evaluate(steps, env, read, rules)
     return outputs_of(network, env, rules)
 
@@ -204,6 +211,12 @@ def _activated(site: Site, layer: QuantizedLayer, value: Any) -> Any:
 
 def _joined(junction: Junction, grid: QParams, value: Any) -> OnGrid:
     return _rounded(value, grid, junction.activation)
+
+
+def _multiplied(step: Matmul, matmul: QuantizedMatmul, lhs: Any, rhs: Any) -> Any:
+    x, y = _rounded(lhs, matmul.lhs), _rounded(rhs, matmul.rhs)
+    z = step.product.apply(x.array, y.array)
+    return z if matmul.outputs is None else _rounded(z, matmul.outputs)
 
 
 def _fake_quant(x: jax.Array, grid: QParams, offset: int, axis: int | None = None) -> jax.Array:

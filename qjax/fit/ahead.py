@@ -11,17 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from qjax.fit.junction import FittedJunction
+from qjax.fit.junction import FittedJunction, FittedMatmul, float_or_quantized
 from qjax.fit.layer import Fit
 from qjax.fit.ranges import project_batches
 from qjax.fit.streams import Segment, Streams, map_batches
 from qjax.formats.dynamic import ActivationFormat
+from qjax.graph import jaxpr
 from qjax.graph.activation import follow_codes
 from qjax.graph.fold import Folded, apply_folded
 from qjax.graph.junctions import Junction
 from qjax.graph.layers import Movement, Site
+from qjax.graph.matmuls import Matmul
 from qjax.graph.operation import Linear
-from qjax.graph.schedule import Activated
+from qjax.graph.schedule import Activated, SpecialStep
 from qjax.programs import program
 from qjax.run.layer import QuantizedLayer, apply_layer
 
@@ -77,7 +79,7 @@ class Ahead:
         floats, values = self._streams.read(var)
         return floats.astype(jnp.float32), values.astype(jnp.float32)
 
-    def _evaluate(self, step: Site | Activated | Junction | None) -> None:
+    def _evaluate(self, step: SpecialStep | None) -> None:
         match step:
             case Site(layer=layer) as site:
                 fit = self._fits.get(layer.name)
@@ -92,8 +94,16 @@ class Ahead:
             case Junction() as junction:
                 if junction.name in self._sums:
                     self._project(junction.var, self._sums[junction.name].grid)
+            case Matmul() as matmul:
+                fitted = FittedMatmul.found(matmul.name, self._sums)
+                known = None if fitted is None else fitted.quantized
+                pairs = [self._read(var) for var in matmul.operands]
+                results = float_or_quantized(matmul.product, known, *pairs)
+                own = jaxpr.dtype(matmul.output)
+                self._streams.write(matmul.output, *(value.astype(own) for value in results))
 
-    def _project(self, var: core.Var, grid: ActivationFormat) -> None:
+    def _project(self, var: core.Var, grid: ActivationFormat | None) -> None:
+        assert grid is not None
         floats, values = self._streams.read(var)
         rounded = projected(grid, values.astype(jnp.float32)).astype(values.dtype)
         self._streams.write(var, floats, rounded)

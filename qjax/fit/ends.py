@@ -26,6 +26,7 @@ from qjax.fit.scales import Frame, Moving, Place, frame_of, key_of, moved, start
 from qjax.fit.search import map_candidates
 from qjax.graph.junctions import Junction
 from qjax.graph.layers import Network, Site
+from qjax.graph.matmuls import Matmul
 from qjax.graph.schedule import Activated, Step
 from qjax.objectives.divergence import divergence_of_classes
 from qjax.programs import FAST_TO_COMPILE
@@ -33,6 +34,7 @@ from qjax.progress import Progress
 from qjax.run.fake import FAKE
 from qjax.run.function import bind, outputs, outputs_of, steps_of
 from qjax.run.interpreter import evaluate
+from qjax.run.matmul import QuantizedMatmul
 
 FACTORS = (0.6, 0.66, 0.72, 0.78, 0.84, 0.89, 0.94, 1.0, 1.06, 1.12)
 TRIED = 0.84  # the factor that tells how much the other layers matter
@@ -218,6 +220,8 @@ def _places(step: Step) -> tuple[Place, ...]:
             return ((site.layer.name, "activated"),)
         case Junction():
             return ((step.name, ""),)
+        case Matmul():
+            return tuple((step.name, field) for field in QuantizedMatmul._fields)
         case _:
             return ()
 

@@ -15,7 +15,7 @@ from jax.extend import core
 
 from qjax.fit.ahead import Ahead, joined, outputs_of_step, projected
 from qjax.fit.checkpoint import Checkpoint
-from qjax.fit.junction import FittedJunction, fit_junction
+from qjax.fit.junction import FittedJunction, FittedMatmul, fit_junction, fit_matmul
 from qjax.fit.layer import Fit, Values, fit_layer
 from qjax.fit.ranges import (
     Task,
@@ -34,6 +34,7 @@ from qjax.graph.examples import ExampleAxes
 from qjax.graph.fold import Folded
 from qjax.graph.junctions import Junction, find_junctions
 from qjax.graph.layers import Network, Site
+from qjax.graph.matmuls import Matmul, find_matmuls
 from qjax.graph.operation import Linear
 from qjax.graph.schedule import Activated
 from qjax.programs import program
@@ -66,7 +67,7 @@ class State(NamedTuple):
       folded: kernel and bias of each layer in float, by name.
       grids: the grids of codes that values lie on.
       fits: the layers that are fitted so far, by name.
-      sums: the junctions.
+      sums: the junctions, and the operands and results of matmuls.
     """
 
     streams: Streams
@@ -77,7 +78,7 @@ class State(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What is fitted together: a layer, its output after the activation, or a junction.
+    """What is fitted together: a layer, its output after the activation, a junction or a matmul.
 
     Attributes:
       segment: the plain equations before it, and the step itself.
@@ -103,12 +104,15 @@ def units(
       examples: the axes of the examples by layer, see `calibrate`.
     """
     examples = examples or {}
-    recipes = recipe.by_layer([site.layer.name for site in network.first_sites])
+    matmuls = find_matmuls(network) if recipe.quantizes_matmuls else ()
+    names = [site.layer.name for site in network.first_sites]
+    recipes = recipe.by_layer(names, [matmul.name for matmul in matmuls])
+    matmuls = [matmul for matmul in matmuls if _is_quantized(matmul, recipes[matmul.name])]
     candidates = Candidates(recipe.grid_size, recipe.refinements)
     logits = _logits(network) if recipe.logits else None
     found = []
     junctions = find_junctions(network) if recipe.quantizes_sums else ()
-    segments = cut(network, junctions)
+    segments = cut(network, junctions, matmuls)
     for number, segment in enumerate(segments):
         match segment.step:
             case Site(layer=layer) as site:
@@ -132,7 +136,23 @@ def units(
             case Junction() as junction:
                 fit = partial(_fit_junction, junction, recipe)
                 found.append(Unit(segment, None, fit, partial(_note_junction, junction, recipe)))
+            case Matmul() as matmul:
+                own = recipes[matmul.name]
+                fit = partial(_fit_matmul, matmul, own, candidates)
+                found.append(Unit(segment, None, fit, partial(_note_matmul, matmul, own)))
     return tuple(found)
+
+
+def _is_quantized(matmul: Matmul, recipe: LayerRecipe) -> bool:
+    """Whether a product of two activations is quantized: not where its operands are in float."""
+    for field in ("inputs", "outputs"):
+        spec = getattr(recipe, field)
+        if spec is not None and spec.is_dynamic:
+            raise ValueError(
+                f"`overrides` must give the matmul {matmul.name!r} static ranges; got `{field}` "
+                "with dynamic ranges. Use ranges='static', or leave it in float: inputs=None."
+            )
+    return recipe.inputs is not None
 
 
 def calibrate(
@@ -158,8 +178,8 @@ def calibrate(
       checkpoint: where what is finished is read and written.
 
     Returns:
-      A `Fit` per layer and a `FittedJunction` per junction that needs a grid of its own, by name,
-      in dataflow order.
+      A `Fit` per layer, and a `FittedJunction` per junction that needs a grid of its own and per
+      operand and result of a matmul, by name, in dataflow order.
     """
     names = [site.layer.name for site in network.first_sites]
     streams = Streams(network, leaves, batches, recipe.sequential)
@@ -352,4 +372,22 @@ def _fit_junction(junction: Junction, recipe: Recipe, state: State) -> None:
 
 def _note_junction(junction: Junction, recipe: Recipe, state: State) -> None:
     if junction.name in state.sums:
-        state.grids[junction.var] = Grid(state.sums[junction.name].grid, kind_of(recipe.sum_spec))
+        grid = state.sums[junction.name].grid
+        assert grid is not None
+        state.grids[junction.var] = Grid(grid, kind_of(recipe.sum_spec))
+
+
+def _fit_matmul(matmul: Matmul, recipe: LayerRecipe, candidates: Candidates, state: State) -> None:
+    """Fits the ranges of what a matmul multiplies and of its result."""
+    lhs, rhs = (_read(state, var) for var in matmul.operands)
+    known = tuple(known_grid(recipe.inputs, state.grids.get(var)) for var in matmul.operands)
+    fitted, results = fit_matmul(matmul.product, recipe, candidates, lhs, rhs, known)
+    state.sums.update(fitted.by_name(matmul.name))
+    _write(state, matmul.output, *results)
+
+
+def _note_matmul(matmul: Matmul, recipe: LayerRecipe, state: State) -> None:
+    fitted = FittedMatmul.found(matmul.name, state.sums)
+    if fitted is not None and fitted.outputs.grid is not None:
+        assert recipe.outputs is not None
+        state.grids[matmul.output] = Grid(fitted.outputs.grid, kind_of(recipe.outputs))

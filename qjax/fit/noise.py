@@ -10,6 +10,7 @@ import numpy as np
 from qjax.fit.layer import decibels, energies
 from qjax.graph.junctions import Junction, find_junctions
 from qjax.graph.layers import Network
+from qjax.graph.matmuls import Matmul, find_matmuls
 from qjax.programs import FAST_TO_COMPILE
 from qjax.run.fake import FAKE
 from qjax.run.function import evaluated
@@ -21,7 +22,7 @@ def noise_of(
     quantized: Mapping[str, Any],
     batches: Sequence[Any],
 ) -> dict[str, float]:
-    """The SQNR in decibels of layers after their activation and of junctions, by name.
+    """The SQNR in decibels of layers after their activation, junctions and matmuls, by name.
 
     Args:
       network: traced at the shape of a batch.
@@ -43,18 +44,26 @@ def _energies(
     """Those of values in the float network, and of what the quantized one lacks of them."""
     grids = quantized.get("sums", {})
     junctions = [junction for junction in find_junctions(network) if junction.name in grids]
-    wanted, found = (_values(network, junctions, params, x) for params in (floats, quantized))
+    products = quantized.get("matmuls", {})
+    matmuls = [matmul for matmul in find_matmuls(network) if matmul.name in products]
+    given = junctions, matmuls
+    wanted, found = (_values(network, *given, params, x) for params in (floats, quantized))
     pairs = {name: energies(wanted[name][None], found[name][None]) for name in wanted}
     return {name: (signal[0], noise[0]) for name, (signal, noise) in pairs.items()}
 
 
 def _values(
-    network: Network, junctions: Sequence[Junction], params: Mapping[str, Any], x: Any
+    network: Network,
+    junctions: Sequence[Junction],
+    matmuls: Sequence[Matmul],
+    params: Mapping[str, Any],
+    x: Any,
 ) -> dict[str, jax.Array]:
-    """The outputs of layers after their activation, and the junctions after theirs."""
+    """The outputs of layers after their activation, the junctions after theirs, the matmuls."""
     env = evaluated(network, FAKE, params, x)
     found = {}
     for site in network.first_sites:
         values = [env[step.activated] for step in network.sites_of(site.layer.name)]
         found[site.layer.name] = site.outputs_of_all_steps(values)
-    return found | {j.name: j.activation.function(env[j.var]) for j in junctions}
+    found |= {j.name: j.activation.function(env[j.var]) for j in junctions}
+    return found | {matmul.name: env[matmul.output] for matmul in matmuls}

@@ -26,15 +26,18 @@ from qjax.formats.affine import QParams, straight_through, with_exact_products
 from qjax.graph.activation import follow_codes
 from qjax.graph.junctions import Junction
 from qjax.graph.layers import Network, Site
+from qjax.graph.matmuls import Matmul
 from qjax.graph.operation import Linear
 from qjax.graph.schedule import Activated
 from qjax.run.function import steps_of
 from qjax.run.layer import QuantizedLayer, accumulator_scale, dequantized_bias
+from qjax.run.matmul import OPERANDS
 
 _MOST_BIAS = 2.0**30  # in units of s_w·s_x: the products have the other half of int32
 _GRIDS = ("inputs", "outputs", "activated")  # fields of a layer
+_READ = ("inputs", *OPERANDS)  # fields of what is read
 
-Place = tuple[str, str]  # a layer and a field of it; a junction and ""
+Place = tuple[str, str]  # a layer or a matmul and a field of it; a junction and ""
 
 
 class Moving(NamedTuple):
@@ -89,6 +92,13 @@ def frame_of(network: Network, params: Mapping[str, Any]) -> Frame:
     lies_on: dict[core.Var, Place] = {}
     steps, read = steps_of(network, params)
 
+    def read_on(var: core.Var, place: Place, grid: QParams) -> None:
+        """An operand that lies on the grid of what was written shares it."""
+        before = lies_on.get(var)
+        parents.setdefault(place, place)
+        if before is not None and is_same(grid_at(params, before), grid):
+            parents[root(place)] = root(before)
+
     def note(var: core.Var, place: Place, grid: Any) -> None:
         if isinstance(grid, QParams):
             parents.setdefault(place, place)
@@ -98,22 +108,24 @@ def frame_of(network: Network, params: Mapping[str, Any]) -> Frame:
         match step:
             case Site(layer=described):
                 name = described.name
-                layer, before = read[name], lies_on.get(step.input)
+                layer = read[name]
                 if layer.grid is not None:
-                    place = (name, "inputs")
-                    parents.setdefault(place, place)
-                    if before is not None and is_same(grid_at(params, before), layer.grid):
-                        parents[root(place)] = root(before)
+                    read_on(step.input, (name, "inputs"), layer.grid)
                 note(step.output, (name, "outputs"), layer.outputs)
             case Activated(site=site):
                 name = site.layer.name
                 note(site.activated, (name, "activated"), read[name].activated)
             case Junction():
                 note(step.var, (step.name, ""), read[step.name])
+            case Matmul():
+                matmul = read[step.name]
+                for var, field in zip(step.operands, OPERANDS, strict=True):
+                    read_on(var, (step.name, field), getattr(matmul, field))
+                note(step.output, (step.name, "outputs"), matmul.outputs)
             case _:
                 follow_codes(step, lies_on, lambda place: _greatest(grid_at(params, place)))
     owners = {place: root(place) for place in parents}
-    exact = frozenset(owner for (_, field), owner in owners.items() if field != "inputs")
+    exact = frozenset(owner for (_, field), owner in owners.items() if field not in _READ)
     return Frame(operations, owners, exact)
 
 
@@ -125,7 +137,10 @@ def key_of(owner: Place) -> str:
 def grid_at(params: Mapping[str, Any], place: Place) -> QParams:
     """The grid at a place."""
     name, field = place
-    return getattr(params["layers"][name], field) if field else params["sums"][name]
+    if not field:
+        return params["sums"][name]
+    products = params.get("matmuls", {})
+    return getattr(products[name] if name in products else params["layers"][name], field)
 
 
 def is_same(one: QParams, other: QParams) -> bool:
@@ -193,6 +208,13 @@ def moved(
     found = {**params, "layers": layers}
     if "sums" in params:
         found["sums"] = {name: grid((name, ""), format) for name, format in params["sums"].items()}
+    if "matmuls" in params:
+        found["matmuls"] = {
+            name: matmul._replace(
+                **{field: grid((name, field), format) for field, format in matmul.formats.items()}
+            )
+            for name, matmul in params["matmuls"].items()
+        }
     return found
 
 

@@ -18,8 +18,9 @@ from jax.extend import core
 from qjax.graph import jaxpr
 from qjax.graph.jaxpr import Equations
 from qjax.graph.junctions import Junction
-from qjax.graph.layers import Network, Site
-from qjax.graph.schedule import Activated, reads, schedule, segments
+from qjax.graph.layers import Network
+from qjax.graph.matmuls import Matmul
+from qjax.graph.schedule import SpecialStep, reads, schedule, segments
 from qjax.programs import program
 
 
@@ -34,15 +35,17 @@ class Segment:
     """
 
     equations: tuple[core.JaxprEqn, ...]
-    step: Site | Activated | Junction | None
+    step: SpecialStep | None
     needed: frozenset[core.Var]
 
 
-def cut(network: Network, junctions: Sequence[Junction] = ()) -> tuple[Segment, ...]:
+def cut(
+    network: Network, junctions: Sequence[Junction] = (), matmuls: Sequence[Matmul] = ()
+) -> tuple[Segment, ...]:
     """Cuts a network's schedule into segments; see `schedule`."""
     found = []
     needed = frozenset(jaxpr.variables(network.flat.outputs))
-    for equations, step in reversed(list(segments(schedule(network, junctions)))):
+    for equations, step in reversed(list(segments(schedule(network, junctions, matmuls)))):
         needed |= frozenset(reads(step)) if step else frozenset()
         found.append(Segment(equations, step, needed))
         needed |= frozenset(var for equation in equations for var in reads(equation))

@@ -62,7 +62,7 @@ def find_junctions(network: Network) -> tuple[Junction, ...]:
       >>> [junction.name for junction in find_junctions(network)]
       ['second/sum']
     """
-    graph = _Branches(network)
+    graph = Branches(network)
     joined = {var: kind for var, kind, _ in graph.joins}
     kinds = joined | dict.fromkeys(graph.pools, "pool")
     wanted = set(joined)
@@ -87,7 +87,7 @@ def find_junctions(network: Network) -> tuple[Junction, ...]:
     return tuple(found)
 
 
-class _Branches:
+class Branches:
     """What is known of the values between the layers of a network.
 
     Attributes:

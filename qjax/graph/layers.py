@@ -177,6 +177,11 @@ class Skipped(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     reason: str
 
+    @property
+    def is_matmul(self) -> bool:
+        """Whether it is a product of matrices whose operands both depend on the input."""
+        return (self.primitive, self.reason) == ("dot_general", _TWO_ACTIVATIONS)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
@@ -186,6 +191,8 @@ class Network:
       flat: the jaxpr.
       sites: where its layers stand.
       skipped: contractions that stay in float.
+      products: positions of the equations that multiply two activations, see
+        `qjax.graph.matmuls`; they are among the skipped too.
       paths: of the leaves of its params.
       programs: what was compiled for this network, the last used ones, by what they do; freed
         with it.
@@ -194,6 +201,7 @@ class Network:
     flat: FlatJaxpr
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
+    products: tuple[int, ...]
     paths: tuple[str, ...]
     programs: collections.OrderedDict[Hashable, Callable[..., Any]] = dataclasses.field(
         default_factory=collections.OrderedDict, repr=False
@@ -319,7 +327,7 @@ def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Ne
     found = jaxpr.dependences(flat)
     graph = Graph(flat)
     live = jaxpr.needed(flat)
-    sites, kernels, skipped = [], [], []
+    sites, kernels, skipped, products = [], [], [], []
     for position, equation in enumerate(flat.equations):
         is_contraction = jaxpr.contains_contraction(equation)
         if position not in live or not (is_contraction or equation.primitive.name in _CHOOSING):
@@ -359,18 +367,23 @@ def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Ne
             is_gathered = any(_is_gathered(graph, found, atom) for atom in equation.invars)
             reason = "its kernel is chosen by the input" if is_gathered else _TWO_ACTIVATIONS
             skipped.append(_skip(equation, reason))
+            products += [position] if skipped[-1].is_matmul else []
         else:
             skipped.append(_skip(equation, "its kernel is computed without params"))
-    batch = max((shape(var)[0] for var in flat.inputs if shape(var)), default=1)
     shared = _shared_by_steps(flat, sites)
     names = layer_names([kernels[positions[0]] for positions in shared], paths)
     for positions, name in zip(shared, names, strict=True):
         alike = _alike(graph, found, [sites[position] for position in positions])
-        macs = sum(site.layer.macs for site in alike) // max(batch, 1)
+        macs = sum(site.layer.macs for site in alike) // examples_of(flat)
         for position, site in zip(positions, alike, strict=True):
             layer = dataclasses.replace(site.layer, name=name, macs=macs)
             sites[position] = site._replace(layer=layer)
-    return Network(flat, tuple(sites), tuple(skipped), paths)
+    return Network(flat, tuple(sites), tuple(skipped), tuple(products), paths)
+
+
+def examples_of(flat: FlatJaxpr) -> int:
+    """How many examples a network is traced at."""
+    return max(1, max((shape(var)[0] for var in flat.inputs if shape(var)), default=1))
 
 
 def _shared_by_steps(flat: FlatJaxpr, sites: Sequence[Site]) -> list[list[int]]:

@@ -9,6 +9,7 @@ from jax.extend import core
 from qjax.graph import jaxpr
 from qjax.graph.junctions import Junction
 from qjax.graph.layers import Network, Site
+from qjax.graph.matmuls import Matmul
 
 
 class Activated(NamedTuple):
@@ -17,10 +18,13 @@ class Activated(NamedTuple):
     site: Site
 
 
-Step = Site | Activated | Junction | Any  # or a core.JaxprEqn, whose fields JAX does not type
+SpecialStep = Site | Activated | Junction | Matmul
+Step = SpecialStep | Any  # or a core.JaxprEqn, whose fields JAX does not type
 
 
-def schedule(network: Network, junctions: Sequence[Junction] = ()) -> tuple[Step, ...]:
+def schedule(
+    network: Network, junctions: Sequence[Junction] = (), matmuls: Sequence[Matmul] = ()
+) -> tuple[Step, ...]:
     """Orders what is left to evaluate once every layer with its chain is a single step.
 
     What a layer's output is added to comes before the layer, wherever no other layer is missing
@@ -29,18 +33,20 @@ def schedule(network: Network, junctions: Sequence[Junction] = ()) -> tuple[Step
     Args:
       network: a traced network.
       junctions: those that have grids of their own; each is a step right after its value.
+      matmuls: those that are quantized; each is a step in place of its equation.
     """
     ends = {site.chain[-1]: site for site in network.sites}
     inside = {position for site in network.sites for position in site.chain}
     activated = {site.activated: site for site in network.sites if site.activating}
     joined = {junction.var: junction for junction in junctions}
+    products = {matmul.position: matmul for matmul in matmuls}
     steps: list[Step] = [joined[var] for var in network.flat.inputs if var in joined]
     for position, equation in enumerate(network.flat.equations):
         if position in ends:
             site = ends[position]
             steps += [site] if site.activating else [site, Activated(site)]
         elif position not in inside:
-            steps.append(equation)
+            steps.append(products.get(position, equation))
             steps += [Activated(activated[v]) for v in equation.outvars if v in activated]
             steps += [joined[v] for v in equation.outvars if v in joined]
     live = set(jaxpr.variables(network.flat.outputs))
@@ -80,6 +86,8 @@ def reads(step: Step) -> list[core.Var]:
             return [step.site.activated]
         case Junction():
             return [step.var]
+        case Matmul():
+            return [*step.operands]
         case _:
             return jaxpr.variables(step.invars)
 
@@ -93,6 +101,8 @@ def writes(step: Step) -> list[core.Var]:
             return [step.site.activated]
         case Junction():
             return [step.var]
+        case Matmul():
+            return [step.output]
         case _:
             return list(step.outvars)
 
@@ -107,11 +117,11 @@ def rest_of_params(network: Network, params: Any) -> dict[str, jax.Array]:
 
 def segments(
     steps: Sequence[Step],
-) -> Iterator[tuple[tuple[core.JaxprEqn, ...], Site | Activated | Junction | None]]:
+) -> Iterator[tuple[tuple[core.JaxprEqn, ...], SpecialStep | None]]:
     """Cuts steps into runs of plain equations, each with the step of another kind after it."""
     run: list[core.JaxprEqn] = []
     for step in steps:
-        if isinstance(step, Site | Activated | Junction):
+        if isinstance(step, SpecialStep):
             yield tuple(run), step
             run = []
         else:

@@ -179,6 +179,39 @@ def rescaled(value: Codes, scale: jax.Array, arithmetic: Arithmetic, limit: int 
     return of_sum(codes, scale, limit)
 
 
+def requantized(
+    acc: jax.Array,
+    unit: jax.Array,
+    outputs: QParams | None,
+    key: GridKey | None,
+    limit: int,
+    dtype: Any,
+    arithmetic: Arithmetic,
+) -> Codes | jax.Array:
+    """Requantizes an accumulator to codes, or to a sum.
+
+    Args:
+      acc: the accumulator.
+      unit: float32, the real value of one unit of it: a scalar, or along its channels.
+      outputs: the grid of the codes, None for a sum.
+      key: of that grid.
+      limit: the greatest magnitude of the accumulator; read for a sum alone.
+      dtype: that the network gives the result.
+      arithmetic: of requantization.
+
+    Returns:
+      `Codes`; float32 in real units for a sum in an arithmetic that has sums in float32.
+    """
+    if outputs is not None and key is not None:
+        qparams = signed(outputs)
+        codes = arithmetic.to_codes(acc, unit * qparams.inverse_scale, qparams)
+        return held(on_grid(codes, qparams, key), outputs, dtype, arithmetic)
+    if not arithmetic.only_integers:
+        return acc.astype(jnp.float32) * unit
+    wide = wide_scale(jnp.max(unit) * float(limit), arithmetic)
+    return of_sum(arithmetic.requantize(acc, unit * (1 / wide)), wide)
+
+
 def for_sum(values: Sequence[Codes], arithmetic: Arithmetic) -> list[Codes]:
     """Brings values to one grid that holds their sum."""
     ranges = _ranges(values)

@@ -15,7 +15,8 @@ evaluations give the same codes.
 
 In float32 whatever the arithmetic: quantizing the network's input, scaling its output, layers that
 have no integer accumulator (weights or input in float, weights per group), and operations that
-integers cannot express (tanh, softmax, products of activations) with what leads to the next codes.
+integers cannot express (tanh, softmax, products of activations in float) with what leads to the
+next codes. Products of activations that have grids are int8 too: see `qjax.integer.matmul`.
 
 Where the range of a layer's input is found at run time, so is s_x: the layer rounds its real input
 to codes, sums their products in int32 and scales the sum in float32. That takes `float` arithmetic.
@@ -38,17 +39,20 @@ from qjax.formats.dynamic import Dynamic
 from qjax.formats.spec import in_table
 from qjax.graph.jaxpr import Env
 from qjax.graph.layers import Network, Site
+from qjax.graph.matmuls import Matmul, find_matmuls
 from qjax.graph.schedule import Step
 from qjax.integer import lowerings
 from qjax.integer.accumulator import Accumulator, check_accumulator
 from qjax.integer.codes import GridKey, grid_key
 from qjax.integer.lowerings import LOWERINGS, Lowering, Method
+from qjax.integer.matmul import plan_matmul
 from qjax.integer.requantize import ARITHMETICS, Arithmetic
 from qjax.integer.rules import LayerPlan, Plan, Record, integer_rules
 from qjax.quantize import Quantized
 from qjax.run.function import QuantizedFunction, bind, outputs_of, steps_of
 from qjax.run.interpreter import Rules, evaluate
 from qjax.run.layer import QuantizedLayer
+from qjax.run.matmul import QuantizedMatmul
 
 
 def integer(
@@ -112,7 +116,8 @@ def integer(
         if _sums_codes(layer) and lowerings.largest(layer) >= lowerings.INT_LIMIT:
             raise ValueError(_beyond_32_bits(name, layer))
     sums = tuple((name, _key(grid)) for name, grid in q.params.get("sums", {}).items())
-    return IntegerFunction(q.apply_fn, layers, chosen, methods, narrow, sums)
+    matmuls = q.params.get("matmuls", {})
+    return IntegerFunction(q.apply_fn, layers, chosen, methods, narrow, sums, matmuls)
 
 
 def _key(grid: QParams) -> GridKey:
@@ -190,6 +195,7 @@ class IntegerFunction:
       methods: the lowering that was asked for, by layer; the fastest for those without one.
       narrow: the accumulators to simulate, by layer.
       sums: the grids of junctions, by name.
+      matmuls: the quantized products of two activations, by name.
     """
 
     function: QuantizedFunction
@@ -198,6 +204,7 @@ class IntegerFunction:
     methods: Mapping[str, Method]
     narrow: Mapping[str, Accumulator]
     sums: tuple[tuple[str, GridKey], ...] = ()
+    matmuls: Mapping[str, QuantizedMatmul] = dataclasses.field(default_factory=dict)
     _plans: MutableMapping[Network, Plan] = dataclasses.field(
         default_factory=weakref.WeakKeyDictionary, repr=False
     )
@@ -270,7 +277,12 @@ class IntegerFunction:
         """What the programs of a network depend on; remembered as long as the network is."""
         if network not in self._plans:
             layers = ((site.layer.name, self._layer_plan(site)) for site in network.first_sites)
-            self._plans[network] = Plan(self.arithmetic, tuple(layers), self.sums)
+            matmuls = tuple(
+                (step.name, plan_matmul(step, self.matmuls[step.name]))
+                for step in (find_matmuls(network) if self.matmuls else ())
+                if step.name in self.matmuls
+            )
+            self._plans[network] = Plan(self.arithmetic, tuple(layers), self.sums, matmuls)
         return self._plans[network]
 
     def _layer_plan(self, site: Site) -> LayerPlan:
@@ -344,17 +356,24 @@ def _codes(network: Network, plan: Plan, params: Any, biases: Any, x: Any) -> di
     found: dict[str, list[jax.Array]] = collections.defaultdict(list)
 
     def watch(step: Step, env: Env) -> None:
-        if not isinstance(step, Site):
-            return
-        outputs = params["layers"][step.layer.name].outputs
+        match step:
+            case Site(layer=layer):
+                name, outputs = layer.name, params["layers"][layer.name].outputs
+            case Matmul():
+                name, outputs = step.name, params["matmuls"][step.name].outputs
+            case _:
+                return
         if isinstance(outputs, QParams):
             offset = outputs.qmin - lowerings.signed(outputs).qmin
             codes = env[step.output].codes.astype(jnp.int32) + offset
-            found[step.layer.name].append(codes.astype(outputs.dtype))
+            found[name].append(codes.astype(outputs.dtype))
 
     _evaluated(network, plan, params, biases, x, watch=watch)
     sites = {site.layer.name: site for site in network.first_sites}
-    return {name: sites[name].outputs_of_all_steps(codes) for name, codes in found.items()}
+    return {
+        name: sites[name].outputs_of_all_steps(codes) if name in sites else codes[0]
+        for name, codes in found.items()
+    }
 
 
 def _accumulators(

@@ -3,6 +3,7 @@
 * Reshapes, transpositions, slices, zero padding, concatenation on one grid and max-pooling act on
   codes as they are.
 * ReLU and ReLU6 are clamps of codes, max(q, z); what clips off the grid is done as a sum is.
+* Products of two activations with grids, see `qjax.integer.matmul`.
 * Sums, in integer arithmetics: operands go to one grid, see `qjax.integer.codes`. A sum over n
   elements is taken as it is if n·L < 2^31, else on the grid s·L·n / 2^30; a division by a constant
   changes the scale alone, in an arithmetic of shifts where the constant is a power of two.
@@ -29,6 +30,7 @@ from qjax.graph import jaxpr
 from qjax.graph.activation import clip_bounds
 from qjax.graph.junctions import Junction
 from qjax.graph.layers import Site
+from qjax.graph.matmuls import Matmul
 from qjax.graph.operation import along_channels, from_output_matrix
 from qjax.integer import lowerings
 from qjax.integer.accumulator import Accumulator, fit, is_sum_enough, sum_term_by_term
@@ -39,17 +41,18 @@ from qjax.integer.codes import (
     for_sum,
     for_union,
     held,
-    of_sum,
-    on_grid,
     real_value,
+    requantized,
     rescaled,
     to_grid,
     wide_scale,
 )
 from qjax.integer.lowerings import Lowering, signed
+from qjax.integer.matmul import MatmulPlan, multiply_codes
 from qjax.integer.requantize import Arithmetic
 from qjax.run.interpreter import PrimitiveRule, Rules
 from qjax.run.layer import QuantizedLayer, accumulator_scale, apply_linear, by_example
+from qjax.run.matmul import QuantizedMatmul
 from qjax.run.signs import count_signs
 
 Record = Callable[[str, jax.Array], None]
@@ -83,15 +86,17 @@ class Plan:
       arithmetic: of requantization.
       layers: by name, in dataflow order.
       sums: the grids of junctions, by name.
+      matmuls: products of two activations, by name.
     """
 
     arithmetic: Arithmetic
     layers: tuple[tuple[str, LayerPlan], ...]
     sums: tuple[tuple[str, GridKey], ...] = ()
+    matmuls: tuple[tuple[str, MatmulPlan], ...] = ()
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.arithmetic, self.layers, self.sums))
+        return hash((self.arithmetic, self.layers, self.sums, self.matmuls))
 
     def __hash__(self) -> int:
         """Computed once: every call of the network looks its program up."""
@@ -110,6 +115,7 @@ def integer_rules(
         the same integers as float32, in the layout of the layer's operation.
     """
     arithmetic, plans, sums = plan.arithmetic, dict(plan.layers), dict(plan.sums)
+    matmuls = dict(plan.matmuls)
 
     def layer_rule(site: Site, layer: QuantizedLayer, value: Any) -> Codes | jax.Array:
         name = site.layer.name
@@ -146,8 +152,11 @@ def integer_rules(
     def on_own_grid(value: Any, grid: QParams, key: GridKey, dtype: Any) -> Codes:
         return held(to_grid(value, grid, key, arithmetic, dtype), grid, dtype, arithmetic)
 
+    def matmul_rule(step: Matmul, matmul: QuantizedMatmul, lhs: Any, rhs: Any) -> Any:
+        return multiply_codes(step, matmul, matmuls[step.name], (lhs, rhs), arithmetic)
+
     primitives = primitive_rules(arithmetic)
-    return Rules(layer_rule, activated_rule, primitives, real_value, joined_rule)
+    return Rules(layer_rule, activated_rule, primitives, real_value, joined_rule, matmul_rule)
 
 
 # ---- Layers
@@ -226,21 +235,14 @@ def _output(
 ) -> Codes | jax.Array:
     """Requantizes an accumulator to the layer's output: codes, or a sum."""
     operation = site.layer.operation
-    scale = accumulator_scale(operation, layer)
-    unit = along_channels(operation, scale, acc.ndim)
+    unit = along_channels(operation, accumulator_scale(operation, layer), acc.ndim)
     if isinstance(layer.outputs, Dynamic):
         return site.movement(layer.outputs.project(acc.astype(jnp.float32) * unit))
-    if layer.outputs is not None and plan.outputs is not None:
-        qparams = signed(layer.outputs)
-        codes = arithmetic.to_codes(acc, unit * qparams.inverse_scale, qparams)
-        found = on_grid(codes, qparams, plan.outputs)
-        found = held(found, layer.outputs, site.movement.dtype, arithmetic)
+    dtype = site.movement.dtype
+    found = requantized(acc, unit, layer.outputs, plan.outputs, plan.limit, dtype, arithmetic)
+    if isinstance(found, Codes):
         return found.replace(site.movement.of_codes(found.codes))
-    if not arithmetic.only_integers:
-        return site.movement(acc.astype(jnp.float32) * unit)
-    wide = wide_scale(jnp.max(scale) * float(plan.limit), arithmetic)
-    codes = arithmetic.requantize(acc, unit * (1 / wide))
-    return of_sum(site.movement.of_codes(codes), wide)
+    return site.movement(found)
 
 
 # ---- Equations between layers

@@ -105,6 +105,11 @@ def prepare(
             "`recipe` must leave the sums in float, whose ranges are not trained; got "
             f"sums={recipe.sums!r}."
         )
+    if recipe.quantizes_matmuls:
+        raise ValueError(
+            "`recipe` must leave the matmuls in float, whose ranges are not trained; got "
+            f"matmuls={recipe.matmuls!r}."
+        )
     check_network(apply_fn, params)
     network = find_layers(apply_fn, params, shapes_of(x))
     recipes = recipe.by_layer([site.layer.name for site in network.first_sites])

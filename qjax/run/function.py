@@ -14,6 +14,7 @@ from qjax.graph import jaxpr
 from qjax.graph.jaxpr import Env
 from qjax.graph.junctions import find_junctions
 from qjax.graph.layers import Network, find_layers, shapes_of
+from qjax.graph.matmuls import find_matmuls
 from qjax.graph.schedule import Step, schedule
 from qjax.run.fake import FAKE
 from qjax.run.interpreter import Rules, evaluate
@@ -45,8 +46,8 @@ class QuantizedFunction:
 
         Args:
           params: `Quantized.params`: `layers`, a `QuantizedLayer` by name; `rest`, the leaves of
-            the original params that are still read, by path; and `sums`, where junctions have
-            grids of their own, these by name.
+            the original params that are still read, by path; where they are quantized, `sums`, the
+            grids of junctions by name, and `matmuls`, a `QuantizedMatmul` by name.
           x: an input like the ones of the original function, of any batch size.
 
         Returns:
@@ -65,8 +66,9 @@ class QuantizedFunction:
           x: as in a call.
 
         Returns:
-          Integers from qmin to qmax; layers whose output is in float, or has another grid for every
-          input, are left out. Those of a layer that the steps of a loop share follow each other.
+          Integers from qmin to qmax, of quantized matmuls too; layers whose output is in float, or
+          has another grid for every input, are left out. Those of a layer that the steps of a loop
+          share follow each other.
         """
         return self._run("codes", _codes, params, x)
 
@@ -138,10 +140,15 @@ class QuantizedFunction:
 
 def steps_of(network: Network, params: Mapping[str, Any]) -> tuple[tuple[Step, ...], Any]:
     """What `evaluate` takes of a network: its steps, and what they read of `Quantized.params`."""
-    grids = params.get("sums", {})
-    found = find_junctions(network) if grids else ()
-    steps = schedule(network, [junction for junction in found if junction.name in grids])
-    return steps, {**params["layers"], **grids}
+    grids, products = (params.get(name, {}) for name in ("sums", "matmuls"))
+    junctions = find_junctions(network) if grids else ()
+    matmuls = find_matmuls(network) if products else ()
+    steps = schedule(
+        network,
+        [junction for junction in junctions if junction.name in grids],
+        [matmul for matmul in matmuls if matmul.name in products],
+    )
+    return steps, {**params["layers"], **grids, **products}
 
 
 def bind(network: Network, rest: Mapping[str, jax.Array], x: Any) -> Env:
@@ -197,4 +204,8 @@ def _codes(
             steps = network.sites_of(site.layer.name)
             codes = [format.encode(env[step.output]) for step in steps]
             found[site.layer.name] = site.outputs_of_all_steps(codes)
+    products = params.get("matmuls", {})
+    for matmul in find_matmuls(network) if products else ():
+        if matmul.name in products and products[matmul.name].outputs is not None:
+            found[matmul.name] = products[matmul.name].outputs.encode(env[matmul.output])
     return found

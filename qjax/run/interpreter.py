@@ -13,7 +13,9 @@ from qjax.graph import jaxpr
 from qjax.graph.jaxpr import Env
 from qjax.graph.junctions import Junction
 from qjax.graph.layers import Site
+from qjax.graph.matmuls import Matmul
 from qjax.graph.schedule import Activated, Step
+from qjax.run.matmul import fake_matmul
 
 PrimitiveRule = Callable[[core.JaxprEqn, list[Any]], list[Any] | None]
 
@@ -34,6 +36,7 @@ class Rules(NamedTuple):
         the results; None stands for "bind the equation on real values".
       real: of (value, atom that it belongs to): the value as an array of the atom's type.
       joined: of (junction, its grid, value): the value on that grid.
+      multiplied: of (matmul, its grids, both operands): its result.
     """
 
     layer: Callable[[Site, Any, Any], Any]
@@ -41,12 +44,13 @@ class Rules(NamedTuple):
     primitives: Mapping[str, PrimitiveRule]
     real: Callable[[Any, jaxpr.Atom], Any]
     joined: Callable[[Junction, Any, Any], Any] = project
+    multiplied: Callable[[Matmul, Any, Any, Any], Any] = fake_matmul
 
     @property
     def key(self) -> tuple[Any, ...]:
         """A hashable value that no other rules have."""
         by_name = tuple(sorted(self.primitives.items(), key=lambda item: item[0]))
-        return self.layer, self.activated, by_name, self.real, self.joined
+        return self.layer, self.activated, by_name, self.real, self.joined, self.multiplied
 
 
 def evaluate(
@@ -61,7 +65,8 @@ def evaluate(
     Args:
       steps: from `schedule`.
       env: values by variable.
-      layers: the parameters of the layers and the grids of the junctions among the steps, by name.
+      layers: the parameters of the layers and the grids of the junctions and matmuls among the
+        steps, by name.
       rules: how.
       watch: called with every step after it was evaluated.
     """
@@ -74,6 +79,9 @@ def evaluate(
                 env[site.activated] = rules.activated(site, layers[site.layer.name], value)
             case Junction():
                 env[step.var] = rules.joined(step, layers[step.name], env[step.var])
+            case Matmul():
+                values = [env[var] for var in step.operands]
+                env[step.output] = rules.multiplied(step, layers[step.name], *values)
             case _:
                 values = [jaxpr.read(env, atom) for atom in step.invars]
                 rule = rules.primitives.get(step.primitive.name)

@@ -8,10 +8,11 @@ import jax
 
 from qjax.graph.fold import Folded, fold
 from qjax.graph.layers import Network, find_layers, shapes_of
+from qjax.graph.matmuls import find_matmuls
 from qjax.graph.schedule import rest_of_params
 from qjax.programs import FAST_TO_COMPILE
 from qjax.run.fake import FAKE
-from qjax.run.function import bind, outputs_of, steps_of
+from qjax.run.function import bind, evaluated, outputs_of, steps_of
 from qjax.run.interpreter import evaluate
 from qjax.run.layer import QuantizedLayer
 
@@ -28,6 +29,20 @@ class Tap(NamedTuple):
     input: jax.Array
     output: jax.Array
     activated: jax.Array
+
+
+class MatmulTap(NamedTuple):
+    """What one product of two activations read and wrote.
+
+    Attributes:
+      lhs: its first operand, before it is quantized.
+      rhs: its second operand, before it is quantized.
+      output: its result, quantized where it has a grid.
+    """
+
+    lhs: jax.Array
+    rhs: jax.Array
+    output: jax.Array
 
 
 Tapped = Callable[[Mapping[str, Any], Any], tuple[Any, dict[str, Tap]]]
@@ -89,3 +104,24 @@ def _run(
                 site.outputs_of_all_steps([env[step.activated] for step in steps]),
             )
     return outputs_of(network, env, FAKE), taps
+
+
+def tapped_matmuls(network: Network) -> Callable[[Mapping[str, Any], Any], dict[str, MatmulTap]]:
+    """Makes a function that keeps what the products of two activations read and write.
+
+    Args:
+      network: a traced network.
+
+    Returns:
+      A compiled function of (params in the form of `Quantized.params` or `float_layers`, x) that
+      returns a `MatmulTap` per product by name.
+    """
+    return network.program("tap of matmuls", partial(_run_matmuls, network), FAST_TO_COMPILE)
+
+
+def _run_matmuls(network: Network, params: Mapping[str, Any], x: Any) -> dict[str, MatmulTap]:
+    env = evaluated(network, FAKE, params, x)
+    return {
+        matmul.name: MatmulTap(*(env[var] for var in (*matmul.operands, matmul.output)))
+        for matmul in find_matmuls(network)
+    }

@@ -9,16 +9,17 @@ import numpy as np
 from qjax.formats.affine import QParams
 from qjax.quantize import Quantized
 from qjax.run.layer import QuantizedLayer
-from qjax.run.tap import Tap, tapped
+from qjax.run.matmul import QuantizedMatmul
+from qjax.run.tap import MatmulTap, Tap, tapped, tapped_matmuls
 from qjax.table import table
 
 
 class LayerCheck(NamedTuple):
-    """What flows through one layer in fake quantization.
+    """What flows through one layer, or quantized product of two activations, in fake quantization.
 
     Attributes:
       name: of the layer.
-      input: how many elements of its input are NaN or infinite.
+      input: how many elements of its input are NaN or infinite; of a product, of both operands.
       output: how many of its output are, before the activation.
       clipped: the share of its input that lies beyond the range of its codes; None where no range
         was chosen beforehand.
@@ -87,23 +88,44 @@ def check(q: Quantized, x: Any) -> Check:
     layers: Mapping[str, QuantizedLayer] = q.params["layers"]
     names = [record.name for record in q.report]
     records = [_check_layer(name, layers[name], taps[name]) for name in names]
+    if products := q.params.get("matmuls"):
+        taps = tapped_matmuls(q.apply_fn.network(x))(q.params, x)
+        records += [
+            _check_matmul(name, products[name], tap)
+            for name, tap in taps.items()
+            if name in products
+        ]
     counts = (sum(map(_not_finite, jax.tree.leaves(tree))) for tree in (x, outputs))
     return Check(tuple(records), *counts)
 
 
 def _check_layer(name: str, layer: QuantizedLayer, tap: Tap) -> LayerCheck:
-    clipped = saturated = None
-    if layer.grid is not None:
-        x, (low, high) = np.asarray(tap.input, np.float32), map(np.asarray, layer.grid.range)
-        half = np.asarray(layer.grid.scale) / 2
-        clipped = float(np.mean((x < low - half) | (x > high + half)))
-    if isinstance(layer.outputs, QParams):
-        codes = np.asarray(layer.outputs.encode(tap.output))
-        limits = (int(layer.outputs.qmin), int(layer.outputs.qmax))
-        zero = np.asarray(layer.outputs.zero_point)
-        saturated = float(np.mean(np.isin(codes, limits) & (codes != zero)))
+    clipped = None if layer.grid is None else float(np.mean(_is_clipped(layer.grid, tap.input)))
     counts = _not_finite(tap.input), _not_finite(tap.output)
-    return LayerCheck(name, *counts, clipped, saturated)
+    return LayerCheck(name, *counts, clipped, _saturated(layer.outputs, tap.output))
+
+
+def _check_matmul(name: str, matmul: QuantizedMatmul, tap: MatmulTap) -> LayerCheck:
+    pairs = ((matmul.lhs, tap.lhs), (matmul.rhs, tap.rhs))
+    clipped = np.concatenate([_is_clipped(*pair).ravel() for pair in pairs])
+    counts = _not_finite(tap.lhs) + _not_finite(tap.rhs), _not_finite(tap.output)
+    saturated = _saturated(matmul.outputs, tap.output)
+    return LayerCheck(name, *counts, float(np.mean(clipped)), saturated)
+
+
+def _is_clipped(grid: QParams, values: Any) -> np.ndarray:
+    x, (low, high) = np.asarray(values, np.float32), map(np.asarray, grid.range)
+    half = np.asarray(grid.scale) / 2
+    return (x < low - half) | (x > high + half)
+
+
+def _saturated(grid: Any, values: Any) -> float | None:
+    """The share of values at an end of their range that is not 0; None without a static one."""
+    if not isinstance(grid, QParams):
+        return None
+    codes, limits = np.asarray(grid.encode(values)), (int(grid.qmin), int(grid.qmax))
+    zero = np.asarray(grid.zero_point)
+    return float(np.mean(np.isin(codes, limits) & (codes != zero)))
 
 
 def _not_finite(values: Any) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, overload
 
 from qjax.quantize import Quantized
-from qjax.report import LayerReport, si
+from qjax.report import LayerReport, MatmulReport, Report, si
 from qjax.table import shortened, table
 
 ACCUMULATOR_BITS = 32
@@ -75,7 +75,9 @@ class LayerCost:
 
 
 class Cost(Sequence[LayerCost]):
-    """A record per layer; `str(cost)` is a table of at most 100 columns.
+    """A record per layer, then one per quantized product of two activations, as a table in text.
+
+    `str(cost)` is at most 100 columns wide.
 
     Attributes:
       unit: of energy.
@@ -141,11 +143,12 @@ def cost(
       384
     """
     report = q.report if isinstance(q, Quantized) else q
+    matmuls = report.matmuls if isinstance(report, Report) else ()
     if isinstance(model, str):
         if model not in MODELS:
             raise ValueError(f"`model` must be one of {', '.join(MODELS)}; got {model!r}.")
         model = MODELS[model]
-    widths = dict.fromkeys((record.name for record in report), ACCUMULATOR_BITS)
+    widths = dict.fromkeys((record.name for record in (*report, *matmuls)), ACCUMULATOR_BITS)
     if isinstance(accumulator_bits, int):
         widths = dict.fromkeys(widths, accumulator_bits)
     elif unknown := set(accumulator_bits) - set(widths):
@@ -155,7 +158,9 @@ def cost(
         )
     else:
         widths |= accumulator_bits
-    return Cost([_layer_cost(record, model, widths[record.name]) for record in report], model.unit)
+    layers = [_layer_cost(record, model, widths[record.name]) for record in report]
+    products = [_matmul_cost(record, model, widths[record.name]) for record in matmuls]
+    return Cost([*layers, *products], model.unit)
 
 
 def _layer_cost(record: LayerReport, model: EnergyModel, b_acc: int) -> LayerCost:
@@ -177,4 +182,21 @@ def _layer_cost(record: LayerReport, model: EnergyModel, b_acc: int) -> LayerCos
         activation_bytes=math.ceil(moved / 8),
         bit_operations=record.macs * operands[0] * operands[1],
         energy=energy + model.move * (weight_bits + moved),
+    )
+
+
+def _matmul_cost(record: MatmulReport, model: EnergyModel, b_acc: int) -> LayerCost:
+    lhs, rhs, result = (bits or 32 for bits in record.bits)
+    sizes = map(math.prod, record.shapes)
+    moved = sum(size * bits for size, bits in zip(sizes, (lhs, rhs, result), strict=True))
+    energy = record.macs * (model.multiply(lhs, rhs, False) + model.add(b_acc, False))
+    return LayerCost(
+        name=record.name,
+        macs=record.macs,
+        multiplications=record.macs,
+        additions=record.macs,
+        weight_bytes=record.bytes_quantized,
+        activation_bytes=math.ceil(moved / 8),
+        bit_operations=record.macs * lhs * rhs,
+        energy=energy + model.move * moved,
     )

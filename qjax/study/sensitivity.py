@@ -86,6 +86,7 @@ def measure_sensitivities(
     plain = dataclasses.replace(
         recipe, rounding="nearest", reconstructions=0, sweeps=0, sequential=False, sums="float"
     )
+    plain = dataclasses.replace(plain, matmuls="float")
     nothing = dataclasses.replace(plain, weights=None, inputs=None, outputs=None, overrides=())
     recipes: dict[Part, Recipe] = {
         "weights": dataclasses.replace(nothing, weights=recipe.weights),
