@@ -45,7 +45,7 @@ def masked() -> tuple[Any, Any]:
 
     def apply_fn(params: Any, x: jax.Array) -> jax.Array:
         q, k, v = (jnp.einsum("btc,chd->bthd", x, params[name]) for name in "qkv")
-        scores = jnp.einsum("bthd,bshd->bhts", q, k) / jnp.sqrt(jnp.float32(HEAD))
+        scores = jnp.einsum("bthd,bshd->bhts", q, k) / HEAD**0.5
         seen = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
         weights = jax.nn.softmax(jnp.where(seen, scores, -1e9), axis=-1)
         mixed = jnp.einsum("bhts,bshd->bthd", weights, v)

@@ -22,7 +22,7 @@ from qjax.formats.spec import (
 )
 from qjax.objectives.table import OBJECTIVES
 from qjax.progress import Progress
-from qjax.recipe import LayerRecipe, OutputPosition, Recipe, Sums, recipe
+from qjax.recipe import LayerRecipe, Matmuls, OutputPosition, Recipe, Sums, recipe
 from qjax.rounding.table import ROUNDINGS
 from qjax.targets import TARGETS
 
@@ -148,6 +148,12 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
     choose("--weight-format", FORMATS, AFFINE.name, "number format of the weights")
     choose("--sums", Sums, Recipe.sums, "residual sums, concatenations and pools")
+    choose(
+        "--matmuls",
+        Matmuls,
+        Recipe.matmuls,
+        "products of two activations, as attention scores are",
+    )
     choose("--rounding", ROUNDINGS, LayerRecipe().round_with.name, "rounding of the weights")
     add(
         "--sweeps",

@@ -9,6 +9,7 @@ from qjax.atomic import write
 from qjax.cli import command
 from qjax.cli.loading import Loaded
 from qjax.graph.layers import find_layers, shapes_of
+from qjax.graph.matmuls import find_matmuls
 from qjax.page import quantization
 from qjax.progress import Progress
 from qjax.quantize import quantize
@@ -63,17 +64,24 @@ def answer(
     network = find_layers(model.apply_fn, shapes_of(model.params), images)
     sites = {site.layer.name: site for site in network.sites}
     name = arguments.layer
-    if name not in sites:
-        raise ValueError(f"`LAYER` must be one of {', '.join(sites)}; got {name!r}.")
+    matmuls = [m.name for m in find_matmuls(network)] if recipe.quantizes_matmuls else []
+    if name not in (*sites, *matmuls):
+        raise ValueError(f"`LAYER` must be one of {', '.join([*sites, *matmuls])}; got {name!r}.")
+    wants_curves = arguments.ranges or arguments.report is not None
+    if wants_curves and name not in sites:
+        raise ValueError(
+            f"`--ranges` and `--report` show the ranges of layers; {name!r} is a product of two "
+            "activations. Leave them out."
+        )
     q = quantize(model.apply_fn, model.params, calibration, recipe, progress=progress)
     x = model.preprocess(test.images[arguments.image : arguments.image + 1])
     text = str(explain(q, name, x, model.params))
-    if not arguments.ranges and arguments.report is None:
+    if not wants_curves:
         return text
     floats = float_layers(network, model.params)
     sample = jnp.asarray(calibration[:256])
     taps = tapped(model.apply_fn, shapes_of(model.params), sample, [name])(floats, sample)[1]
-    formats = recipe.by_layer(list(sites))[name]
+    formats = recipe.by_layer(list(sites), matmuls)[name]
     curves = layer_curves(sites[name], floats["layers"][name], taps[name].input, formats)
     if arguments.report is not None:
         title = f"{model.name}, {name}: how the ranges were found"

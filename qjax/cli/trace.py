@@ -1,13 +1,18 @@
 """`qjax trace`: the layers of a model, before anything is quantized."""
 
 import argparse
+from collections.abc import Sequence
+from typing import get_args
 
 import pretrained
 from qjax.cli.arguments import add_network
 from qjax.cli.command import Command
 from qjax.cli.loading import an_image
 from qjax.cli.output import columns
-from qjax.graph.layers import Network, check_layers, find_layers, shapes_of
+from qjax.graph.jaxpr import shape
+from qjax.graph.layers import Layer, Network, check_layers, find_layers, shapes_of
+from qjax.graph.matmuls import KIND, Matmul, find_matmuls, left_in_float
+from qjax.recipe import Matmuls, Recipe
 from qjax.report import in_float, product, si
 from qjax.table import table
 
@@ -19,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the command."""
     add = parser.add_argument
     add_network(add)
+    choices = get_args(Matmuls)
+    help_text = f"products of two activations: {', '.join(choices)} ({Recipe.matmuls})"
+    add("--matmuls", choices=choices, default=Recipe.matmuls, metavar="NAME", help=help_text)
     add("--quiet", action="store_true", help="write no notes to standard error")
 
 
@@ -32,23 +40,42 @@ def run(arguments: argparse.Namespace) -> None:
     x = an_image(model, arguments.dataset)
     network = find_layers(model.apply_fn, model.params, shapes_of(x))
     check_layers(network)
-    print(describe(network, columns()))
+    matmuls = find_matmuls(network) if arguments.matmuls == "quantized" else ()
+    print(describe(network, columns(), matmuls))
 
 
-def describe(network: Network, width: int) -> str:
-    """The layers as a table, and what stays in float."""
+def describe(network: Network, width: int, matmuls: Sequence[Matmul] = ()) -> str:
+    """The layers and the quantized products as a table, and what stays in float."""
     layers = [site.layer for site in network.first_sites]
-    rows = [
-        (
-            *(layer.name, layer.kind, product(layer.kernel_shape)),
-            *(product(layer.input_shape[1:]), product(layer.output_shape[1:])),
-            *(layer.activation, si(layer.macs)),
-        )
-        for layer in layers
-    ]
-    total = (f"{len(layers)} layers", *[""] * 5, si(sum(layer.macs for layer in layers)))
+    rows = _matmul_rows("", matmuls)
+    for layer in layers:
+        rows += [_layer_row(layer), *_matmul_rows(layer.name, matmuls)]
+    macs = sum(record.macs for record in (*layers, *matmuls))
+    total = (f"{len(layers)} layers", *[""] * 5, si(macs))
+    skipped = left_in_float(network, [matmul.name for matmul in matmuls])
     layers_text = table(HEADER, rows, "<<<<<<>", footer=total, most=width, spared=SPARED)
-    return "\n".join([layers_text, *in_float(network.skipped, width)])
+    return "\n".join([layers_text, *in_float(skipped, width)])
+
+
+def _layer_row(layer: Layer) -> tuple[str, ...]:
+    return (
+        *(layer.name, layer.kind, product(layer.kernel_shape)),
+        *(product(layer.input_shape[1:]), product(layer.output_shape[1:])),
+        *(layer.activation, si(layer.macs)),
+    )
+
+
+def _matmul_rows(layer: str, matmuls: Sequence[Matmul]) -> list[tuple[str, ...]]:
+    """Those after a layer; its second operand stands where a layer has its kernel."""
+    return [
+        (
+            *(matmul.name, KIND),
+            *(product(shape(var)[1:]) for var in (*matmul.operands[::-1], matmul.output)),
+            *("none", si(matmul.macs)),
+        )
+        for matmul in matmuls
+        if matmul.layer == layer
+    ]
 
 
 COMMAND = Command(

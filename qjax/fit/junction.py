@@ -74,6 +74,7 @@ def _fit(
     candidates: Candidates,
     pair: Values,
     known: QParams | None = None,
+    is_exact: bool = True,
 ) -> tuple[FittedJunction, jax.Array]:
     """Chooses the range of a value, unless its grid is known, and rounds to it."""
     floats, values = pair
@@ -86,6 +87,7 @@ def _fit(
             spec=spec.stored,
             activation=activation,
             candidates=candidates,
+            is_exact=is_exact,
         )
     rounded, found = _rounded(activation, grid, floats, values)
     return FittedJunction(grid, found, clip, values.shape[1:]), rounded
@@ -146,7 +148,7 @@ def fit_matmul(
     objective = recipe.objective
     spec = dataclasses.replace(recipe.inputs, granularity="per_tensor")
     left, right = (
-        _fit(NONE, objective, spec, candidates, pair, grid)[0]
+        _fit(NONE, objective, spec, candidates, pair, grid, is_exact=False)[0]
         for pair, grid in zip((lhs, rhs), known, strict=True)
     )
     floats = _float_product(product, lhs[0], rhs[0])

@@ -254,7 +254,7 @@ def values_between(
     return output_values(objective, activation, activation.bounds, None, floats, values, None)
 
 
-@program(static_argnames=("objective", "spec", "activation", "candidates"))
+@program(static_argnames=("objective", "spec", "activation", "candidates", "is_exact"))
 def choose_output(
     values: OutputValues,
     limits: Any,
@@ -263,6 +263,7 @@ def choose_output(
     spec: QuantSpec,
     activation: Activation,
     candidates: Candidates,
+    is_exact: bool = True,
 ) -> tuple[QParams, jax.Array]:
     """Chooses the range of an output; compiled once for all layers whose samples are alike.
 
@@ -273,6 +274,7 @@ def choose_output(
       spec: the number format.
       activation: what follows the output, or its sum with the shortcut.
       candidates: of the search.
+      is_exact: whether it may be added to something, see `with_exact_products`.
 
     Returns:
       Scalar qparams, and their scale's share of the scale that the extremes need.
@@ -285,7 +287,7 @@ def choose_output(
     sample = OutputSample(stacked, *values.extremes, target, actual, values.shortcut, activation)
     chosen = least(objective, sample, spec, candidates, limits)
     clip = chosen.scale / widest(sample, spec, limits).scale
-    return with_exact_products(chosen), clip
+    return with_exact_products(chosen) if is_exact else chosen, clip
 
 
 def seen_by(task: Task, knows_shortcut: bool) -> Activation:

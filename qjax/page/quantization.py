@@ -22,7 +22,7 @@ from qjax.objectives.table import OBJECTIVES
 from qjax.page.document import document
 from qjax.progress import Progress
 from qjax.quantize import Quantized
-from qjax.report import LayerReport
+from qjax.report import LayerReport, MatmulReport, product
 from qjax.study.accuracy import Comparison, compare, predict
 from qjax.study.cost import cost
 from qjax.study.curves import Curves, layer_curves
@@ -44,6 +44,7 @@ class Facts(NamedTuple):
       dataset: its name.
       summary: what was done, a short text.
       records: the layers.
+      matmuls: the quantized products of two activations.
       layers: how well each does.
       logits_sqnr_db: of the network's output.
       sensitivity: by layer, SQNR of the logits in dB with that layer alone quantized.
@@ -58,6 +59,7 @@ class Facts(NamedTuple):
     dataset: str
     summary: str
     records: Sequence[LayerReport]
+    matmuls: Sequence[MatmulReport]
     layers: Sequence[LayerQuality]
     logits_sqnr_db: float
     sensitivity: Mapping[str, float]
@@ -120,6 +122,7 @@ def gather(
         test.name,
         _summary(q, len(calibration), len(test.images), test.name),
         list(q.report),
+        q.report.matmuls,
         measured.layers,
         measured.logits,
         alone,
@@ -127,7 +130,7 @@ def gather(
         comparison,
         [(np.asarray(test.images[i]), int(test.labels[i])) for i in comparison.worst[:WORST]],
         sizes,
-        (sum(record.macs for record in q.report) * FLOAT_MAC, cost(q).total.energy),
+        (cost(q).total.macs * FLOAT_MAC, cost(q).total.energy),
     )
 
 
@@ -166,7 +169,7 @@ def render(facts: Facts) -> str:
     Returns:
       One HTML document that loads nothing.
     """
-    sections = (_head, _table, _quality, _details, _curves, _predictions)
+    sections = (_head, _table, _matmuls, _quality, _details, _curves, _predictions)
     body = "\n".join(section(facts) for section in sections)
     return document(f"{facts.model}, quantized", body)
 
@@ -265,6 +268,25 @@ def _table(facts: Facts) -> str:
         f'<div class="scroll"><table id="layers"><thead><tr>{head}</tr></thead>\n<tbody>\n'
         + "\n".join(rows)
         + "\n</tbody></table></div>"
+    )
+
+
+def _matmuls(facts: Facts) -> str:
+    """The products of two activations; nothing where none is quantized."""
+    if not facts.matmuls:
+        return ""
+    names = ("product", "operands", "result", "bits a/b/y", "result dB", "MACs")
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    rows = []
+    for record in facts.matmuls:
+        *operands, result = (product(shape) for shape in record.shapes)
+        decibels = _db(math.inf if record.output_sqnr_db is None else record.output_sqnr_db, "")
+        cells = (record.name, " · ".join(operands), result, record.widths, decibels, record.macs)
+        rows.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
+    return (
+        "<h2>Products of two activations</h2>\n<p>Signal to noise of the result in decibels, all "
+        'that comes before it quantized too.</p>\n<div class="scroll"><table id="matmuls"><thead>'
+        f"<tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
     )
 
 

@@ -52,9 +52,9 @@ class Explanation:
     """A layer on an image, step by step; `str(explanation)` is the text.
 
     Attributes:
-      layer: the name of the layer.
-      kind: conv, depthwise_conv, grouped_conv, dense or grouped_dense.
-      kernel_shape: shape of its kernel.
+      layer: the name of the layer, or of a quantized product of two activations.
+      kind: conv, depthwise_conv, grouped_conv, dense, grouped_dense or matmul.
+      kernel_shape: shape of its kernel; of a matmul, of its second operand.
       activation: what follows it: a name in `ACTIVATIONS`, or other.
       channel: the output channel that is shown.
       position: the output position that is shown, counted over the examples and space.
@@ -96,7 +96,7 @@ def explain(q: Quantized, layer: str, x: Any, params: Any = None) -> Explanation
 
     Args:
       q: a quantized network.
-      layer: the name of one of its layers.
+      layer: the name of one of its layers, or of a quantized product of two activations.
       x: an input with a leading axis of examples, usually of one.
       params: the float params, to compare every step with the float network. Without them the
         reference is the layer itself, unrounded at the input it gets: the kernel counts as exact.
@@ -135,7 +135,11 @@ def explain(q: Quantized, layer: str, x: Any, params: Any = None) -> Explanation
         position=shown.position,
         elements=tuple(map(int, shown.elements)),
         patch=patch,
-        steps=tuple(step for make in STEPS if (step := make(trace)) is not None),
+        steps=tuple(
+            step
+            for make in (MATMUL_STEPS if trace.is_matmul else STEPS)
+            if (step := make(trace)) is not None
+        ),
     )
 
 
@@ -292,7 +296,8 @@ def _accumulator(trace: LayerTrace) -> ExplainedStep | None:
         ACCUMULATOR_BITS,
         _at_output(trace, trace.sums),
         _sqnr_db(trace.float_sums, real),
-        f"{signed_width(low.min(), high.max())} bits needed for any input, "
+        f"{signed_width(low.min(), high.max())} bits needed for any "
+        f"{'first operand' if trace.is_matmul else 'input'}, "
         f"{signed_width(trace.sums.min(), trace.sums.max())} by this one, "
         f"{ACCUMULATOR_BITS} used\n"
         f"one unit is {_unit(trace)} = {trace.shown.of_channels(trace.unit):.6g}, so a is "
@@ -458,6 +463,63 @@ STEPS: tuple[Callable[[LayerTrace], ExplainedStep | None], ...] = (
 )
 
 
+# ---- Products of two activations
+
+
+def _first_operand(trace: LayerTrace) -> ExplainedStep | None:
+    return dataclasses.replace(_input(trace), name="first operand")
+
+
+def _first_codes(trace: LayerTrace) -> ExplainedStep | None:
+    step = _input_codes(trace)
+    equation = step and step.equation.replace("q_x", "q_a").replace("x /", "a /")
+    return step and dataclasses.replace(step, name="codes of the first operand", equation=equation)
+
+
+def _second_operand(trace: LayerTrace) -> ExplainedStep:
+    return ExplainedStep(
+        "second operand",
+        "b, as the layers before leave it" if not trace.is_float_network else "b, in float",
+        "float32",
+        FLOAT_BITS,
+        trace.shown.of_kernel(trace.float_kernel),
+        None,
+    )
+
+
+def _second_codes(trace: LayerTrace) -> ExplainedStep | None:
+    grid = trace.layer.weights
+    scale, zero_point = (float(np.asarray(leaf).item()) for leaf in (grid.scale, grid.zero_point))
+    return ExplainedStep(
+        "codes of the second operand",
+        f"q_b = clip(round(b / {scale:.6g}) + {zero_point:.0f}, {_limits(grid)})",
+        _type(grid),
+        grid.bits,
+        trace.shown.of_kernel(np.asarray(trace.layer.kernel, np.float64)),
+        _sqnr_db(trace.float_kernel, trace.kernel_hat) if trace.is_float_network else None,
+        _q_formats(grid).strip(),
+    )
+
+
+def _products_of_two(trace: LayerTrace) -> ExplainedStep | None:
+    step = _products(trace)
+    return step and dataclasses.replace(step, equation="p = (q_a − z_a)(q_b − z_b)")
+
+
+MATMUL_STEPS: tuple[Callable[[LayerTrace], ExplainedStep | None], ...] = (
+    _first_operand,
+    _first_codes,
+    _second_operand,
+    _second_codes,
+    _products_of_two,
+    _accumulator,
+    _float_output,
+    _requantization,
+    _output_codes,
+    _dequantization,
+)
+
+
 # ---- Numbers and words
 
 
@@ -467,6 +529,8 @@ def _at_output(trace: LayerTrace, outputs: np.ndarray) -> tuple[float, ...]:
 
 def _unit(trace: LayerTrace) -> str:
     """What one unit of the accumulator is."""
+    if trace.is_matmul:
+        return "s_a·s_b"
     return "s_w" if trace.layer.folds_input_scales else "s_w·s_x"
 
 

@@ -11,6 +11,7 @@ patch and M the output channels of a group (`qjax.graph.operation`).
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +21,12 @@ import numpy as np
 from qjax.formats.affine import QParams, quantize_array
 from qjax.formats.binary import Signs
 from qjax.formats.dynamic import ActivationFormat, Dynamic
-from qjax.graph import elementwise
-from qjax.graph.activation import Activation
-from qjax.graph.layers import Site, find_layers, shapes_of
-from qjax.graph.operation import Linear, by_channel, output_matrix
+from qjax.graph import elementwise, jaxpr
+from qjax.graph.activation import NONE, Activation
+from qjax.graph.layers import Layer, Movement, Network, Site, find_layers, shapes_of
+from qjax.graph.matmuls import KIND as MATMUL
+from qjax.graph.matmuls import Matmul, find_matmuls
+from qjax.graph.operation import DotProduct, Linear, by_channel, output_matrix
 from qjax.integer.requantize import SHIFT, fixed_point, multiply_shift
 from qjax.programs import program
 from qjax.quantize import Quantized
@@ -37,8 +40,9 @@ from qjax.run.layer import (
     relative_codes,
     scaled_kernel,
 )
+from qjax.run.matmul import QuantizedMatmul
 from qjax.run.signs import center
-from qjax.run.tap import Tap, float_layers, tapped
+from qjax.run.tap import Tap, float_layers, tapped, tapped_matmuls
 
 SHOWN = 8  # elements of a patch that are written out
 
@@ -204,6 +208,11 @@ class LayerTrace:
     activated_outputs: Rounded | None
 
     @property
+    def is_matmul(self) -> bool:
+        """Whether it is a product of two activations, its kernel being the second operand."""
+        return self.site.layer.kind == MATMUL
+
+    @property
     def has_activation(self) -> bool:
         """Whether anything is done to the output."""
         return self.activation_range != (-math.inf, math.inf)
@@ -214,8 +223,13 @@ def measure_layer(q: Quantized, layer: str, x: Any, params: Any = None) -> Layer
     function = q.apply_fn
     network = find_layers(function.apply_fn, function.params, shapes_of(x))
     sites = {site.layer.name: site for site in network.first_sites}
+    products: Mapping[str, QuantizedMatmul] = q.params.get("matmuls", {})
+    if layer in products:
+        floats = None if params is None else float_layers(network, params)
+        [matmul] = (found for found in find_matmuls(network) if found.name == layer)
+        return _measure_matmul(network, matmul, products[layer], q.params, floats, x)
     if layer not in sites:
-        raise ValueError(f"`layer` must be one of {', '.join(sites)}; got {layer!r}.")
+        raise ValueError(f"`layer` must be one of {', '.join([*sites, *products])}; got {layer!r}.")
     run = tapped(function.apply_fn, function.params, x, [layer])
     site, quantized = sites[layer], q.params["layers"][layer]
     actual = run(q.params, x)[1][layer]
@@ -226,6 +240,51 @@ def measure_layer(q: Quantized, layer: str, x: Any, params: Any = None) -> Layer
     own = floats["layers"][layer]
     given = run(floats, x)[1][layer]
     return trace_layer(site, quantized, actual, Reference(given.input, own.kernel, own.bias, True))
+
+
+def _measure_matmul(
+    network: Network,
+    matmul: Matmul,
+    grids: QuantizedMatmul,
+    params: Mapping[str, Any],
+    floats: Mapping[str, Any] | None,
+    x: Any,
+) -> LayerTrace:
+    """Follows a product of two activations as a layer whose kernel is the second operand."""
+    run = tapped_matmuls(network)
+    actual = run(params, x)[matmul.name]
+    given = actual if floats is None else run(floats, x)[matmul.name]
+    product, dtype = matmul.product, jaxpr.dtype(matmul.output)
+    operation = DotProduct(False, product.contracting, product.batch, actual.rhs.shape)
+    groups, _, channels = operation.matrix_shape
+    shapes = actual.rhs.shape, actual.lhs.shape, actual.output.shape
+    described = Layer(matmul.name, MATMUL, NONE.name, *shapes, matmul.macs, operation)
+    lhs, rhs = matmul.operands
+    site = Site(
+        layer=described,
+        input=lhs,
+        kernel=rhs,
+        chain=(matmul.position,),
+        operations=(),
+        movement=Movement((), dtype),
+        output=matmul.output,
+        activation=NONE,
+        activated=matmul.output,
+        activating=(),
+        shortcut=None,
+    )
+    scale, zero_point = (leaf.reshape(1, 1, 1) for leaf in (grids.rhs.scale, grids.rhs.zero_point))
+    layer = QuantizedLayer(
+        kernel=operation.to_matrix(grids.rhs.encode(actual.rhs)),
+        bias=jnp.zeros(groups * channels, jnp.int32),
+        weights=dataclasses.replace(grids.rhs, scale=scale, zero_point=zero_point),
+        inputs=grids.lhs,
+        outputs=grids.outputs,
+        activated=None,
+    )
+    kernel = operation.to_matrix(given.rhs.astype(jnp.float32))
+    reference = Reference(given.lhs, kernel, jnp.zeros(groups * channels), floats is not None)
+    return trace_layer(site, layer, Tap(actual.lhs, actual.output, actual.output), reference)
 
 
 def trace_layer(site: Site, layer: QuantizedLayer, actual: Tap, reference: Reference) -> LayerTrace:
