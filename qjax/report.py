@@ -179,7 +179,7 @@ def matmul_report(matmul: Matmul, fitted: FittedMatmul) -> MatmulReport:
         name=matmul.name,
         layer=matmul.layer,
         kind=KIND,
-        shapes=tuple(part.shape[1:] for part in fitted),
+        shapes=matmul.shapes,
         bits=tuple(grid and grid.bits for grid in grids),
         scales=tuple(_scale(grid) for grid in grids),
         zero_points=tuple(_zero_point(grid) for grid in grids),

@@ -9,7 +9,6 @@ from qjax.cli.arguments import add_network
 from qjax.cli.command import Command
 from qjax.cli.loading import an_image
 from qjax.cli.output import columns
-from qjax.graph.jaxpr import shape
 from qjax.graph.layers import Layer, Network, check_layers, find_layers, shapes_of
 from qjax.graph.matmuls import KIND, Matmul, find_matmuls, left_in_float
 from qjax.recipe import Matmuls, Recipe
@@ -70,10 +69,11 @@ def _matmul_rows(layer: str, matmuls: Sequence[Matmul]) -> list[tuple[str, ...]]
     return [
         (
             *(matmul.name, KIND),
-            *(product(shape(var)[1:]) for var in (*matmul.operands[::-1], matmul.output)),
+            *map(product, (right, left, result)),
             *("none", si(matmul.macs)),
         )
         for matmul in matmuls
+        for left, right, result in [matmul.shapes]
         if matmul.layer == layer
     ]
 

@@ -75,6 +75,7 @@ class Matmul(NamedTuple):
       product: the operation.
       operands: the variables that it multiplies, lhs and rhs.
       output: the variable of its result.
+      shapes: of its operands and its result, for one example.
       macs: multiply-accumulate operations per example.
     """
 
@@ -84,6 +85,7 @@ class Matmul(NamedTuple):
     product: MatrixProduct
     operands: tuple[core.Var, core.Var]
     output: core.Var
+    shapes: tuple[tuple[int, ...], ...]
     macs: int
 
     @property
@@ -111,7 +113,7 @@ def find_matmuls(network: Network) -> tuple[Matmul, ...]:
     """
     if not network.products:
         return ()
-    latest = Branches(network).latest
+    latest, examples = Branches(network).latest, examples_of(network.flat)
     taken = {site.layer.name for site in network.sites}
     found = []
     for position in network.products:
@@ -130,9 +132,16 @@ def find_matmuls(network: Network) -> tuple[Matmul, ...]:
         product = MatrixProduct(contracting, batch)
         [output] = equation.outvars
         depth = math.prod(shape(lhs)[axis] for axis in contracting[0])
-        macs = math.prod(shape(output)) * depth // examples_of(network.flat)
-        found.append(Matmul(name, layer, position, product, (lhs, rhs), output, macs))
+        macs = math.prod(shape(output)) * depth // examples
+        sizes = tuple(_of_one(shape(var), examples) for var in (lhs, rhs, output))
+        found.append(Matmul(name, layer, position, product, (lhs, rhs), output, sizes, macs))
     return tuple(found)
+
+
+def _of_one(size: tuple[int, ...], examples: int) -> tuple[int, ...]:
+    """The shape of one example; a product may have left out the axis of a single one."""
+    axis = size.index(examples) if examples in size else len(size)
+    return size[:axis] + size[axis + 1 :]
 
 
 def left_in_float(network: Network, quantized: Collection[str]) -> tuple[Skipped, ...]:

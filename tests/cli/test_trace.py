@@ -17,6 +17,17 @@ def make():
         return y @ params["head"]
     return apply_fn, params
 
+def attention():
+    rng = np.random.default_rng(0)
+    shapes = {"k": (3, 4), "q": (3, 4), "v": (3, 4), "head": (4, 3)}
+    params = {name: np.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
+    def apply_fn(params, x):
+        x = x.reshape(x.shape[0], 4, 3).astype(np.float32)
+        q, k, v = (x @ params[name] for name in "qkv")
+        y = q @ k.swapaxes(-1, -2) @ v
+        return y.mean(1) @ params["head"]
+    return apply_fn, params
+
 def empty():
     return (lambda params, x: x), {}
 """
@@ -45,6 +56,32 @@ def test_a_model_and_images_of_ones_own(capsys: pytest.CaptureFixture[str]):
     cheap = ["--range-method", "absmax", "--input-bits", "float", "--no-bias-correction"]
     assert main(["quantize", *own, "--dataset", "own.npz", *cheap]) == 0
     assert "9 test images of own.npz" in capsys.readouterr().out
+
+
+OWN = ["--model", "traced_network:attention", "--dataset", "own.npz"]
+
+
+def test_products_of_two_activations(capsys: pytest.CaptureFixture[str]):
+    assert main(["trace", *OWN]) == 0
+    listed = capsys.readouterr().out
+    assert "/matmul" not in listed and listed.count("a product of two activations") == 2
+    assert main(["trace", *OWN, "--matmuls", "quantized"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    [row] = [words for words in lines if words[:1] == ["k/matmul"]]
+    assert row == ["k/matmul", "matmul", "4×4", "4×4", "4×4", "none", "64"]
+    assert not any("product" in words for words in lines)
+
+
+def test_they_are_quantized_and_explained(capsys: pytest.CaptureFixture[str]):
+    cheap = ["--range-method", "absmax", "--no-bias-correction", "--matmuls", "quantized"]
+    assert main(["quantize", *OWN, *cheap, "--override", "v/matmul=6"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    widths = {words[0]: words for words in lines if len(words) > 4}
+    assert "8/8/8" in widths["k/matmul"] and "6/6/6" in widths["v/matmul"]
+    assert main(["explain", "k/matmul", *OWN, *cheap]) == 0
+    assert "codes of the second operand" in capsys.readouterr().out
+    assert main(["explain", "k/matmul", *OWN, *cheap, "--ranges"]) == 2
+    assert "'k/matmul' is a product of two activations" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,21 @@
 """The report page: everything is said, nothing is fetched, and a browser sorts its table."""
 
 import base64
+import dataclasses
 import functools
 import html.parser
 import io
 import re
 from pathlib import Path
 
+import attention
 import browser
 import numpy as np
 import PIL.Image
 import pytest
 import small
 
+import qjax
 from qjax.page import quantization as page
 
 
@@ -135,3 +138,15 @@ def test_a_browser_sorts_the_table_on_a_laptop_and_on_a_phone(tmp_path: Path):
         assert image.shape == (height, width)
         assert (np.median(image) > 200) if is_light else (np.median(image) < 60)
         assert image.std() > 10, "something is drawn"
+
+
+def test_products_of_two_activations_have_a_table():
+    network, x = attention.NETWORKS[4], attention.inputs(16)
+    apply_fn, params = network.make()
+    recipe = dataclasses.replace(small.CHEAP, matmuls="quantized")
+    q = qjax.quantize(apply_fn, params, x, recipe)
+    text = page.render(facts()._replace(matmuls=q.report.matmuls))
+    table = text.split('<table id="matmuls">')[1].split("</table>")[0]
+    for record in q.report.matmuls:
+        assert f"<td>{record.name}</td><td>" in table and f"<td>{record.macs}</td>" in table
+    assert "<td>8/8/8</td>" in table and '<table id="matmuls">' not in document()
