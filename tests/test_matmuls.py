@@ -229,7 +229,9 @@ def test_the_report_names_them():
     scores, mixed = report.matmuls
     t, h, d = attention.LENGTH, attention.HEADS, attention.HEAD
     assert scores.kind == "matmul" and scores.widths == "8/8/8" and scores.depth == d
-    assert set(scores.shapes) == {(h, t, t), (t, h, d)} and scores.macs == h * t * t * d == mixed.macs
+    assert (
+        set(scores.shapes) == {(h, t, t), (t, h, d)} and scores.macs == h * t * t * d == mixed.macs
+    )
     assert all(record.output_sqnr_db > 25 for record in report.matmuls)
     lines = [line.split() for line in str(report).splitlines()]
     names = [words[0] for words in lines if words]

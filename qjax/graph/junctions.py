@@ -102,13 +102,16 @@ class Branches:
 
     def __init__(self, network: Network) -> None:
         """Goes through the equations of a network once."""
-        flat, self.graph = network.flat, Graph(network.flat)
+        flat = network.flat
+        self.graph: Graph = Graph(flat)
         self._depends, live = jaxpr.dependences(flat), jaxpr.needed(flat)
-        self.outputs = {site.output: index for index, site in enumerate(network.sites)}
+        self.outputs: dict[core.Var, int] = {
+            site.output: index for index, site in enumerate(network.sites)
+        }
         self.order: list[core.Var] = []
         starts = (*flat.inputs, *flat.carried)
-        self.latest = dict.fromkeys(starts, -1)
-        self.source = {var: var for var in starts}
+        self.latest: dict[core.Var, int] = dict.fromkeys(starts, -1)
+        self.source: dict[core.Var, core.Var] = {var: var for var in starts}
         self.joins: list[tuple[core.Var, str, list[core.Var]]] = []
         self.pools: dict[core.Var, core.Var] = {}
         inside = {position for site in network.sites for position in site.chain}
