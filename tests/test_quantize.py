@@ -64,7 +64,7 @@ def check_laws(q: Quantized) -> None:
         assert not np.any(np.isnan([value for value in numbers if isinstance(value, float)]))
         groups, _, channels = layer.kernel.shape
         chex.assert_shape(layer.bias, (groups * channels,))
-        chex.assert_type(layer.bias, jnp.int32 if layer.has_integer_accumulator else jnp.float32)
+        assert layer.bias.dtype == (jnp.int32 if layer.has_integer_accumulator else jnp.float32)
         for qparams in (layer.weights, layer.inputs, layer.outputs, layer.activated):
             if qparams is not None:
                 assert np.all(np.asarray(qparams.scale) > 0)
@@ -74,9 +74,9 @@ def check_laws(q: Quantized) -> None:
             if qparams is not None:
                 chex.assert_shape((qparams.scale, qparams.zero_point), ())
         if layer.weights is None:
-            chex.assert_type(layer.kernel, jnp.float32)
+            assert layer.kernel.dtype == jnp.float32
         else:
-            chex.assert_type(layer.kernel, layer.weights.dtype)
+            assert layer.kernel.dtype == layer.weights.dtype
             codes = np.asarray(layer.kernel)
             qmin, qmax = int(layer.weights.qmin), int(layer.weights.qmax)
             assert qmin <= codes.min() and codes.max() <= qmax

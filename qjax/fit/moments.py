@@ -60,8 +60,10 @@ def centered(moments: Moments) -> Moments:
     errors = 8 * jnp.finfo(jnp.float32).eps * jnp.sum(mean**2, axis=1)
     variance = jnp.mean(jnp.diagonal(covariance, axis1=1, axis2=2), axis=1)
     lacking = jnp.maximum(errors - DAMPING * jnp.maximum(variance, 0.0), 0.0)
+    negative = jnp.maximum(-jnp.diagonal(covariance, axis1=1, axis2=2), 0.0)  # no variance is
     identity = jnp.eye(covariance.shape[1], dtype=covariance.dtype)[None]
-    return Moments(mean, covariance + lacking[:, None, None] * identity)
+    extra = lacking[:, None] + negative
+    return Moments(mean, covariance + extra[:, None, :] * identity)
 
 
 class CrossMoments(NamedTuple):
