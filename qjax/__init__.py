@@ -12,7 +12,7 @@ from qjax.integer.accumulator import Accumulator
 from qjax.integer.function import integer
 from qjax.quantize import Quantized, quantize
 from qjax.recipe import Recipe, recipe
-from qjax.report import LayerReport, Report
+from qjax.report import LayerReport, MatmulReport, Report
 from qjax.run.packed import pack, unpack
 from qjax.study.accuracy import top1
 from qjax.study.check import Check, LayerCheck, check
@@ -32,6 +32,7 @@ __all__ = [
     "LayerCheck",
     "LayerCost",
     "LayerReport",
+    "MatmulReport",
     "QParams",
     "QuantSpec",
     "Quantized",
