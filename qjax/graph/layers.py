@@ -383,7 +383,8 @@ def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Ne
 
 def examples_of(flat: FlatJaxpr) -> int:
     """How many examples a network is traced at."""
-    return max(1, max((shape(var)[0] for var in flat.inputs if shape(var)), default=1))
+    batch = max((shape(var)[0] for var in flat.inputs if shape(var)), default=1)
+    return max(batch, 1)  # in this order: a symbolic size is at least 1, but may not be above
 
 
 def _shared_by_steps(flat: FlatJaxpr, sites: Sequence[Site]) -> list[list[int]]:
