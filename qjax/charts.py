@@ -34,6 +34,11 @@ ROW = 20.0  # height of a row of `dots` and `bars`
 Drawing = Callable[[Any], None]  # of matplotlib.axes.Axes
 
 
+def inches(size: tuple[float, float]) -> tuple[float, float]:
+    """Width and height in inches of a figure of so many pixels, as matplotlib writes SVG."""
+    return size[0] / 72, size[1] / 72
+
+
 def require() -> None:
     """Raises `ImportError` if there is no matplotlib."""
     try:
@@ -65,7 +70,7 @@ def svg(draw: Drawing, label: str, size: tuple[float, float] = SMALL) -> str:
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "qjax", "font.size": 11}
     file = io.StringIO()
     with matplotlib.rc_context(style):
-        figure = Figure((size[0] / 72, size[1] / 72), layout="constrained")  # 72 pixels an inch
+        figure = Figure(inches(size), layout="constrained")
         draw(figure.add_subplot())
         unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=unsaid)

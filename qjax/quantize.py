@@ -178,26 +178,29 @@ def quantize(
                     name,
                     raised,
                 )
-        found = {junction.name: junction for junction in find_junctions(network)} if sums else {}
-        joined = {name: found[name] for name in sums if name in found}
-        products = find_matmuls(network) if sums else ()
-        sum_records = [sum_report(junction, sums[name]) for name, junction in joined.items()]
-        matmuls = {matmul.name: FittedMatmul.found(matmul.name, sums) for matmul in products}
-        matmuls = {name: fit for name, fit in matmuls.items() if fit is not None}
-        matmul_records = [matmul_report(m, matmuls[m.name]) for m in products if m.name in matmuls]
+        junctions = find_junctions(network) if recipe.quantizes_sums else ()
+        joined = {j: sums[j.name] for j in junctions if j.name in sums}
+        products = find_matmuls(network) if recipe.quantizes_matmuls else ()
+        found = {matmul: FittedMatmul.found(matmul.name, sums) for matmul in products}
+        matmuls = {matmul: fit for matmul, fit in found.items() if fit is not None}
         layers = [site.layer for site in network.first_sites]
         records = [layer_report(layer, fitted[layer.name]) for layer in layers]
-        skipped = left_in_float(network, matmuls)
-        report = Report(records, recipe, skipped, sum_records, matmul_records)
+        report = Report(
+            records,
+            recipe,
+            left_in_float(network, {matmul.name for matmul in matmuls}),
+            [sum_report(*item) for item in joined.items()],
+            [matmul_report(*item) for item in matmuls.items()],
+        )
         quantized = {
             "layers": jax.tree.map(jnp.asarray, {name: fit.layer for name, fit in fitted.items()}),
             "rest": jax.tree.map(jnp.copy, rest_of_params(network, params)),
         }
         if joined:
-            grids = {name: sums[name].grid for name in joined}
+            grids = {junction.name: fit.grid for junction, fit in joined.items()}
             quantized["sums"] = jax.tree.map(jnp.asarray, grids)
         if matmuls:
-            grids = {name: fit.quantized for name, fit in matmuls.items()}
+            grids = {matmul.name: fit.quantized for matmul, fit in matmuls.items()}
             quantized["matmuls"] = jax.tree.map(jnp.asarray, grids)
         if recipe.end_search:
             floats = float_layers(network, params, folded)

@@ -273,7 +273,7 @@ class Recipe(LayerRecipe):
     def sum_spec(self) -> QuantSpec:
         """The format of quantized sums."""
         assert self.outputs is not None
-        return dataclasses.replace(self.outputs, granularity="per_tensor")
+        return self.outputs.per_tensor
 
     @property
     def quantizes_matmuls(self) -> bool:

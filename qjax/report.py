@@ -368,8 +368,8 @@ class Report(Sequence[LayerReport]):
         if axes is None:
             from matplotlib import pyplot
 
-            width, height = charts.rows_size(names)
-            axes = pyplot.figure(figsize=(width / 72, height / 72), layout="constrained").subplots()
+            size = charts.inches(charts.rows_size(names))
+            axes = pyplot.figure(figsize=size, layout="constrained").subplots()
         ratios = {
             "weights": [layer.weight_sqnr_db for layer in self],
             "outputs": [layer.output_sqnr_db for layer in self],

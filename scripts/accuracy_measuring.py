@@ -35,7 +35,7 @@ Line = dict[str, Any]  # what was measured
 
 
 class Draw(NamedTuple):
-    """Training images, preprocessed.
+    """Rows of the training images.
 
     Attributes:
       calibration: those to calibrate on.
@@ -89,16 +89,17 @@ class Measuring:
             q, more = self._refined(q, way, seed, draw)
             line |= more
         run = q if way.arithmetic is None else on_integers(q, way.arithmetic)
+        held_out = self._inputs(draw.held_out)
         line |= {
             "weight_db": [record.weight_sqnr_db for record in q.report],
             "output_db": [record.output_sqnr_db for record in q.report],
             "bytes": stored_bytes(q),
-            "error": logits_error(self.model, run, draw.held_out),
+            "error": logits_error(self.model, run, held_out),
             "top1": self._top1(run.apply_fn, q.params),
         }
         if error == "plain":
-            held_out = HeldOut(self.model.apply_fn, self.model.params, draw.held_out)
-            line |= held_out.divergences(q)._asdict()
+            found = HeldOut(self.model.apply_fn, self.model.params, held_out)
+            line |= found.divergences(q)._asdict()
         if run is not q:
             line["other_logits"] = differing(q, run, self.model.preprocess, self._test.images)
         return self._tested(line)
@@ -108,8 +109,11 @@ class Measuring:
         drawn = datasets.calibration_draw(np.arange(count), self.used, seed)
         others = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(count), drawn))
         more = others[HELD_OUT : HELD_OUT + max(0, TUNED_ON - self.used)]
-        rows = (drawn, others[:HELD_OUT], more)
-        return Draw(*(self.model.preprocess(self._images[own]) for own in rows))
+        return Draw(drawn, others[:HELD_OUT], more)
+
+    def _inputs(self, rows: np.ndarray) -> np.ndarray:
+        """Training images as the network takes them."""
+        return self.model.preprocess(self._images[rows])
 
     def _quantize(
         self, recipe: Recipe, has_images: bool, seed: int, draw: Draw
@@ -117,7 +121,8 @@ class Measuring:
         """The quantized network and the seconds that it took."""
         key = recipe, has_images, seed
         if self._quantized is None or self._quantized[0] != key:
-            given = draw.calibration if has_images else shapes_of(draw.calibration)
+            calibration = self._inputs(draw.calibration)
+            given = calibration if has_images else shapes_of(calibration)
             work = partial(qjax.quantize, self.model.apply_fn, self.model.params, given, recipe)
             about = [self._label, recipe.to_json(), has_images, self.used, seed]
             self._quantized = key, *network_of(self._networks, about, self.model, work)
@@ -130,10 +135,11 @@ class Measuring:
         """The network with ranges that are searched again, and tuned."""
         start = time.perf_counter()
         if way.ends not in self._searched:
-            self._searched[way.ends] = with_ends(q, self.model.params, draw.calibration, way.ends)
+            calibration = self._inputs(draw.calibration)
+            self._searched[way.ends] = with_ends(q, self.model.params, calibration, way.ends)
         q, line = self._searched[way.ends], {}
         if way.is_tuned:
-            unlabeled = np.concatenate([draw.calibration, draw.more])
+            unlabeled = self._inputs(np.concatenate([draw.calibration, draw.more]))
             settings = Settings(seed=seed)
             found = run_tuning(q, self.model.apply_fn, self.model.params, unlabeled, settings)
             q, line = found.q, {"is_kept": found.is_kept}

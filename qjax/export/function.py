@@ -117,6 +117,9 @@ def counted(function: str, arguments: tuple[Any, ...], wanted: str) -> tuple[Any
     return arguments
 
 
+_SPECS = ("weights", "inputs", "outputs")  # a matmul has no weights
+
+
 def check_network(
     q: Quantized, network: Network, layers: Mapping[str, QuantizedLayer], target: Target
 ) -> None:
@@ -124,7 +127,7 @@ def check_network(
     whole = q.report.recipe
     matmuls = [m.name for m in find_matmuls(network)] if whole.quantizes_matmuls else []
     for name, recipe in whole.by_layer(list(layers), matmuls).items():
-        for argument in ("weights", "inputs", "outputs")[name not in layers :]:
+        for argument in _SPECS if name in layers else _SPECS[1:]:
             try:
                 target.check(argument, getattr(recipe, argument))
             except ValueError as error:

@@ -4,7 +4,6 @@ What a product of two activations multiplies is rounded to the codes of least er
 itself, E‖x̂ − x‖², unless it lies on a grid already.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -146,7 +145,7 @@ def fit_matmul(
     """
     assert recipe.inputs is not None
     objective = recipe.objective
-    spec = dataclasses.replace(recipe.inputs, granularity="per_tensor")
+    spec = recipe.inputs.per_tensor
     left, right = (
         _fit(NONE, objective, spec, candidates, pair, grid, is_exact=False)[0]
         for pair, grid in zip((lhs, rhs), known, strict=True)
@@ -159,7 +158,7 @@ def fit_matmul(
         ones = jnp.ones((), jnp.float32)
         result = FittedJunction(None, _energies(floats, values), ones, values.shape[1:])
     else:
-        spec = dataclasses.replace(recipe.outputs, granularity="per_tensor")
+        spec = recipe.outputs.per_tensor
         result, _ = _fit(NONE, objective, spec, candidates, (floats, values))
         values = quantized_product(product, operands._replace(outputs=result.grid), lhs[1], rhs[1])
     return FittedMatmul(left, right, result), (floats, values)

@@ -58,9 +58,10 @@ def centered(moments: Moments) -> Moments:
     mean = moments.mean
     covariance = moments.hessian - mean[:, :, None] * mean[:, None, :]
     errors = 8 * jnp.finfo(jnp.float32).eps * jnp.sum(mean**2, axis=1)
-    variance = jnp.mean(jnp.diagonal(covariance, axis1=1, axis2=2), axis=1)
+    variances = jnp.diagonal(covariance, axis1=1, axis2=2)
+    variance = jnp.mean(variances, axis=1)
     lacking = jnp.maximum(errors - DAMPING * jnp.maximum(variance, 0.0), 0.0)
-    negative = jnp.maximum(-jnp.diagonal(covariance, axis1=1, axis2=2), 0.0)  # no variance is
+    negative = jnp.maximum(-variances, 0.0)  # an error alone, as no variance is
     identity = jnp.eye(covariance.shape[1], dtype=covariance.dtype)[None]
     extra = lacking[:, None] + negative
     return Moments(mean, covariance + extra[:, None, :] * identity)

@@ -148,6 +148,11 @@ class QuantSpec:
         """Whether ranges are found at run time."""
         return self.ranges == "dynamic"
 
+    @property
+    def per_tensor(self) -> "QuantSpec":
+        """The same spec with one scale to a tensor."""
+        return dataclasses.replace(self, granularity="per_tensor")
+
     def at(self, bits: int, format: str | NumberFormat | None = None) -> "QuantSpec":
         """The same spec at another width; symmetric uniform codes of one bit are binary.
 

@@ -117,6 +117,7 @@ def gather(
         for name in sorted(alone, key=alone.__getitem__)[:CURVES]
     }
     step("", 4)
+    total = cost(q).total
     return Facts(
         model.name,
         test.name,
@@ -130,7 +131,7 @@ def gather(
         comparison,
         [(np.asarray(test.images[i]), int(test.labels[i])) for i in comparison.worst[:WORST]],
         sizes,
-        (cost(q).total.macs * FLOAT_MAC, cost(q).total.energy),
+        (total.macs * FLOAT_MAC, total.energy),
     )
 
 

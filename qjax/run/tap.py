@@ -12,7 +12,7 @@ from qjax.graph.matmuls import find_matmuls
 from qjax.graph.schedule import rest_of_params
 from qjax.programs import FAST_TO_COMPILE
 from qjax.run.fake import FAKE
-from qjax.run.function import bind, evaluated, outputs_of, steps_of
+from qjax.run.function import bind, outputs_of, steps_of
 from qjax.run.interpreter import evaluate
 from qjax.run.layer import QuantizedLayer
 
@@ -45,7 +45,7 @@ class MatmulTap(NamedTuple):
     output: jax.Array
 
 
-Tapped = Callable[[Mapping[str, Any], Any], tuple[Any, dict[str, Tap]]]
+Tapped = Callable[[Mapping[str, Any], Any], tuple[Any, dict[str, Any]]]
 
 
 def float_layers(
@@ -76,11 +76,12 @@ def tapped(apply_fn: Any, params: Any, x: Any, names: Sequence[str] | None = Non
       apply_fn: the original pure function of (params, x).
       params: the shapes of its params.
       x: an input, or its shape.
-      names: the layers to keep; all by default.
+      names: the layers and the products of two activations to keep; by default all layers.
 
     Returns:
       A compiled function of (params in the form of `Quantized.params` or `float_layers`, x of that
-      shape) that returns what `apply_fn` returns, and a `Tap` per layer by name.
+      shape) that returns what `apply_fn` returns, and by name a `Tap` per layer and a `MatmulTap`
+      per product.
     """
     network = find_layers(apply_fn, params, shapes_of(x))
     kept = None if names is None else tuple(names)
@@ -89,11 +90,11 @@ def tapped(apply_fn: Any, params: Any, x: Any, names: Sequence[str] | None = Non
 
 def _run(
     network: Network, names: Sequence[str] | None, params: Mapping[str, Any], x: Any
-) -> tuple[Any, dict[str, Tap]]:
+) -> tuple[Any, dict[str, Any]]:
     env = bind(network, params["rest"], x)
     steps, read = steps_of(network, params)
     evaluate(steps, env, read, FAKE)
-    taps = {}
+    taps: dict[str, Any] = {}
     for site in network.first_sites:
         name = site.layer.name
         if names is None or name in names:
@@ -103,25 +104,9 @@ def _run(
                 site.outputs_of_all_steps([env[step.output] for step in steps]),
                 site.outputs_of_all_steps([env[step.activated] for step in steps]),
             )
+    if names is not None:
+        for matmul in find_matmuls(network):
+            if matmul.name in names:
+                values = [env[var] for var in (*matmul.operands, matmul.output)]
+                taps[matmul.name] = MatmulTap(*values)
     return outputs_of(network, env, FAKE), taps
-
-
-def tapped_matmuls(network: Network) -> Callable[[Mapping[str, Any], Any], dict[str, MatmulTap]]:
-    """Makes a function that keeps what the products of two activations read and write.
-
-    Args:
-      network: a traced network.
-
-    Returns:
-      A compiled function of (params in the form of `Quantized.params` or `float_layers`, x) that
-      returns a `MatmulTap` per product by name.
-    """
-    return network.program("tap of matmuls", partial(_run_matmuls, network), FAST_TO_COMPILE)
-
-
-def _run_matmuls(network: Network, params: Mapping[str, Any], x: Any) -> dict[str, MatmulTap]:
-    env = evaluated(network, FAKE, params, x)
-    return {
-        matmul.name: MatmulTap(*(env[var] for var in (*matmul.operands, matmul.output)))
-        for matmul in find_matmuls(network)
-    }

@@ -10,7 +10,7 @@ from qjax.formats.affine import QParams
 from qjax.quantize import Quantized
 from qjax.run.layer import QuantizedLayer
 from qjax.run.matmul import QuantizedMatmul
-from qjax.run.tap import MatmulTap, Tap, tapped, tapped_matmuls
+from qjax.run.tap import MatmulTap, Tap, tapped
 from qjax.table import table
 
 
@@ -84,17 +84,13 @@ def check(q: Quantized, x: Any) -> Check:
       >>> found.is_finite, found.inputs, found.outputs, found.layers[0].clipped
       (False, 1, 3, 0.03125)
     """
-    outputs, taps = tapped(q.apply_fn.apply_fn, q.apply_fn.params, x)(q.params, x)
     layers: Mapping[str, QuantizedLayer] = q.params["layers"]
-    names = [record.name for record in q.report]
+    matmuls: Mapping[str, QuantizedMatmul] = q.params.get("matmuls", {})
+    names, products = ([r.name for r in records] for records in (q.report, q.report.matmuls))
+    run = tapped(q.apply_fn.apply_fn, q.apply_fn.params, x, [*names, *products])
+    outputs, taps = run(q.params, x)
     records = [_check_layer(name, layers[name], taps[name]) for name in names]
-    if products := q.params.get("matmuls"):
-        taps = tapped_matmuls(q.apply_fn.network(x))(q.params, x)
-        records += [
-            _check_matmul(name, products[name], tap)
-            for name, tap in taps.items()
-            if name in products
-        ]
+    records += [_check_matmul(name, matmuls[name], taps[name]) for name in products]
     counts = (sum(map(_not_finite, jax.tree.leaves(tree))) for tree in (x, outputs))
     return Check(tuple(records), *counts)
 

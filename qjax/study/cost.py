@@ -169,10 +169,39 @@ def _layer_cost(record: LayerReport, model: EnergyModel, b_acc: int) -> LayerCos
     operands = (32, 32) if in_float else (b_w, b_x)
     moved = math.prod(record.input_shape) * b_x
     moved += math.prod(record.output_shape) * (record.output_bits or 32)
+    kernel = math.prod(record.kernel_shape) * b_w
+    return _cost(record, model, operands, None if in_float else b_acc, moved, kernel)
+
+
+def _matmul_cost(record: MatmulReport, model: EnergyModel, b_acc: int) -> LayerCost:
+    lhs, rhs, result = (bits or 32 for bits in record.bits)
+    sizes = map(math.prod, record.shapes)
+    moved = sum(size * bits for size, bits in zip(sizes, (lhs, rhs, result), strict=True))
+    return _cost(record, model, (lhs, rhs), b_acc, moved)
+
+
+def _cost(
+    record: LayerReport | MatmulReport,
+    model: EnergyModel,
+    operands: tuple[int, int],
+    b_acc: int | None,
+    moved: int,
+    kernel: int = 0,
+) -> LayerCost:
+    """The cost of a sum of products.
+
+    Args:
+      record: what computes it.
+      model: of energy.
+      operands: the bits of what is multiplied.
+      b_acc: bits of the accumulator; None for a sum in float.
+      moved: bits of the activations that are read and written.
+      kernel: bits of the weights.
+    """
+    in_float = b_acc is None
     energy = record.macs * (
-        model.multiply(*operands, in_float) + model.add(32 if in_float else b_acc, in_float)
+        model.multiply(*operands, in_float) + model.add(32 if b_acc is None else b_acc, in_float)
     )
-    weight_bits = math.prod(record.kernel_shape) * b_w
     return LayerCost(
         name=record.name,
         macs=record.macs,
@@ -181,22 +210,5 @@ def _layer_cost(record: LayerReport, model: EnergyModel, b_acc: int) -> LayerCos
         weight_bytes=record.bytes_quantized,
         activation_bytes=math.ceil(moved / 8),
         bit_operations=record.macs * operands[0] * operands[1],
-        energy=energy + model.move * (weight_bits + moved),
-    )
-
-
-def _matmul_cost(record: MatmulReport, model: EnergyModel, b_acc: int) -> LayerCost:
-    lhs, rhs, result = (bits or 32 for bits in record.bits)
-    sizes = map(math.prod, record.shapes)
-    moved = sum(size * bits for size, bits in zip(sizes, (lhs, rhs, result), strict=True))
-    energy = record.macs * (model.multiply(lhs, rhs, False) + model.add(b_acc, False))
-    return LayerCost(
-        name=record.name,
-        macs=record.macs,
-        multiplications=record.macs,
-        additions=record.macs,
-        weight_bytes=record.bytes_quantized,
-        activation_bytes=math.ceil(moved / 8),
-        bit_operations=record.macs * lhs * rhs,
-        energy=energy + model.move * moved,
+        energy=energy + model.move * (kernel + moved),
     )

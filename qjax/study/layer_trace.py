@@ -23,7 +23,7 @@ from qjax.formats.binary import Signs
 from qjax.formats.dynamic import ActivationFormat, Dynamic
 from qjax.graph import elementwise, jaxpr
 from qjax.graph.activation import NONE, Activation
-from qjax.graph.layers import Layer, Movement, Network, Site, find_layers, shapes_of
+from qjax.graph.layers import Layer, Movement, Site, find_layers, shapes_of
 from qjax.graph.matmuls import KIND as MATMUL
 from qjax.graph.matmuls import Matmul, find_matmuls
 from qjax.graph.operation import DotProduct, Linear, by_channel, output_matrix
@@ -42,7 +42,7 @@ from qjax.run.layer import (
 )
 from qjax.run.matmul import QuantizedMatmul
 from qjax.run.signs import center
-from qjax.run.tap import Tap, float_layers, tapped, tapped_matmuls
+from qjax.run.tap import MatmulTap, Tap, float_layers, tapped
 
 SHOWN = 8  # elements of a patch that are written out
 
@@ -227,7 +227,10 @@ def measure_layer(q: Quantized, layer: str, x: Any, params: Any = None) -> Layer
     if layer in products:
         floats = None if params is None else float_layers(network, params)
         [matmul] = (found for found in find_matmuls(network) if found.name == layer)
-        return _measure_matmul(network, matmul, products[layer], q.params, floats, x)
+        run = tapped(function.apply_fn, function.params, x, [layer])
+        actual = run(q.params, x)[1][layer]
+        given = actual if floats is None else run(floats, x)[1][layer]
+        return _trace_matmul(matmul, products[layer], actual, given, floats is not None)
     if layer not in sites:
         raise ValueError(f"`layer` must be one of {', '.join([*sites, *products])}; got {layer!r}.")
     run = tapped(function.apply_fn, function.params, x, [layer])
@@ -242,18 +245,22 @@ def measure_layer(q: Quantized, layer: str, x: Any, params: Any = None) -> Layer
     return trace_layer(site, quantized, actual, Reference(given.input, own.kernel, own.bias, True))
 
 
-def _measure_matmul(
-    network: Network,
+def _trace_matmul(
     matmul: Matmul,
     grids: QuantizedMatmul,
-    params: Mapping[str, Any],
-    floats: Mapping[str, Any] | None,
-    x: Any,
+    actual: MatmulTap,
+    given: MatmulTap,
+    is_float_network: bool,
 ) -> LayerTrace:
-    """Follows a product of two activations as a layer whose kernel is the second operand."""
-    run = tapped_matmuls(network)
-    actual = run(params, x)[matmul.name]
-    given = actual if floats is None else run(floats, x)[matmul.name]
+    """Follows a product of two activations as a layer whose kernel is the second operand.
+
+    Args:
+      matmul: the product.
+      grids: of it.
+      actual: what it reads and writes in the quantized network.
+      given: the reference: what it does in the float network, or in the quantized one.
+      is_float_network: which of the two.
+    """
     product, dtype = matmul.product, jaxpr.dtype(matmul.output)
     operation = DotProduct(False, product.contracting, product.batch, actual.rhs.shape)
     groups, _, channels = operation.matrix_shape
@@ -283,7 +290,7 @@ def _measure_matmul(
         activated=None,
     )
     kernel = operation.to_matrix(given.rhs.astype(jnp.float32))
-    reference = Reference(given.lhs, kernel, jnp.zeros(groups * channels), floats is not None)
+    reference = Reference(given.lhs, kernel, jnp.zeros(groups * channels), is_float_network)
     return trace_layer(site, layer, Tap(actual.lhs, actual.output, actual.output), reference)
 
 

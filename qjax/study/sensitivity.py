@@ -84,9 +84,14 @@ def measure_sensitivities(
       ValueError: the recipe quantizes nothing, or `quantize` raises it.
     """
     plain = dataclasses.replace(
-        recipe, rounding="nearest", reconstructions=0, sweeps=0, sequential=False, sums="float"
+        recipe,
+        rounding="nearest",
+        reconstructions=0,
+        sweeps=0,
+        sequential=False,
+        sums="float",
+        matmuls="float",
     )
-    plain = dataclasses.replace(plain, matmuls="float")
     nothing = dataclasses.replace(plain, weights=None, inputs=None, outputs=None, overrides=())
     recipes: dict[Part, Recipe] = {
         "weights": dataclasses.replace(nothing, weights=recipe.weights),
