@@ -35,6 +35,7 @@ from qjax.formats.affine import QParams
 from qjax.graph.fingerprint import fingerprint
 from qjax.graph.layers import Skipped, find_layers
 from qjax.graph.naming import path_names
+from qjax.hosts import is_first
 from qjax.quantize import Quantized
 from qjax.recipe import Recipe
 from qjax.report import LayerReport, MatmulReport, Report, SumReport
@@ -71,6 +72,8 @@ _FEW = 2**24  # elements that may be missing from the file, as they are all 0, w
 def save(path: str | os.PathLike[str], q: Quantized) -> None:
     """Writes a quantized network to a directory, whole or not at all.
 
+    Of several processes (`jax.distributed`) the first one writes, and the others do nothing.
+
     Args:
       path: the directory to write; an earlier artifact there is replaced.
       q: what `qjax.quantize` returned.
@@ -91,6 +94,8 @@ def save(path: str | os.PathLike[str], q: Quantized) -> None:
       >>> bool(jnp.all(loaded.apply_fn(loaded.params, images) == q.apply_fn(q.params, images)))
       True
     """
+    if not is_first():
+        return
     check_destination(path)
     layers: Mapping[str, QuantizedLayer] = q.params["layers"]
     for name, layer in layers.items():

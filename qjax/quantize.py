@@ -5,19 +5,24 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax import hosts
 from qjax.fit.checkpoint import Checkpoint
 from qjax.fit.data_free import fit_without_data
 from qjax.fit.draws import EXAMPLES
 from qjax.fit.ends import search_ends
 from qjax.fit.equalize import equalize
+from qjax.fit.estimate import check_memory, choose
+from qjax.fit.images import Batches, Cut, Images, Shares, check_finite, images_of
 from qjax.fit.junction import FittedMatmul
-from qjax.fit.layerwise import calibrate
+from qjax.fit.layerwise import calibrate, streams_of
+from qjax.fit.memory import Memory, batch_of
 from qjax.fit.noise import noise_of
 from qjax.graph.examples import ExampleAxes, example_axes, with_one_more
 from qjax.graph.fingerprint import digest, fingerprint
@@ -26,7 +31,6 @@ from qjax.graph.frameworks import check_network
 from qjax.graph.junctions import find_junctions
 from qjax.graph.layers import Network, check_layers, find_layers, shapes_of
 from qjax.graph.matmuls import find_matmuls, left_in_float
-from qjax.graph.naming import path_names
 from qjax.graph.purity import check_pure
 from qjax.graph.schedule import rest_of_params
 from qjax.progress import Progress, progress_bar
@@ -36,6 +40,7 @@ from qjax.report import Report, layer_report, matmul_report, sum_report
 from qjax.rescaled import rescaled
 from qjax.run.function import QuantizedFunction
 from qjax.run.tap import float_layers
+from qjax.sharing import AXIS, sharing
 from qjax.versions import versions
 
 _logger = logging.getLogger(__name__)
@@ -70,6 +75,7 @@ def quantize(
     progress: bool | Progress = False,
     input_range: tuple[float, float] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    memory: str | None = None,
 ) -> Quantized:
     """Quantizes a pretrained network without retraining it.
 
@@ -77,22 +83,31 @@ def quantize(
       apply_fn: a pure inference function of (params, x).
       params: pytree of arrays; for Flax Linen the whole dict of variables.
       batches: calibration inputs: one array float[N, ...] (or a mapping of arrays, for a network
-        with several inputs), or any other iterable of such. They are held in memory and cut into
-        batches of equal size, so the result does not depend on how the same images are handed over
-        or on how many devices there are. Each image counts once; a few are left out, with a
-        warning, where their number has no divisor that suits. Or, to quantize without a single
-        image, the shape of an input as `jax.ShapeDtypeStruct`, whose leading axis may have any
-        size: ranges of activations are then found at run time or from the statistics of batch norm,
-        see `qjax.fit.data_free`.
+        with several inputs), a list or an iterator of such, which are held in memory, or anything
+        that can be read again: an iterable (a loader of `grain`, a dataset of TFDS as NumPy arrays)
+        or a function that returns an iterator. It is read as often as needed, and must give the
+        same images every time. Images are cut into batches of equal size, so the result does not
+        depend on how they are handed over or on how many devices there are. Each image counts once;
+        a few are left out, with a warning, where their number has no divisor that suits. Or, to
+        quantize without a single image, the shape of an input as `jax.ShapeDtypeStruct`, whose
+        leading axis may have any size: ranges of activations are then found at run time or from the
+        statistics of batch norm, see `qjax.fit.data_free`.
       recipe: what to do; by default 8 bits everywhere.
       bits: short for `recipe=qjax.recipe(bits)`.
-      mesh: devices to spread the calibration images over; as many of them as divide a batch.
+      mesh: devices to spread the calibration images over; as many of them as divide a batch. Where
+        they belong to several processes (`jax.distributed.initialize`), each of these calls
+        `quantize` with the same arguments but its own share of the images, and gets the result.
       progress: whether to show a progress bar on standard error (needs rich), or a function to
         call with (layer name, layers done, layers).
       input_range: the least and the greatest value of the network's inputs; only without images.
       checkpoint: a folder for the layers that are finished, with images. Called again with the same
         arguments after it was killed, `quantize` goes on there and ends with the same result, bit
         for bit. What is finished stays in the folder: remove it once the result is saved.
+      memory: where the values between layers are kept: `device` (all batches together, the
+        fastest), `host` or `disk` (read a batch at a time; a file in the folder for temporary
+        files, see `tempfile`), or `recompute` (nowhere: every batch goes through the network again
+        whenever a layer reads it). By default the first of them where the values fit, by an
+        estimate that is logged. The codes are the same.
 
     Returns:
       A `Quantized`.
@@ -117,18 +132,32 @@ def quantize(
         raise TypeError(f"`recipe` must be a qjax.Recipe; got {type(recipe).__name__}.")
     _check_kinds(apply_fn, params, batches, mesh)
     _check_data(batches, mesh, input_range)
-    if checkpoint is not None and _is_shape(batches):
-        raise ValueError(
-            "`checkpoint` keeps layers that are fitted on images, and `batches` has none; leave it "
-            "out."
-        )
+    given = {"checkpoint": checkpoint, "memory": memory}
+    for argument, use in (("checkpoint", "layers that are fitted"), ("memory", "what is fitted")):
+        if given[argument] is not None and _is_shape(batches):
+            raise ValueError(
+                f"`{argument}` keeps {use} on images, and `batches` has none; leave it out."
+            )
+    check_memory(memory)
+    is_spread = hosts.is_spread(mesh)
+    if mesh is not None and is_spread:
+        hosts.check_mesh(mesh)
+        if recipe.end_search:
+            raise ValueError(
+                "`end_search` looks at the whole network in one process, and `mesh` has devices of "
+                "several; quantize with end_search=0, or in one process."
+            )
+        params = hosts.on_this(params, mesh)
     check_finite("params", params)
     has_images = not _is_shape(batches)
+    images, cut = None, Cut(1, EXAMPLES)
     if has_images:
-        images = gather(batches)
-        check_finite("batches", images)
-        stacked = _stack(images)
-        shapes = _resized(lambda shape: shape[1:], stacked)
+        if is_spread:
+            images = Shares(hosts.together(lambda: images_of(batches)))
+        else:
+            images = images_of(batches)
+        cut = _cut(images.total)
+        shapes = _resized(lambda shape: (cut.size, *shape), images.shapes)
     else:
         if recipe.quantizes_sums:
             raise ValueError(
@@ -147,26 +176,34 @@ def quantize(
     check_pure(apply_fn, shapes_of(params), shapes, network)
     examples = _example_axes(apply_fn, params, shapes, network, recipe, not has_images)
     leaves = jax.tree.leaves(params)
-    with reporter(progress) as report_progress:
+    with reporter(progress if hosts.is_first() or not is_spread else False) as report_progress:
         folded = fold(network, leaves)
         sums, placed = {}, []
-        if has_images:
-            placed = jax.tree.leaves(_place(stacked, mesh))
+        if images is not None:
+            own, place = _placing(cut.size, mesh)
+            devices = list(jnp.zeros(()).devices()) if own is None else list(own.local_devices)
+            processes = jax.process_count() if is_spread else 1
+            chosen = choose(memory, network, recipe, cut.count, devices, processes)
+            placed = _read(images, cut, place, chosen)
+            whole = partial(hosts.on_every, mesh=own) if own is not None and is_spread else None
             if recipe.equalize:
-                folded = equalize(network, leaves, folded, placed)
+                floats = streams_of(network, leaves, placed, False, chosen)
+                folded = equalize(network, folded, floats)
+                folded = folded if whole is None else whole(folded)
             kept = None
             if checkpoint is not None:
                 about = {
                     "function": fingerprint(network.flat),
                     "params": digest(params),
-                    "images": digest(images),
+                    "images": images.digest,
                     "recipe": dataclasses.replace(recipe, end_search=0).to_json(),  # of layers
                     "versions": versions(),
-                    "devices": sorted(device.device_kind for device in placed[0].devices()),
+                    "devices": sorted(device.device_kind for device in devices),
                 }
-                kept = Checkpoint(checkpoint, about)
-            given = (placed, recipe, report_progress, examples, kept)
-            fitted, sums = calibrate(network, leaves, folded, *given)
+                kept = _checkpoint(checkpoint, about, is_spread)
+            given = (placed, recipe, report_progress, examples, kept, chosen, whole)
+            with sharing(own):
+                fitted, sums = calibrate(network, leaves, folded, *given)
         else:
             given = (report_progress, examples, input_range)
             fitted = fit_without_data(network, leaves, folded, recipe, *given)
@@ -206,7 +243,8 @@ def quantize(
             floats = float_layers(network, params, folded)
             count = recipe.end_search
             after = search_ends(network, floats, quantized, placed, count, report_progress)
-            noise = noise_of(network, floats, after, list(zip(*placed, strict=True)))
+            batches = (batch_of(placed, number) for number in range(cut.count))
+            noise = noise_of(network, floats, after, batches)
             quantized, report = after, rescaled(report, quantized, after, noise)
     kernel_shapes = {layer.name: layer.kernel_shape for layer in layers}
     function = QuantizedFunction(apply_fn, shapes_of(params), kernel_shapes, input=shapes)
@@ -322,72 +360,12 @@ def _check_data(
         )
 
 
-def gather(batches: Any, argument: str = "batches") -> Any:
-    """Joins batches to one pytree of arrays with a leading axis of all images.
-
-    Args:
-      batches: of images, as `quantize` takes them.
-      argument: what its caller calls them.
-
-    Raises:
-      TypeError: they are no arrays.
-      ValueError: they do not fit together, or there is none.
-    """
-    is_one = isinstance(batches, Mapping) or hasattr(batches, "shape")
-    parts = [batches] if is_one else list(batches)
-    if not parts:
-        raise ValueError(f"`{argument}` is empty; pass at least one image.")
-    _check_parts(parts, argument)
-    images = jax.tree.map(lambda *leaves: np.concatenate([np.asarray(x) for x in leaves]), *parts)
-    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(images)}
-    if len(sizes) != 1:
-        raise ValueError(
-            f"every array in `{argument}` must have the same leading axis of examples; got "
-            f"{sorted(sizes)} of them."
-        )
-    if sizes == {0}:
-        raise ValueError(f"`{argument}` holds no image; pass at least one.")
-    return images
-
-
-def _check_parts(parts: Sequence[Any], argument: str) -> None:
-    """Refuses batches that are no arrays of examples, or whose examples have several shapes."""
-    for part in parts:
-        for leaf in part.values() if isinstance(part, Mapping) else [part]:
-            if not getattr(leaf, "shape", None):
-                found = f"a {type(part).__name__} of {len(part)}" if isinstance(part, tuple) else ""
-                raise TypeError(
-                    "every batch must be an array of images, or a mapping of arrays; got "
-                    f"{found or type(leaf).__name__}. Of (image, label) pairs pass the images "
-                    "alone: (x for x, _ in batches)."
-                )
-    kinds = {str(jax.tree.map(lambda leaf: leaf.shape[1:], part)) for part in parts}
-    if len(kinds) > 1:
-        raise ValueError(
-            "every batch must have images of the same shape; got "
-            f"{' and '.join(sorted(kinds))}. If `{argument}` is (images, labels), pass images "
-            "alone."
-        )
-
-
-def check_finite(argument: str, tree: Any) -> None:
-    """Refuses arrays with NaN or infinity."""
-    for path, leaf in zip(path_names(tree), jax.tree.leaves(tree), strict=True):
-        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-        if is_float and not np.all(np.isfinite(np.asarray(leaf, np.float32))):
-            where = f" at {path!r}" if path else ""
-            raise ValueError(
-                f"`{argument}` must be finite; found NaN or infinity{where}. Check how it was made."
-            )
-
-
-def _stack(images: Any) -> Any:
-    """Cuts images into equal batches, [batches, examples, ...].
+def _cut(total: int) -> Cut:
+    """How images are cut into equal batches.
 
     No image counts twice: batches are made smaller, down to half, until they hold all images or
     leave the fewest out.
     """
-    total = len(jax.tree.leaves(images)[0])
     least = -(-total // BATCH_SIZE)
     count = min(range(least, 2 * least + 1), key=lambda count: (total % count, count))
     size = total // count
@@ -397,22 +375,68 @@ def _stack(images: Any) -> Any:
             count * size,
             total,
         )
-    return jax.tree.map(lambda x: x[: count * size].reshape(count, size, *x.shape[1:]), images)
+    return Cut(count, size)
 
 
-def _place(stacked: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """Puts batches on the devices, on as many as divide them."""
+Place = Callable[[Any, int], Any]
+
+
+def _placing(size: int, mesh: jax.sharding.Mesh | None) -> tuple[jax.sharding.Mesh | None, Place]:
+    """The devices that share a batch, as many as divide it, and what puts images on them.
+
+    Args:
+      size: images of a batch.
+      mesh: the devices; None for the default one.
+
+    Returns:
+      The devices, and a function of (a pytree of arrays, the axis of its images).
+    """
     if mesh is None:
-        return jax.tree.map(jnp.asarray, stacked)
-    size, devices = jax.tree.leaves(stacked)[0].shape[1], mesh.devices.size
-    used = max(count for count in range(1, devices + 1) if size % count == 0)
-    if used < devices:
+        return None, lambda batch, axis: jax.tree.map(jnp.asarray, batch)
+    is_spread = hosts.is_spread(mesh)
+    groups = hosts.devices_by_process(mesh) if is_spread else [list(mesh.devices.flat)]
+    most = len(groups[0])
+    used = max((n for n in range(1, most + 1) if size % (n * len(groups)) == 0), default=0)
+    if used < most:
         _logger.warning(
-            "%d of %d devices are used: batches of %d images do not divide among more.",
-            used,
-            devices,
+            "%s of %d devices are used: batches of %d images do not divide among more.",
+            used * len(groups) or "the work of one",
+            mesh.devices.size,
             size,
         )
-    own = jax.sharding.Mesh(mesh.devices.ravel()[:used], "images")
-    spec = jax.sharding.PartitionSpec(None, "images")
-    return jax.device_put(stacked, jax.sharding.NamedSharding(own, spec))
+    chosen = [device for group in groups for device in group[: used or most]]
+    own = jax.sharding.Mesh(np.array(chosen), AXIS)
+
+    def place(batch: Any, axis: int) -> Any:
+        spec = jax.sharding.PartitionSpec(*[None] * axis, AXIS if used else None)
+        if is_spread:
+            return hosts.assembled(batch, own, spec)
+        return jax.device_put(batch, jax.sharding.NamedSharding(own, spec))
+
+    return own, place
+
+
+def _read(images: Images, cut: Cut, place: Place, memory: Memory) -> list[Any]:
+    """The leaves of an input: stacked on the devices, or to be read batch by batch."""
+    if memory.store is None:
+        parts = list(images.batches(cut.sizes))
+        return jax.tree.leaves(place(jax.tree.map(lambda *leaves: np.stack(leaves), *parts), 1))
+    leaves = Batches(images, cut, lambda batch: place(batch, 0)).leaves()
+    if images.is_in_memory:
+        return leaves
+    return memory.store(lambda *values: values, leaves, len(leaves))
+
+
+def _checkpoint(
+    folder: str | os.PathLike[str], about: Mapping[str, Any], is_spread: bool
+) -> Checkpoint:
+    """The file of a run: one process of several writes it, and all of them read it."""
+    if not is_spread:
+        return Checkpoint(folder, about)
+    found = hosts.together(lambda: Checkpoint(folder, about, hosts.is_first()))
+    if len(set(hosts.gathered(found.done).ravel().tolist())) > 1:
+        raise ValueError(
+            "`checkpoint` must be a folder that all processes see, on a file system that they "
+            f"share; in {folder} they find different files."
+        )
+    return found

@@ -3,6 +3,10 @@
 python scripts/benchmark.py search
 python scripts/benchmark.py ablation --models lenet5-mnist
 python scripts/benchmark.py integer
+python scripts/benchmark.py growth
+python scripts/benchmark.py scaling --devices 1 2 4 8
+python scripts/benchmark.py device
+python scripts/benchmark.py memory --memory host disk
 python scripts/benchmark.py startup --against ../older-checkout
 """
 
@@ -10,6 +14,8 @@ import argparse
 from functools import partial
 from typing import Any
 
+import benchmark_device
+import benchmark_devices
 import benchmark_integer
 import benchmark_search
 import benchmark_startup
@@ -22,7 +28,10 @@ def main() -> None:
     commands = parser.add_subparsers(metavar="BENCHMARK", required=True)
     benchmark_search.add_search(commands)
     add_ablation(commands)
-    benchmark_search.add_scaling(commands)
+    benchmark_search.add_growth(commands)
+    benchmark_devices.add_devices(commands)
+    benchmark_device.add_device(commands)
+    benchmark_device.add_memory(commands)
     benchmark_integer.add_integer(commands)
     benchmark_integer.add_lowerings(commands)
     benchmark_integer.add_agreement(commands)

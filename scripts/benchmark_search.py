@@ -1,4 +1,4 @@
-"""The benchmarks of calibration: `benchmark.py search` and `benchmark.py scaling`."""
+"""The benchmarks of calibration: `benchmark.py search` and `benchmark.py growth`."""
 
 import argparse
 import dataclasses
@@ -186,10 +186,10 @@ def time_quantize(arguments: argparse.Namespace) -> tuple[float, float, list[flo
     return *seconds, []
 
 
-def add_scaling(commands: Any) -> None:
-    """Adds the command `scaling`."""
+def add_growth(commands: Any) -> None:
+    """Adds the command `growth`."""
     text = "time and memory of quantizing, by images, candidates and width of the network"
-    parser = commands.add_parser("scaling", help=text, description=text)
+    parser = commands.add_parser("growth", help=text, description=text)
     add = parser.add_argument
     add("--images", nargs="+", type=int, default=[1024, 256, 512, 2048], metavar="N")
     add("--candidates", nargs="+", type=int, default=[32, 128], metavar="N")
@@ -204,10 +204,10 @@ def add_scaling(commands: Any) -> None:
     add("--repeats", type=int, default=1, metavar="N", help="later calls, 0: none (%(default)s)")
     add("--bits", type=int, default=4, metavar="N", help="width of all tensors (%(default)s)")
     add("--resnet18", action="store_true", help="measure the full-width ResNet-18 as well")
-    parser.set_defaults(run=run_scaling)
+    parser.set_defaults(run=run_growth)
 
 
-def run_scaling(arguments: argparse.Namespace) -> None:
+def run_growth(arguments: argparse.Namespace) -> None:
     """Varies one thing at a time, the others at their first value, each in its own process."""
     networks = [*arguments.filters, *([None] if arguments.resnet18 else [])]
     if not networks:

@@ -48,9 +48,7 @@ def test_codes_do_not_depend_on_devices(
     ("total", "count", "size"), [(8, 1, 8), (13, 2, 6), (15, 3, 5), (17, 4, 4), (24, 3, 8)]
 )
 def test_no_image_counts_twice(total: int, count: int, size: int, caplog: Any):
-    images = np.arange(total)
-    stacked = quantize_module._stack({"x": images})["x"]
-    np.testing.assert_array_equal(stacked, images[: count * size].reshape(count, size))
+    assert quantize_module._cut(total) == (count, size)
     said = f"{count * size} of {total} calibration images are used"
     assert [said in message for message in caplog.messages] == [True] * (count * size < total)
 
@@ -63,3 +61,20 @@ def test_raised_scales_are_logged(caplog: pytest.LogCaptureFixture):
     [record] = caplog.records
     assert (record.levelno, record.name) == (logging.WARNING, "qjax.quantize")
     assert "layer 'conv': the scales of 1 channels of weights are raised" in record.message
+
+
+def test_four_devices_hold_a_fourth_of_the_activations_each(mesh: jax.sharding.Mesh):
+    """Of one device's, while layers are fitted: what is laid out by examples is spread by them."""
+    held: dict[int, int] = {}
+    for count in (1, 4):
+        some, found = jax.sharding.Mesh(mesh.devices[:count], "data"), []
+
+        def look(*_: Any, found: list[int] = found) -> None:
+            arrays = [a for a in jax.live_arrays() if a.shape[1:2] == (8,) and a.ndim == 5]
+            shapes = [a.sharding.shard_shape(a.shape) for a in arrays]
+            found.append(sum(map(np.prod, shapes)))
+
+        x = small.images(24)
+        qjax.quantize(small.apply_fn, small.make_params(), x, RECIPE, mesh=some, progress=look)
+        held[count] = max(found)
+    assert 0 < held[4] <= 0.3 * held[1]

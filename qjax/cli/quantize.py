@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax import artifact, charts
+from qjax import artifact, charts, hosts
 from qjax.atomic import write
-from qjax.cli import checkpoint, export, tune, widths
+from qjax.cli import checkpoint, export, processes, tune, widths
 from qjax.cli.arguments import add_model, add_recipe, load_model, read_recipe
 from qjax.cli.command import Command, Stage, add_quiet, stages
 from qjax.cli.files import check_apart, check_file
@@ -20,6 +20,7 @@ from qjax.cli.loading import Loaded
 from qjax.cli.output import columns
 from qjax.cli.wording import flag, worded
 from qjax.fit.data_free import UnknownRangeError
+from qjax.fit.memory import MEMORIES
 from qjax.graph.layers import shapes_of
 from qjax.page import quantization
 from qjax.progress import Progress
@@ -42,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--activation-ranges dynamic for ranges at run time, or --input-bits float --output-bits "
         "float for weights alone",
     )
+    parser.add_argument(
+        "--memory",
+        choices=tuple(MEMORIES),
+        metavar="NAME",
+        help="where the values between layers are kept while layers are fitted: "
+        f"{', '.join(MEMORIES)} (the first one where they fit)",
+    )
     tune.add_arguments(parser.add_argument_group("tuning").add_argument)
     add = parser.add_argument_group("output").add_argument
     add(
@@ -57,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print a table of operations, bytes and energy, by a "
         "model: bits (E = multiplications * b_w * b_x + additions * b_acc) or picojoules (45 nm)",
     )
+    processes.add_arguments(parser.add_argument_group("many processes").add_argument)
     add("--report", metavar="FILE", help="write a report as a web page: report.html")
     add("--out", metavar="DIR", help="save the quantized model for qjax.load")
     add("--export", metavar="FILE", help="write the quantized model as ONNX: model.onnx")
@@ -71,7 +80,41 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
       ValueError: an option is not possible.
     """
+    processes.check(arguments)
+    with processes.joined(arguments) as mesh:
+        _run(arguments, mesh)
+
+
+def _run(arguments: argparse.Namespace, mesh: jax.sharding.Mesh | None) -> None:
     recipe = read_recipe(arguments)
+    if mesh is None:
+        _check_outputs(arguments, recipe)
+    else:
+        hosts.together(lambda: _check_outputs(arguments, recipe) if hosts.is_first() else None)
+    widths.check(arguments, recipe)
+    tune.check(arguments)
+    _check_data_free(arguments)
+    _check_search(arguments)
+    stage = stages(arguments)
+    with stage("loading") as progress:
+        loaded = load_model(arguments, progress)
+    q, seconds = _quantized(arguments, loaded, recipe, stage, mesh)
+    tuned = None
+    if arguments.tune is not None:
+        with stage("tuning") as progress:
+            tuned = tune.run(arguments, loaded, q, progress)
+        q = tuned.q
+    accuracies = _accuracies(arguments, loaded, q, stage, mesh)
+    result = _result(arguments, loaded, q, accuracies, seconds) | {"tuning": None}
+    if tuned is not None:
+        result["tuning"] = tune.to_json(arguments, tuned)
+    if hosts.is_first():
+        with checkpoint.removed_at_end(arguments):
+            _write(arguments, loaded, q, result, stage)
+
+
+def _check_outputs(arguments: argparse.Namespace, recipe: Recipe) -> None:
+    """Refuses outputs that cannot be written."""
     outputs = {"--out": arguments.out, "--report": arguments.report, "--export": arguments.export}
     outputs["--checkpoint"] = arguments.checkpoint
     for option in ("--report", "--export"):
@@ -84,26 +127,18 @@ def run(arguments: argparse.Namespace) -> None:
     check_apart(outputs)
     if arguments.export is not None:
         export.check(arguments.export, recipe, _target(arguments))
-    widths.check(arguments, recipe)
-    tune.check(arguments)
-    _check_data_free(arguments)
+
+
+def _check_search(arguments: argparse.Namespace) -> None:
+    """Refuses what searches of widths do not take."""
     if arguments.checkpoint is not None and arguments.search_bits is not None:
         raise ValueError("`--search-bits` keeps nothing; leave out `--checkpoint`.")
-    stage = stages(arguments)
-    with stage("loading") as progress:
-        loaded = load_model(arguments, progress)
-    q, seconds = _quantized(arguments, loaded, recipe, stage)
-    tuned = None
-    if arguments.tune is not None:
-        with stage("tuning") as progress:
-            tuned = tune.run(arguments, loaded, q, progress)
-        q = tuned.q
-    accuracies = _accuracies(arguments, loaded, q, stage)
-    result = _result(arguments, loaded, q, accuracies, seconds) | {"tuning": None}
-    if tuned is not None:
-        result["tuning"] = tune.to_json(arguments, tuned)
-    with checkpoint.removed_at_end(arguments):
-        _write(arguments, loaded, q, result, stage)
+    for option in ("search_bits", "target_drop"):
+        if arguments.memory is not None and getattr(arguments, option) is not None:
+            raise ValueError(
+                f"`{flag(option)}` quantizes many times, and chooses the memory each time; leave "
+                "out `--memory`."
+            )
 
 
 def _write(
@@ -142,7 +177,7 @@ def _check_data_free(arguments: argparse.Namespace) -> None:
         raise ValueError(
             "`--data-free` has no images to choose widths on; give --bits, or leave it out."
         )
-    for option in ("calibration_size", "checkpoint"):
+    for option in ("calibration_size", "checkpoint", "memory"):
         if getattr(arguments, option) is not None:
             raise ValueError(f"`--data-free` takes no images; leave out `{flag(option)}`.")
 
@@ -167,7 +202,11 @@ def _target(arguments: argparse.Namespace) -> str:
 
 
 def _quantized(
-    arguments: argparse.Namespace, loaded: Loaded, recipe: Recipe, stage: Stage
+    arguments: argparse.Namespace,
+    loaded: Loaded,
+    recipe: Recipe,
+    stage: Stage,
+    mesh: jax.sharding.Mesh | None,
 ) -> tuple[Quantized, float]:
     """The quantized network and the seconds that it took; prints how its widths were found."""
     start = time.perf_counter()
@@ -176,7 +215,7 @@ def _quantized(
             q, found = widths.run(arguments, loaded, recipe, progress)
             print(f"{found}\n")
         else:
-            q = _quantize(arguments, loaded, recipe, progress, arguments.checkpoint)
+            q = _quantize(arguments, loaded, recipe, progress, mesh, arguments.checkpoint)
     return q, time.perf_counter() - start
 
 
@@ -185,10 +224,12 @@ def _quantize(
     loaded: Loaded,
     recipe: Recipe,
     progress: Progress,
+    mesh: jax.sharding.Mesh | None,
     folder: str | None = None,
 ) -> Quantized:
     """Quantizes the model on its calibration images, or without any."""
-    model, batches, input_range = loaded.model, loaded.calibration, None
+    model, input_range = loaded.model, None
+    batches = processes.share(loaded.calibration, mesh)
     if arguments.data_free:
         batches = shapes_of(batches)
         white = getattr(model.preprocess, "scale", 255)
@@ -196,6 +237,7 @@ def _quantize(
         ends = model.preprocess(pixels)
         input_range = float(ends.min()), float(ends.max())
     given: dict[str, Any] = {"progress": progress, "input_range": input_range, "checkpoint": folder}
+    given |= {"memory": arguments.memory, "mesh": mesh}
     try:
         return quantize(model.apply_fn, model.params, batches, recipe, **given)
     except UnknownRangeError as error:
@@ -205,7 +247,11 @@ def _quantize(
 
 
 def _accuracies(
-    arguments: argparse.Namespace, loaded: Loaded, q: Quantized, stage: Stage
+    arguments: argparse.Namespace,
+    loaded: Loaded,
+    q: Quantized,
+    stage: Stage,
+    mesh: jax.sharding.Mesh | None,
 ) -> dict[str, float | None]:
     """Top-1 in percent of the float network, the quantized one and, if asked for, a naive one."""
     model, _, test = loaded
@@ -223,7 +269,7 @@ def _accuracies(
     if arguments.baseline:
         with stage("quantizing naively") as progress:
             recipe = q.report.recipe.naive()
-            naive = _quantize(arguments, loaded, recipe, progress)
+            naive = _quantize(arguments, loaded, recipe, progress, mesh)
         found["naive_top1"] = accuracy("naive", naive.apply_fn, naive.params)
     return found
 

@@ -125,7 +125,8 @@ def run(
         chosen = allocate(found, recipe, average_bits=arguments.average_bits)
     else:
         chosen = _within_bytes(arguments.max_bytes, network, few, recipe, found)
-    options = {"progress": progress, "checkpoint": arguments.checkpoint}
+    options: dict[str, Any] = {"progress": progress, "checkpoint": arguments.checkpoint}
+    options["memory"] = arguments.memory
     return quantize(*network, calibration, chosen.recipe, **options), str(chosen)
 
 

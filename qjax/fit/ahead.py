@@ -4,6 +4,7 @@ A layer that all steps share is fitted once, on the inputs of all steps together
 the layers that are fitted already; those that are not yet compute in float, in both streams.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from qjax.fit.batch_streams import BatchStreams
 from qjax.fit.junction import FittedJunction, FittedMatmul, float_or_quantized
-from qjax.fit.layer import Fit
+from qjax.fit.layer import Fit, in_units_of_codes
 from qjax.fit.ranges import project_batches
 from qjax.fit.streams import Segment, Streams, map_batches
 from qjax.formats.dynamic import ActivationFormat
@@ -25,7 +27,7 @@ from qjax.graph.matmuls import Matmul
 from qjax.graph.operation import Linear
 from qjax.graph.schedule import Activated, SpecialStep
 from qjax.programs import program
-from qjax.run.layer import QuantizedLayer, apply_layer
+from qjax.run.layer import QuantizedLayer, apply_layer, apply_linear
 
 Values = tuple[jax.Array, jax.Array]
 
@@ -39,7 +41,7 @@ class Ahead:
 
     def __init__(
         self,
-        streams: Streams,
+        streams: Streams | BatchStreams,
         folded: Mapping[str, Folded],
         fits: Mapping[str, Fit],
         sums: Mapping[str, FittedJunction],
@@ -47,7 +49,8 @@ class Ahead:
     ) -> None:
         """Takes what is known here; nothing of it is changed."""
         self.grids: dict[core.Var, Any] = dict(grids)
-        self._streams, self._folded, self._fits, self._sums = streams.copy(), folded, fits, sums
+        self._streams = streams.on_device()
+        self._folded, self._fits, self._sums = folded, fits, sums
 
     def values(self, segments: Sequence[Segment], wanted: Sequence[core.Var]) -> list[Values]:
         """Evaluates segments until all wanted values are known.
@@ -121,12 +124,12 @@ def outputs_of_step(
       inputs: float32[batches, ...] each.
     """
     static = site.layer.operation, site.movement
-    floats = _float_outputs(*static, folded, inputs[0])
+    floats = float_outputs(*static, folded, inputs[0])
     if layer is not None:
-        return floats, _quantized_outputs(*static, layer, inputs[1])
+        return floats, quantized_outputs(*static, layer, inputs[1])
     if inputs[1] is inputs[0]:
         return floats, floats
-    return floats, _float_outputs(*static, folded, inputs[1])
+    return floats, float_outputs(*static, folded, inputs[1])
 
 
 def joined(values: Sequence[Values]) -> Values:
@@ -136,17 +139,30 @@ def joined(values: Sequence[Values]) -> Values:
 
 
 @program(static_argnums=(0, 1))
-def _float_outputs(
-    operation: Linear, movement: Movement, folded: Folded, x: jax.Array
-) -> jax.Array:
+def float_outputs(operation: Linear, movement: Movement, folded: Folded, x: jax.Array) -> jax.Array:
+    """What a layer computes on all batches in the float network."""
+    x = x.astype(jnp.float32)
     return map_batches(lambda batch: movement(apply_folded(operation, folded, batch)), x)
 
 
 @program(static_argnums=(0, 1))
-def _quantized_outputs(
+def quantized_outputs(
     operation: Linear, movement: Movement, layer: QuantizedLayer, x: jax.Array
 ) -> jax.Array:
+    """What a layer computes on all batches at inference."""
+    x = x.astype(jnp.float32)
     return map_batches(lambda batch: movement(apply_layer(operation, layer, batch)), x)
+
+
+@program(static_argnums=(0, 1))
+def fitted_outputs(
+    operation: Linear, movement: Movement, layer: QuantizedLayer, x: jax.Array
+) -> jax.Array:
+    """What fitting a layer writes: its output, rounded after it is brought to real units."""
+    x, inputs = in_units_of_codes(x.astype(jnp.float32), layer.inputs)
+    bare = dataclasses.replace(layer, inputs=inputs, outputs=None)
+    y = map_batches(lambda batch: apply_linear(operation, bare, batch), x)
+    return jax.vmap(movement)(y if layer.outputs is None else project_batches(layer.outputs, y))
 
 
 @program()

@@ -41,8 +41,17 @@ Values = dict[core.Var, Any]
 class Checkpoint:
     """The file of a run, which may have been interrupted."""
 
-    def __init__(self, folder: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
-        """Reads what is there; see `KeptArrays`."""
+    def __init__(
+        self, folder: str | os.PathLike[str], about: Mapping[str, Any], is_writer: bool = True
+    ) -> None:
+        """Reads what is there; see `KeptArrays`.
+
+        Args:
+          folder: of the file.
+          about: what the run depends on.
+          is_writer: whether this process writes it; one of several does.
+        """
+        self._is_writer = is_writer
         self._kept = KeptArrays(folder, FILE, about)
         self._entries = self._kept.entries
         try:
@@ -52,6 +61,11 @@ class Checkpoint:
             }
         except (LookupError, TypeError, ValueError) as error:
             raise self._kept.damaged(f" ({error})") from error
+
+    @property
+    def done(self) -> int:
+        """How many units of work are finished."""
+        return self._entries["done"] if self._entries else 0
 
     def restore(self, fits: dict[str, Fit], sums: dict[str, FittedJunction]) -> int:
         """Writes what is finished, and returns how many units of work that is."""
@@ -79,8 +93,12 @@ class Checkpoint:
             sums[name] = FittedJunction(grid, energies, found["clip"], shape)
         return self._entries["done"]
 
-    def values(self, network: Network, batches: Sequence[jax.Array]) -> tuple[Values, Values]:
-        """The live values of the float and of the quantized stream, where the work goes on."""
+    def values(
+        self, network: Network, batches: Sequence[jax.Array]
+    ) -> tuple[Values, Values] | None:
+        """The live values of both streams, where the work goes on; None if they were not kept."""
+        if self._entries["live"] is None:
+            return None
         variables = _variables(network)
         sharding = batches[0].sharding
 
@@ -106,14 +124,25 @@ class Checkpoint:
         fits: Mapping[str, Fit],
         sums: Mapping[str, FittedJunction],
         network: Network,
-        live: tuple[Values, Values],
+        live: tuple[Values, Values] | None,
         is_last: bool,
     ) -> None:
-        """Writes what is finished, unless writing would take more than a share of the time."""
-        if not (self._kept.is_due or is_last):
+        """Writes what is finished, unless writing would take more than a share of the time.
+
+        Args:
+          done: units of work that are finished.
+          fits: the layers.
+          sums: the junctions.
+          network: the network.
+          live: the values of both streams; None to compute them again.
+          is_last: whether nothing is left to do.
+        """
+        if not self._is_writer or not (self._kept.is_due or is_last):
             return
         numbers = {var: number for number, var in enumerate(_variables(network))}
-        floats, quantized = ({numbers[v]: x for v, x in values.items()} for values in live)
+        floats, quantized = (
+            {numbers[v]: x for v, x in values.items()} for values in live or ({}, {})
+        )
         shared = [n for n, x in quantized.items() if x is floats.get(n)]
         inputs = len(network.flat.inputs)
         arrays = by_path(
@@ -147,7 +176,8 @@ class Checkpoint:
                 }
                 for name, fit in sums.items()
             },
-            "live": {"floats": list(floats), "quantized": list(quantized), "shared": shared},
+            "live": live
+            and {"floats": list(floats), "quantized": list(quantized), "shared": shared},
             "arrays": describe_arrays(arrays),
         }
         self._kept.write(entries, {name: storable(array) for name, array in arrays.items()})

@@ -58,7 +58,7 @@ def search_ends(
     network: Network,
     floats: Mapping[str, Any],
     params: Mapping[str, Any],
-    batches: Sequence[jax.Array],
+    batches: Sequence[Any],
     count: int,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def search_ends(
       network: traced at the size of a batch.
       floats: the float network, see `qjax.run.tap.float_layers`.
       params: `Quantized.params`.
-      batches: the leaves of an input, those of all batches stacked.
+      batches: the leaves of an input, each to be read batch by batch.
       count: of layers: the first one, the last one, then those that matter most.
       progress: called with (what is searched, how many are done, how many there are).
 
@@ -181,11 +181,11 @@ def _divergence(
 
 
 def _examples(
-    network: Network, floats: Mapping[str, Any], batches: Sequence[jax.Array]
+    network: Network, floats: Mapping[str, Any], batches: Sequence[Any]
 ) -> list[Examples]:
     """Batches of images, each followed by one of blends, with the outputs of the float network."""
     run = network.program("float outputs", partial(outputs, network, FAKE), FAST_TO_COMPILE)
-    count, size = batches[0].shape[:2]
+    count, size = len(batches[0]), len(batches[0][0])
     found = []
     for number in range(min(count, -(-EXAMPLES // size))):
         leaves = [leaf[number] for leaf in batches]

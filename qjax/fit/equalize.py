@@ -9,17 +9,21 @@ References:
   Nagel et al., 2019, arXiv:1906.04721, section 4.1; Xiao et al., 2022, arXiv:2211.10438, eq. 4.
 """
 
+import functools
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from qjax.fit.streams import Streams, cut, map_batches
+from qjax.fit.ahead import float_outputs
+from qjax.fit.batch_streams import BatchStreams
+from qjax.fit.streams import Streams, cut
 from qjax.graph import jaxpr
 from qjax.graph.activation import NONE, RELU
-from qjax.graph.fold import Folded, apply_folded
-from qjax.graph.layers import Movement, Network, Site
+from qjax.graph.fold import Folded
+from qjax.graph.layers import Network, Site
 from qjax.graph.operation import Linear, by_channel, scale_input_channels
 from qjax.programs import program
 
@@ -68,23 +72,21 @@ def _matches(first: Site, second: Site) -> bool:
 
 def equalize(
     network: Network,
-    leaves: Sequence[jax.Array],
     folded: Sequence[Folded],
-    batches: Sequence[jax.Array],
+    streams: Streams | BatchStreams,
 ) -> tuple[Folded, ...]:
     """Rescales the kernels and biases of all equalizable pairs.
 
     Args:
       network: the network, traced at the size of the batches.
-      leaves: the leaves of its params.
       folded: kernel and bias of each layer.
-      batches: the leaves of an input, those of all batches stacked.
+      streams: the float network's values, at its input.
 
     Returns:
       Kernels and biases that compute the same network.
     """
     pairs = equalizable_pairs(network)
-    magnitudes = _input_magnitudes(network, leaves, folded, batches, {p.second for p in pairs})
+    magnitudes = _input_magnitudes(network, folded, streams, {p.second for p in pairs})
     equalized = list(folded)
     for first, second in pairs:
         equalized[first], equalized[second] = _equalize_pair(
@@ -98,13 +100,11 @@ def equalize(
 
 def _input_magnitudes(
     network: Network,
-    leaves: Sequence[jax.Array],
     folded: Sequence[Folded],
-    batches: Sequence[jax.Array],
+    streams: Streams | BatchStreams,
     wanted: set[int],
 ) -> dict[int, jax.Array]:
     """The greatest magnitude of each input channel of the wanted layers in the float network."""
-    streams = Streams(network, leaves, batches, is_sequential=False)
     positions = {site.layer.name: position for position, site in enumerate(network.first_sites)}
     magnitudes = {}
     for segment in cut(network):
@@ -112,22 +112,20 @@ def _input_magnitudes(
         if isinstance(segment.step, Site):
             site = segment.step
             position = positions[site.layer.name]
-            x, _ = streams.read(site.input)
-            outputs, largest = _evaluated(site.layer.operation, site.movement, folded[position], x)
+            operation = site.layer.operation
             if position in wanted:
-                magnitudes[position] = largest
-            streams.write(site.output, outputs, outputs)
+                x, _ = streams.stored(site.input)
+                found = [_magnitudes(operation, x[number]) for number in range(len(x))]
+                magnitudes[position] = functools.reduce(jnp.maximum, found)
+            run = partial(float_outputs, operation, site.movement, folded[position])
+            streams.apply(site.output, run, run, site.input)
     return magnitudes
 
 
-@program(static_argnums=(0, 1))
-def _evaluated(
-    operation: Linear, movement: Movement, folded: Folded, x: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """A layer's output on all batches, and the greatest magnitude of each of its input channels."""
-    outputs = map_batches(lambda batch: movement(apply_folded(operation, folded, batch)), x)
-    by_batch = jax.vmap(lambda batch: by_channel(operation.input_axes, batch))(jnp.abs(x))
-    return outputs, jnp.max(by_batch, axis=(0, 2))
+@program(static_argnums=0)
+def _magnitudes(operation: Linear, x: jax.Array) -> jax.Array:
+    """The greatest magnitude of each channel of a layer's input."""
+    return jnp.max(by_channel(operation.input_axes, jnp.abs(x)), axis=1)
 
 
 @program(static_argnums=0)

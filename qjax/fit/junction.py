@@ -150,7 +150,7 @@ def fit_matmul(
         _fit(NONE, objective, spec, candidates, pair, grid, is_exact=False)[0]
         for pair, grid in zip((lhs, rhs), known, strict=True)
     )
-    floats = _float_product(product, lhs[0], rhs[0])
+    floats = float_product(product, lhs[0], rhs[0])
     assert left.grid is not None and right.grid is not None
     operands = QuantizedMatmul(left.grid, right.grid, None)
     values = quantized_product(product, operands, lhs[1], rhs[1])
@@ -168,7 +168,8 @@ _energies = program()(energies)
 
 
 @program(static_argnums=0)
-def _float_product(product: MatrixProduct, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+def float_product(product: MatrixProduct, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """The result of a product in float on all batches, float32[batches, ...]."""
     return map_batches(lambda pair: product.evaluate(*pair), (lhs, rhs))
 
 
@@ -191,9 +192,9 @@ def float_or_quantized(
       lhs: float32[batches, ...] each, as `rhs`.
       rhs: the second operand.
     """
-    floats = _float_product(product, lhs[0], rhs[0])
+    floats = float_product(product, lhs[0], rhs[0])
     if matmul is None:
-        return floats, _float_product(product, lhs[1], rhs[1])
+        return floats, float_product(product, lhs[1], rhs[1])
     return floats, quantized_product(product, matmul, lhs[1], rhs[1])
 
 

@@ -54,6 +54,7 @@ from qjax.run.layer import (
     fold_input_scales,
     with_bias,
 )
+from qjax.sharing import shared
 
 _LEAST_WEIGHT = 1e-30  # the greatest one of a channel that is not taken for zeros
 
@@ -242,7 +243,7 @@ def prepare(
     moments = observe_stacked(m.moments(operation, stride), seen)
     if recipe.bias_correction:  # the bias takes up the means, the kernel answers for the rest
         moments = m.centered(moments)
-    goal = _goal(task, z if target is None else target, values.shortcut)
+    goal = goal_of(task, z if target is None else target, values.shortcut)
     times = min(recipe.reconstructions, 1) if goal.activation == NONE else recipe.reconstructions
     if times:
         correction = recipe.bias_correction
@@ -268,7 +269,14 @@ def in_units_of_codes(
     )
 
 
-def _goal(task: Task, target: jax.Array, shortcut: tuple[jax.Array, jax.Array] | None) -> Goal:
+def goal_of(task: Task, target: jax.Array, shortcut: tuple[jax.Array, jax.Array] | None) -> Goal:
+    """What a layer's output is for.
+
+    Args:
+      task: the layer.
+      target: the output to be had.
+      shortcut: what it is added to in (the float, the quantized) network; None for nothing.
+    """
     if shortcut is None:
         return Goal(target, None, task.activation.clip)
     assert task.summed is not None
@@ -314,6 +322,7 @@ def round_kernel(
     if hessian is not None:
         groups, patch, _ = kernel.shape
         chex.assert_shape(hessian, (groups, patch, patch))
+    kernel = shared(kernel, 2, is_returned=True)
     given, (kernel, unit) = kernel, _in_units(kernel, spec)
     sample = KernelSample(kernel, spec, hessian)
     format = least(objective, sample, spec, candidates, limits)
@@ -378,7 +387,7 @@ def correct(
     layer = with_rounded_bias(operation, prepared.folded, unscaled, rounded)
     y = map_batches(partial(apply_linear, operation, layer), x)
     if recipe.bias_correction and (unscaled is not None or rounded is not None):
-        missing = _channel_means(operation, lacking(_goal(task, target, shortcut), y))
+        missing = _channel_means(operation, lacking(goal_of(task, target, shortcut), y))
         bias = dequantized_bias(operation, layer) + missing
         layer = with_bias(operation, layer, bias)
         y = map_batches(partial(apply_linear, operation, layer), x)
@@ -424,10 +433,15 @@ def is_output_searched(recipe: LayerRecipe) -> bool:
 
 def _channel_means(operation: Linear, values: jax.Array) -> jax.Array:
     """The mean of each output channel, float32[groups * channels]."""
+    sums = jnp.sum(channel_sums(operation, values), axis=0)
+    return sums / (values.size // len(sums))
+
+
+def channel_sums(operation: Linear, values: jax.Array) -> jax.Array:
+    """The sum of each output channel of every batch, float32[batches, groups * channels]."""
     kept = {1 + axis % (values.ndim - 1) for axis in operation.channel_axes}
     by_batch = values.sum([axis for axis in range(1, values.ndim) if axis not in kept])
-    sums = jnp.sum(by_batch.reshape(len(values), -1), axis=0)
-    return sums / (values.size // len(sums))
+    return by_batch.reshape(len(values), -1)
 
 
 # ---- The output
@@ -482,10 +496,17 @@ def finish(
     return moved[0], moved[1], energies(shown, shown_hat)
 
 
-def energies(values: jax.Array, values_hat: jax.Array) -> tuple[jax.Array, jax.Array]:
+def energies(
+    values: jax.Array, values_hat: jax.Array, unit: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Those of values and of what others lack of them, sums by batch in a unit of their own."""
     values, values_hat = values.astype(jnp.float32), values_hat.astype(jnp.float32)
-    unit = magnitude(jnp.max(jnp.abs(values), initial=0))
+    unit = unit_of(values) if unit is None else unit
     axes = tuple(range(1, values.ndim))
     signal = jnp.sum(jnp.square(values / unit), axes)
     return signal, jnp.sum(jnp.square((values - values_hat) / unit), axes)
+
+
+def unit_of(values: jax.Array) -> jax.Array:
+    """The unit that values are divided by before they are squared."""
+    return magnitude(jnp.max(jnp.abs(values.astype(jnp.float32)), initial=0))

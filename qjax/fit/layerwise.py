@@ -4,19 +4,37 @@ Each layer is fitted on the input that its already quantized predecessors produc
 unless `Recipe.sequential`) toward the output that the float network has there.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from qjax.fit.ahead import Ahead, joined, outputs_of_step, projected
+from qjax.fit.ahead import (
+    Ahead,
+    fitted_outputs,
+    float_outputs,
+    joined,
+    projected,
+    quantized_outputs,
+)
+from qjax.fit.batch_streams import BatchStreams
 from qjax.fit.checkpoint import Checkpoint
-from qjax.fit.junction import FittedJunction, FittedMatmul, fit_junction, fit_matmul
+from qjax.fit.junction import (
+    FittedJunction,
+    FittedMatmul,
+    fit_junction,
+    fit_matmul,
+    float_product,
+    quantized_product,
+)
 from qjax.fit.layer import Fit, Values, fit_layer
+from qjax.fit.layer_by_batch import Given, fit_layer_by_batch, is_fitted_by_batch
+from qjax.fit.memory import MEMORIES, Memory
 from qjax.fit.ranges import (
     Task,
     choose_output,
@@ -24,9 +42,11 @@ from qjax.fit.ranges import (
     task_of,
     values_between,
 )
+from qjax.fit.samples import NeedsAllValuesError
 from qjax.fit.search import Candidates
 from qjax.fit.streams import Segment, Streams, cut
 from qjax.formats.affine import QParams
+from qjax.formats.dynamic import ActivationFormat
 from qjax.formats.spec import QuantSpec
 from qjax.graph import jaxpr
 from qjax.graph.activation import NONE, follow_codes
@@ -70,7 +90,7 @@ class State(NamedTuple):
       sums: the junctions, and the operands and results of matmuls.
     """
 
-    streams: Streams
+    streams: Streams | BatchStreams
     folded: dict[str, Folded]
     grids: dict[core.Var, Grid]
     fits: dict[str, Fit]
@@ -84,12 +104,14 @@ class Unit(NamedTuple):
       segment: the plain equations before it, and the step itself.
       name: of the layer that is finished by it, None if none is.
       fit: fits it and writes what it computes to the streams.
+      replay: writes what it computes to the streams once it is fitted.
       note: writes the grid that its value lies on, once it is fitted.
     """
 
     segment: Segment
     name: str | None
     fit: Callable[[State], None]
+    replay: Callable[[State], None]
     note: Callable[[State], None]
 
 
@@ -123,23 +145,30 @@ def units(
                 fit = partial(_fit_site, site, task, own)
                 if others:
                     fit = partial(_fit_step, steps, site, task, own, segments[number:])
+                replay = partial(_replay_site, site, site is first)
                 note = partial(_note_layer, layer.name, "outputs", site.output, own)
-                found.append(Unit(segment, layer.name if site is first else None, fit, note))
+                name = layer.name if site is first else None
+                found.append(Unit(segment, name, fit, replay, note))
             case Activated(site=site):
                 own, axes = recipes[site.layer.name], examples.get(site.layer.name)
                 steps = network.sites_of(site.layer.name)
                 task = task_of(site, own, candidates, logits in steps, axes)
                 ahead = segments[number:] if len(steps) > 1 else ()
                 fit = partial(_fit_activated, steps, site, task, own, ahead)
+                replay = partial(_replay_activated, site)
                 note = partial(_note_layer, site.layer.name, "activated", site.activated, own)
-                found.append(Unit(segment, None, fit, note))
+                found.append(Unit(segment, None, fit, replay, note))
             case Junction() as junction:
                 fit = partial(_fit_junction, junction, recipe)
-                found.append(Unit(segment, None, fit, partial(_note_junction, junction, recipe)))
+                replay = partial(_replay_junction, junction)
+                note = partial(_note_junction, junction, recipe)
+                found.append(Unit(segment, None, fit, replay, note))
             case Matmul() as matmul:
                 own = recipes[matmul.name]
                 fit = partial(_fit_matmul, matmul, own, candidates)
-                found.append(Unit(segment, None, fit, partial(_note_matmul, matmul, own)))
+                replay = partial(_replay_matmul, matmul)
+                note = partial(_note_matmul, matmul, own)
+                found.append(Unit(segment, None, fit, replay, note))
     return tuple(found)
 
 
@@ -159,11 +188,13 @@ def calibrate(
     network: Network,
     leaves: Sequence[jax.Array],
     folded: Sequence[Folded],
-    batches: Sequence[jax.Array],
+    batches: Sequence[Any],
     recipe: Recipe,
     progress: Progress,
     examples: Mapping[str, ExampleAxes] | None = None,
     checkpoint: Checkpoint | None = None,
+    memory: Memory = MEMORIES["device"],
+    whole: Callable[[Any], Any] | None = None,
 ) -> tuple[dict[str, Fit], dict[str, FittedJunction]]:
     """Quantizes every layer of a network, and its junctions where the recipe says so.
 
@@ -171,29 +202,39 @@ def calibrate(
       network: the network, traced at the size of the batches.
       leaves: the leaves of its params.
       folded: kernel and bias of each layer.
-      batches: the leaves of an input, those of all batches stacked.
+      batches: the leaves of an input: those of all batches stacked, or to be read batch by batch
+        where `memory` has a store.
       recipe: what to do.
       progress: called with (layer name, layers done, layers).
       examples: the axes of the examples by layer; needed where ranges are those of examples.
       checkpoint: where what is finished is read and written.
+      memory: where the values between layers are kept.
+      whole: brings what is fitted to this process, where several work together.
 
     Returns:
       A `Fit` per layer, and a `FittedJunction` per junction that needs a grid of its own and per
       operand and result of a matmul, by name, in dataflow order.
     """
     names = [site.layer.name for site in network.first_sites]
-    streams = Streams(network, leaves, batches, recipe.sequential)
+    streams = streams_of(network, leaves, batches, recipe.sequential, memory)
     state = State(streams, dict(zip(names, folded, strict=True)), {}, {}, {})
     started: list[str] = []
     todo = units(network, recipe, examples)
     done = 0 if checkpoint is None else checkpoint.restore(state.fits, state.sums)
+    kept = None
+    if checkpoint is not None and 0 < done < len(todo) and isinstance(streams, Streams):
+        kept = checkpoint.values(network, batches)
     for unit in todo[:done]:
-        streams.pass_over(unit.segment)
+        if kept is not None and isinstance(streams, Streams):
+            streams.pass_over(unit.segment)
+        elif done < len(todo):
+            streams.advance(unit.segment)
+            unit.replay(state)
         _follow(unit.segment, state)
         unit.note(state)
         started += [unit.name] if unit.name else []
-    if checkpoint is not None and 0 < done < len(todo):
-        streams.restore(*checkpoint.values(network, batches))
+    if kept is not None and isinstance(streams, Streams):
+        streams.restore(*kept)
     for number, unit in enumerate(todo[done:], done + 1):
         if unit.name is not None:
             if len(started) > 1:  # one layer may still be computed while the next is compiled
@@ -203,14 +244,31 @@ def calibrate(
         streams.advance(unit.segment)
         _follow(unit.segment, state)
         unit.fit(state)
+        if whole is not None:
+            _bring(unit.segment, state, whole)
         unit.note(state)
         if checkpoint is not None:
             is_last = number == len(todo)
-            live = ({}, {}) if is_last else streams.values
+            live = None
+            if isinstance(streams, Streams) and whole is None:
+                live = ({}, {}) if is_last else streams.values
             checkpoint.write(number, state.fits, state.sums, network, live, is_last)
     jax.block_until_ready([fit.energies for fit in state.fits.values()])
     progress("", len(names), len(names))
     return state.fits, state.sums
+
+
+def _bring(segment: Segment, state: State, whole: Callable[[Any], Any]) -> None:
+    """Brings what the step of a segment fitted to this process."""
+    match segment.step:
+        case Site(layer=layer) | Activated(site=Site(layer=layer)):
+            state.fits[layer.name] = whole(state.fits[layer.name])
+        case Junction(name=name) if name in state.sums:
+            state.sums[name] = whole(state.sums[name])
+        case Matmul(name=name):
+            fitted = FittedMatmul.found(name, state.sums)
+            assert fitted is not None
+            state.sums.update(whole(fitted).by_name(name))
 
 
 def _follow(segment: Segment, state: State) -> None:
@@ -230,18 +288,57 @@ def _logits(network: Network) -> Site:
     )
 
 
+def streams_of(
+    network: Network,
+    leaves: Sequence[jax.Array],
+    batches: Sequence[Any],
+    is_sequential: bool,
+    memory: Memory,
+) -> Streams | BatchStreams:
+    """Starts both streams of a network; the arguments are those of `calibrate`."""
+    if memory.store is None:
+        return Streams(network, leaves, batches, is_sequential)
+    return BatchStreams(network, leaves, batches, is_sequential, memory.store)
+
+
 def _fit_site(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None:
     """Fits a layer up to its pre-activation output and writes that to the streams."""
-    streams, name = state.streams, site.layer.name
-    shortcut = None
+    streams, name, added = state.streams, site.layer.name, None
     if site.shortcut is not None and not site.movement and streams.holds(site.shortcut.value):
-        shortcut = _read(state, site.shortcut.value)
-    values = Values(*_read(state, site.input), shortcut)
+        added = site.shortcut.value
     known = known_grid(recipe.inputs, state.grids.get(site.input))
+    if isinstance(streams, BatchStreams) and is_fitted_by_batch(task, known):
+        given = Given(*streams.stored(site.input), None if added is None else streams.stored(added))
+        with contextlib.suppress(NeedsAllValuesError):
+            by_batch = fit_layer_by_batch(
+                task, recipe.limits, given, state.folded[name], known, streams.store
+            )
+            state.fits[name] = by_batch.fit
+            streams.put(site.output, by_batch.float_output, by_batch.output)
+            return
+    shortcut = None if added is None else _read(state, added)
+    values = Values(*_read(state, site.input), shortcut)
     divides = known is None and divides_channels(recipe.inputs, task.operation, values.x)
     found = fit_layer(task, divides, recipe.limits, values, state.folded[name], known)
     state.fits[name] = found.fit
-    streams.write(site.output, found.float_output, found.output)
+    _write_outputs(site, found.float_output, found.output, state)
+
+
+def _write_outputs(site: Site, floats: jax.Array, values: jax.Array, state: State) -> None:
+    """Writes what a layer was found to compute to the streams."""
+    if isinstance(state.streams, Streams):
+        state.streams.write(site.output, floats, values)
+    else:
+        _replay_site(site, True, state)
+
+
+def _replay_site(site: Site, is_first: bool, state: State) -> None:
+    """Writes what a fitted layer computes to the streams."""
+    static, name = (site.layer.operation, site.movement), site.layer.name
+    outputs = fitted_outputs if is_first else quantized_outputs
+    on_floats = partial(float_outputs, *static, state.folded[name])
+    on_values = partial(outputs, *static, state.fits[name].layer)
+    state.streams.apply(site.output, on_floats, on_values, site.input)
 
 
 def _fit_step(
@@ -253,11 +350,9 @@ def _fit_step(
     state: State,
 ) -> None:
     """Fits a layer that the steps of a loop share, in the first one, on the inputs of all steps."""
-    streams, name, folded = state.streams, site.layer.name, state.folded[site.layer.name]
+    name, folded = site.layer.name, state.folded[site.layer.name]
     if site is not steps[0]:
-        inputs = _read(state, site.input)
-        outputs = outputs_of_step(site, folded, state.fits[name].layer, inputs)
-        streams.write(site.output, *outputs)
+        _replay_site(site, False, state)
         return
     ahead = _look_ahead(state)
     inputs = ahead.values(segments, [step.input for step in steps])
@@ -269,7 +364,7 @@ def _fit_step(
     found = fit_layer(task, divides, recipe.limits, values, folded, known)
     state.fits[name] = found.fit
     count = len(inputs[0][0])
-    streams.write(site.output, found.float_output[:count], found.output[:count])
+    _write_outputs(site, found.float_output[:count], found.output[:count], state)
 
 
 def _look_ahead(state: State) -> Ahead:
@@ -287,13 +382,23 @@ def _note_layer(name: str, field: str, var: core.Var, recipe: LayerRecipe, state
 def _read(state: State, var: core.Var) -> tuple[jax.Array, jax.Array]:
     """The values of a variable in the float and in the quantized network, in float32."""
     floats, values = state.streams.read(var)
-    return floats.astype(jnp.float32), values.astype(jnp.float32)
+    return _real(floats), _real(values)
 
 
-def _write(state: State, var: core.Var, floats: jax.Array, values: jax.Array) -> None:
-    """Sets the values of a variable, in its own type."""
+def _real(values: jax.Array) -> jax.Array:
+    return values.astype(jnp.float32)
+
+
+def _round(
+    state: State, var: core.Var, format: ActivationFormat, floats: jax.Array, values: jax.Array
+) -> None:
+    """Sets a variable to rounded values, in its own type."""
     own = jaxpr.dtype(var)
-    state.streams.write(var, floats.astype(own), values.astype(own))
+
+    def rounding(values: jax.Array) -> jax.Array:
+        return projected(format, values.astype(jnp.float32)).astype(own)
+
+    state.streams.round(var, rounding, floats.astype(own), values.astype(own))
 
 
 def kind_of(spec: QuantSpec) -> tuple[int, bool, str]:
@@ -335,7 +440,8 @@ def _fit_activated(
     fit = state.fits[site.layer.name]
     if site is not steps[0]:
         assert fit.layer.activated is not None
-        _write(state, site.activated, floats, projected(fit.layer.activated, values))
+        rounded = projected(fit.layer.activated, values)
+        _round(state, site.activated, fit.layer.activated, floats, rounded)
         return
     all_floats, all_values = floats, values
     if len(steps) > 1:
@@ -354,7 +460,7 @@ def _fit_activated(
             activation=NONE,
             candidates=task.candidates,
         )
-    _write(state, site.activated, floats, projected(qparams, values))
+    _round(state, site.activated, qparams, floats, projected(qparams, values))
     layer = dataclasses.replace(fit.layer, activated=qparams)
     output_clip = clip if fit.output_clip is None else fit.output_clip
     state.fits[site.layer.name] = fit._replace(layer=layer, output_clip=output_clip)
@@ -367,7 +473,26 @@ def _fit_junction(junction: Junction, recipe: Recipe, state: State) -> None:
     floats, values = _read(state, junction.var)
     fitted, rounded = fit_junction(junction.activation, recipe, floats, values)
     state.sums[junction.name] = fitted
-    _write(state, junction.var, floats, rounded)
+    assert fitted.grid is not None
+    _round(state, junction.var, fitted.grid, floats, rounded)
+
+
+def _replay_junction(junction: Junction, state: State) -> None:
+    if junction.name in state.sums:
+        grid = state.sums[junction.name].grid
+        assert grid is not None
+        _round_again(junction.var, grid, state)
+
+
+def _replay_activated(site: Site, state: State) -> None:
+    grid = state.fits[site.layer.name].layer.activated
+    if grid is not None:
+        _round_again(site.activated, grid, state)
+
+
+def _round_again(var: core.Var, format: ActivationFormat, state: State) -> None:
+    floats, values = _read(state, var)
+    _round(state, var, format, floats, projected(format, values))
 
 
 def _note_junction(junction: Junction, recipe: Recipe, state: State) -> None:
@@ -383,7 +508,26 @@ def _fit_matmul(matmul: Matmul, recipe: LayerRecipe, candidates: Candidates, sta
     known = tuple(known_grid(recipe.inputs, state.grids.get(var)) for var in matmul.operands)
     fitted, results = fit_matmul(matmul.product, recipe, candidates, lhs, rhs, known)
     state.sums.update(fitted.by_name(matmul.name))
-    _write(state, matmul.output, *results)
+    if isinstance(state.streams, Streams):
+        own = jaxpr.dtype(matmul.output)
+        state.streams.write(matmul.output, *(values.astype(own) for values in results))
+    else:
+        _replay_matmul(matmul, state)
+
+
+def _replay_matmul(matmul: Matmul, state: State) -> None:
+    """Writes what a fitted matmul computes to the streams."""
+    fitted, own = FittedMatmul.found(matmul.name, state.sums), jaxpr.dtype(matmul.output)
+    assert fitted is not None
+    quantized = fitted.quantized
+
+    def on_floats(*operands: jax.Array) -> jax.Array:
+        return float_product(matmul.product, *map(_real, operands)).astype(own)
+
+    def on_values(*operands: jax.Array) -> jax.Array:
+        return quantized_product(matmul.product, quantized, *map(_real, operands)).astype(own)
+
+    state.streams.apply(matmul.output, on_floats, on_values, *matmul.operands)
 
 
 def _note_matmul(matmul: Matmul, recipe: LayerRecipe, state: State) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from qjax.fit.observers import Observer
 from qjax.graph.operation import Linear, output_matrix
 from qjax.rounding.metric import DAMPING
+from qjax.sharing import shared
 
 
 class Moments(NamedTuple):
@@ -46,7 +47,7 @@ def moments(operation: Linear, stride: int = 1) -> Observer:
         return _add_patches(state, x, operation, stride)
 
     zeros = Moments(_zeros(groups, patch), _zeros(groups, patch, patch))
-    return Observer(lambda: (_zeros(), zeros), update, _mean)
+    return Observer(lambda: (_zeros(), zeros), update, mean_of)
 
 
 def centered(moments: Moments) -> Moments:
@@ -98,14 +99,15 @@ def cross_moments(operation: Linear, stride: int = 1) -> Observer:
         return _add_residual(state, *pair, operation, stride)
 
     zeros = CrossMoments(_zeros(groups, channels), _zeros(groups, patch, channels))
-    return Observer(lambda: (_zeros(), zeros), update, _mean)
+    return Observer(lambda: (_zeros(), zeros), update, mean_of)
 
 
 def _zeros(*shape: int) -> jax.Array:
     return jnp.zeros(shape, jnp.float32)
 
 
-def _mean(state: tuple[jax.Array, Any]) -> Any:
+def mean_of(state: tuple[jax.Array, Any]) -> Any:
+    """The statistic of an observer's state (count, sums)."""
     count, sums = state
     return jax.tree.map(lambda total: total / count, sums)
 
@@ -118,7 +120,7 @@ def _add_patches(
     state: tuple[jax.Array, Moments], x: jax.Array, operation: Linear, stride: int
 ) -> tuple[jax.Array, Moments]:
     count, sums = state
-    patches = operation.patches(x.astype(jnp.float32), stride)
+    patches = shared(operation.patches(x.astype(jnp.float32), stride), is_returned=False)
     chex.assert_shape(patches, (None, *sums.mean.shape))
     hessian = sums.hessian + _product("pgk,pgl->gkl", patches, patches)
     return count + patches.shape[0], Moments(sums.mean + patches.sum(0), hessian)
@@ -133,8 +135,8 @@ def _add_residual(
     stride: int,
 ) -> tuple[jax.Array, CrossMoments]:
     count, sums = state
-    patches = operation.patches(x.astype(jnp.float32), stride)
-    missing = output_matrix(operation, residual)[::stride]
+    patches = shared(operation.patches(x.astype(jnp.float32), stride), is_returned=False)
+    missing = shared(output_matrix(operation, residual)[::stride], is_returned=False)
     chex.assert_equal_shape_prefix([patches, missing], 2)
     cross = sums.cross + _product("pgk,pgm->gkm", patches, missing)
     return count + patches.shape[0], CrossMoments(sums.residual_mean + missing.sum(0), cross)

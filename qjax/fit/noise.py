@@ -1,6 +1,6 @@
 """How far the values in a quantized network are from those in the float one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ def noise_of(
     network: Network,
     floats: Mapping[str, Any],
     quantized: Mapping[str, Any],
-    batches: Sequence[Any],
+    batches: Iterable[Any],
 ) -> dict[str, float]:
     """The SQNR in decibels of layers after their activation, junctions and matmuls, by name.
 

@@ -147,10 +147,34 @@ def fit_input(
         width = along_axes(axes, by_input, x[0])
         x = x / width[None]
     patches = x if objective.loss is None else sampled_patches(task.operation, x)
-    sample = InputSample(x, *extremes_of(x), patches, kernel)
-    chosen = least(objective, sample, spec, task.candidates, limits)
-    clip = chosen.scale / widest(sample, spec, limits).scale
+    chosen, clip = _chosen(task, limits, InputSample(x, *extremes_of(x), patches, kernel))
     return chosen.scaled(width), clip
+
+
+def _chosen(task: Task, limits: Any, sample: InputSample) -> tuple[QParams, jax.Array]:
+    spec = task.recipe.inputs
+    assert spec is not None
+    chosen = least(task.recipe.objective, sample, spec, task.candidates, limits)
+    return chosen, chosen.scale / widest(sample, spec, limits).scale
+
+
+@program(static_argnums=0)
+def choose_input(
+    task: Task, limits: Any, extremes: Range, patches: jax.Array, kernel: jax.Array
+) -> tuple[QParams, jax.Array]:
+    """Chooses the range of a layer's input by a sample of it.
+
+    Args:
+      task: the layer.
+      limits: of the input's width.
+      extremes: of the input.
+      patches: a sample of its patches, float32[n, groups, patch].
+      kernel: float32[groups, patch, channels].
+
+    Returns:
+      Scalar qparams, and their scale's share of the scale that the extremes need.
+    """
+    return _chosen(task, limits, InputSample(None, *extremes, patches, kernel))
 
 
 def _channel_widths(
@@ -215,6 +239,7 @@ def output_values(
     target: jax.Array,
     actual: jax.Array,
     shortcut: jax.Array | None,
+    batches: int | None = None,
 ) -> OutputValues:
     """Samples outputs for the search of their range.
 
@@ -226,6 +251,7 @@ def output_values(
       target: the outputs to be had, [batches, ...].
       actual: the outputs there of the layer to be quantized.
       shortcut: what is added to them, None for nothing or if it is not known yet.
+      batches: how many there are in all; by default those that are given.
     """
     target, actual = (jnp.clip(values, *bounds) for values in (target, actual))
     extremes = extremes_of(actual)
@@ -242,8 +268,10 @@ def output_values(
     if objective.sees_output and not activation.is_pointwise:
         # An activation of unknown form is only known at the shape of a whole batch.
         return OutputValues(extremes, target[0], actual[0], None, stacked)
-    added = None if shortcut is None else sampled(shortcut)
-    return OutputValues(extremes, sampled(target), sampled(actual), added, stacked)
+    added = None if shortcut is None else sampled(shortcut, batches)
+    return OutputValues(
+        extremes, sampled(target, batches), sampled(actual, batches), added, stacked
+    )
 
 
 @program(static_argnums=(0, 1))

@@ -24,6 +24,7 @@ from qjax.graph.activation import Activation
 from qjax.graph.fold import Folded, apply_folded
 from qjax.graph.operation import Linear
 from qjax.rounding.metric import least_squares_shift
+from qjax.sharing import shared
 
 
 class Goal(NamedTuple):
@@ -89,16 +90,17 @@ def refit(
 
         batches = (inputs, goal.target, goal.shortcut)
         found = observe_stacked(observer._replace(update=missing), batches)
-        return _shifted(folded, moments, found, has_free_bias)
+        return shifted(folded, moments, found, has_free_bias)
 
     return update(0, folded) if times == 1 else lax.fori_loop(0, times, update, folded)
 
 
-def _shifted(
+def shifted(
     folded: Folded, moments: m.Moments, found: m.CrossMoments, has_free_bias: bool
 ) -> Folded:
+    """A kernel, and its bias where that is free, changed by the least squares of a residual."""
     mean = moments.mean[:, :, None]
     means = mean * found.residual_mean[:, None, :] if has_free_bias else 0.0
-    shift = least_squares_shift(moments.hessian, found.cross - means)
+    shift = least_squares_shift(moments.hessian, shared(found.cross - means, 2, is_returned=True))
     offset = found.residual_mean - jnp.sum(mean * shift, axis=1) if has_free_bias else 0.0
     return Folded(folded.kernel + shift, folded.bias + jnp.ravel(offset))

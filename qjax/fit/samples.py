@@ -185,17 +185,22 @@ class PooledKernel:
         return without_spike_at_zero(*jnp.histogram(self.values, HISTOGRAM_BINS))
 
 
+class NeedsAllValuesError(Exception):
+    """An objective makes a histogram of values that are not at hand together."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ActivationSample:
     """What input and output samples share.
 
     Attributes:
-      stacked: all values, [batches, ...]; read for histograms alone.
+      stacked: all values, [batches, ...]; read for histograms alone. None where they are not at
+        hand together.
       low: the least value, a scalar.
       high: the greatest.
     """
 
-    stacked: jax.Array
+    stacked: jax.Array | None
     low: jax.Array
     high: jax.Array
 
@@ -215,12 +220,17 @@ class ActivationSample:
     def central(self, percent: float) -> Range:
         """The range that holds this share of the values, from a histogram."""
         observer = observers.percentile(percent, self.low, self.high)
-        return observers.observe_stacked(observer, self.stacked)
+        return observers.observe_stacked(observer, self._all())
 
     def distribution(self) -> tuple[jax.Array, jax.Array]:
         """The histogram of all values."""
         counter = observers.histogram(self.low, self.high, bins=HISTOGRAM_BINS)
-        return without_spike_at_zero(*observers.observe_stacked(counter, self.stacked))
+        return without_spike_at_zero(*observers.observe_stacked(counter, self._all()))
+
+    def _all(self) -> jax.Array:
+        if self.stacked is None:
+            raise NeedsAllValuesError
+        return self.stacked
 
 
 @dataclasses.dataclass(frozen=True)

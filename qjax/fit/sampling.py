@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.graph.operation import Linear
+from qjax.sharing import shared
 
 # Samples per layer.
 MOMENT_PATCHES = 2**16  # for the second moments of its input
@@ -26,26 +27,42 @@ def coprime_stride(size: int, limit: int) -> int:
     return stride
 
 
-def patch_stride(operation: Linear, values: jax.Array, limit: int) -> int:
-    """The stride between positions that leaves about `limit` patches of all the batches."""
+def patch_stride(
+    operation: Linear,
+    values: jax.Array | jax.ShapeDtypeStruct,
+    limit: int,
+    batches: int | None = None,
+) -> int:
+    """The stride between positions that leaves about `limit` patches of all the batches.
+
+    Args:
+      operation: the linear operation.
+      values: its input, [batches, examples, ...].
+      limit: patches.
+      batches: how many there are in all; by default those of `values`.
+    """
     batch = jax.ShapeDtypeStruct(values.shape[1:], values.dtype)
     positions = jax.eval_shape(operation.patches, batch).shape[0]
-    return coprime_stride(positions, max(1, limit // len(values)))
+    return coprime_stride(positions, max(1, limit // (batches or len(values))))
 
 
-def sampled(values: jax.Array) -> jax.Array:
+def sampled(values: jax.Array, batches: int | None = None) -> jax.Array:
     """Elements at pseudo-random places, the same for all arrays of one size; all, if there are few.
 
     Their number, and with it what has to be compiled, does not depend on the size of the arrays.
+
+    Args:
+      values: [batches, examples, ...].
+      batches: how many there are in all; by default those of `values`.
 
     Returns:
       The elements, [n].
     """
     flat = values.reshape(len(values), -1)
-    size, limit = flat.shape[1], SAMPLED_VALUES // len(values)
+    size, limit = flat.shape[1], SAMPLED_VALUES // (batches or len(values))
     if size > limit:
         flat = flat[:, np.random.default_rng(size).integers(size, size=limit)]
-    return flat.reshape(-1)
+    return shared(flat.reshape(-1), is_returned=True)
 
 
 def sampled_channels(axes: Sequence[int], values: jax.Array) -> jax.Array:
@@ -66,9 +83,9 @@ def sampled_channels(axes: Sequence[int], values: jax.Array) -> jax.Array:
     return by_batch.reshape(channels, -1)
 
 
-def sampled_patches(operation: Linear, values: jax.Array) -> jax.Array:
+def sampled_patches(operation: Linear, values: jax.Array, batches: int | None = None) -> jax.Array:
     """Patches of a layer's input at positions at an even stride, float32[n, groups, patch]."""
-    stride = patch_stride(operation, values, SAMPLED_PATCHES)
+    stride = patch_stride(operation, values, SAMPLED_PATCHES, batches)
     floats = values.astype(jnp.float32)
     patches = jax.vmap(lambda batch: operation.patches(batch, stride))(floats)
-    return patches.reshape(-1, *patches.shape[2:])
+    return shared(patches.reshape(-1, *patches.shape[2:]), is_returned=batches is not None)

@@ -5,7 +5,6 @@ computes whose layers so far are quantized. The values of all batches are stacke
 examples, ...], and a value is dropped as soon as nothing reads it again.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,6 +51,18 @@ def cut(
     return tuple(reversed(found))
 
 
+def of_segment(segment: Segment) -> tuple[list[core.Var], list[core.Var]]:
+    """The variables that the equations of a segment read, and those that are read of them."""
+    written = {var for equation in segment.equations for var in equation.outvars}
+    read = dict.fromkeys(var for equation in segment.equations for var in reads(equation))
+    results = [var for var in written if var in segment.needed]
+    results.sort(key=[v for e in segment.equations for v in e.outvars].index)
+    return [var for var in read if var not in written], results
+
+
+Rounding = Callable[[jax.Array], jax.Array]
+
+
 class Streams:
     """The live values of the float and of the quantized network on all calibration batches."""
 
@@ -77,14 +88,25 @@ class Streams:
         self._streams = [self._floats, self._quantized] if is_sequential else [self._floats]
         self._count = len(batches[0])
 
-    def copy(self) -> "Streams":
-        """The same values; what happens to one does not change the other."""
-        found = copy.copy(self)
-        found._fixed, found._floats = dict(self._fixed), dict(self._floats)
-        is_sequential = self._quantized is not self._floats
-        found._quantized = dict(self._quantized) if is_sequential else found._floats
-        found._streams = [found._floats, found._quantized] if is_sequential else [found._floats]
+    @classmethod
+    def of_values(
+        cls, fixed: dict[core.Var, Any], streams: list[dict[core.Var, jax.Array]], count: int
+    ) -> "Streams":
+        """Streams in the midst of a network.
+
+        Args:
+          fixed: what params alone lead to.
+          streams: the values of the float stream, and of the quantized one if there is one.
+          count: of batches.
+        """
+        found = cls.__new__(cls)
+        found._fixed, found._streams, found._count = fixed, streams, count
+        found._floats, found._quantized = streams[0], streams[-1]
         return found
+
+    def on_device(self) -> "Streams":
+        """The same values; what happens to one does not change the other."""
+        return Streams.of_values(dict(self._fixed), [dict(s) for s in self._streams], self._count)
 
     def advance(self, segment: Segment) -> None:
         """Evaluates the equations of a segment on every batch."""
@@ -113,11 +135,7 @@ class Streams:
             stream.update(values)
 
     def _evaluate(self, segment: Segment) -> None:
-        written = {var for equation in segment.equations for var in equation.outvars}
-        read = dict.fromkeys(var for equation in segment.equations for var in reads(equation))
-        operands = [var for var in read if var not in written]
-        results = [var for var in written if var in segment.needed]
-        results.sort(key=[v for e in segment.equations for v in e.outvars].index)
+        operands, results = of_segment(segment)
         function = Equations(segment.equations, operands, results)
         is_stacked = tuple(var not in self._fixed for var in operands)
         # Whatever is elementwise takes all batches at once; products take memory.
@@ -143,6 +161,10 @@ class Streams:
             return fixed, fixed
         return self._floats[var], self._quantized[var]
 
+    def stored(self, var: core.Var) -> tuple[jax.Array, jax.Array]:
+        """The same, to be read batch by batch."""
+        return self.read(var)
+
     def holds(self, var: core.Var) -> bool:
         """Whether the variable has a value on every batch by now."""
         return var in self._floats
@@ -151,6 +173,38 @@ class Streams:
         """Sets a variable on all batches; without a quantized stream only to its float values."""
         for stream, values in zip(self._streams, (floats, quantized), strict=False):
             stream[var] = values
+
+    def apply(
+        self,
+        var: core.Var,
+        on_floats: Callable[..., jax.Array],
+        on_values: Callable[..., jax.Array],
+        *of: core.Var,
+    ) -> None:
+        """Sets a variable to functions of others.
+
+        Args:
+          var: the variable.
+          on_floats: of the stacked values of the others in the float stream.
+          on_values: of those in the quantized stream.
+          of: the others.
+        """
+        floats, values = zip(*map(self.read, of), strict=True)
+        self.write(var, on_floats(*floats), on_values(*values))
+
+    def round(
+        self, var: core.Var, rounding: Rounding, floats: jax.Array, values: jax.Array
+    ) -> None:
+        """Sets a variable of the quantized stream to its rounded values.
+
+        Args:
+          var: the variable.
+          rounding: what rounds them, for values that are computed later.
+          floats: its values in the float stream.
+          values: the rounded ones.
+        """
+        del rounding
+        self.write(var, floats, values)
 
 
 @program(static_argnums=0)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.fit.images import check_finite, gather
 from qjax.fit.noise import noise_of
 from qjax.fit.scales import Frame, Moving, frame_of, moved, start
 from qjax.formats.scales import FREE
@@ -28,7 +29,7 @@ from qjax.graph.frameworks import check_network
 from qjax.graph.layers import Network, shapes_of
 from qjax.objectives.divergence import divergence_of_classes
 from qjax.progress import Progress
-from qjax.quantize import Quantized, check_finite, gather, reporter
+from qjax.quantize import Quantized, reporter
 from qjax.report import Report
 from qjax.rescaled import rescaled
 from qjax.run.fake import FAKE

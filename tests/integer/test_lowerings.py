@@ -1,0 +1,71 @@
+"""Convolutions of int8 are tried on the device before a network relies on them."""
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax.integer import lowerings
+
+
+def grouped(params: Any, x: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        params["w"],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=2,
+    )
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Any:
+    lowerings.are_exact.cache_clear()
+    yield
+    lowerings.are_exact.cache_clear()
+
+
+@pytest.mark.parametrize("are_grouped", [False, True])
+def test_this_device_convolves_exactly(are_grouped: bool):
+    assert lowerings.are_exact(are_grouped)
+
+
+def test_a_device_that_does_not_gets_products_of_matrices(monkeypatch: Any, caplog: Any):
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.float32(rng.normal(size=(3, 3, 4, 8)))}
+    x = jnp.float32(rng.normal(size=(4, 5, 5, 8)))
+    q = qjax.quantize(grouped, params, x, qjax.Recipe().naive())
+    layer = q.params["layers"]["w"]
+    [described] = qjax.trace(grouped, params, x)
+    operation = described.operation
+    sound = lowerings.choose(operation, layer, None, "gpu")
+    assert sound.method is lowerings.INT8
+    right = lowerings._convolved
+
+    def wrong(x: Any, kernel: Any, groups: int, dtype: Any) -> jax.Array:
+        return right(x, kernel, groups, dtype) + jnp.asarray(dtype == jnp.int32, dtype)
+
+    monkeypatch.setattr(lowerings, "_convolved", wrong)
+    lowerings.are_exact.cache_clear()
+    with caplog.at_level(logging.WARNING, "qjax"):
+        chosen = [lowerings.choose(operation, layer, None, "gpu") for _ in range(2)]
+    assert [each.method for each in chosen] == [lowerings.DOT] * 2
+    [message] = caplog.messages
+    assert "convolutions of int8 in groups give wrong sums on this device" in message
+    assert lowerings.choose(operation, layer, lowerings.INT8, "gpu").method is lowerings.INT8
+    folded = lowerings.folded_bias(layer)
+    grid = lowerings.signed(layer.grid)
+    codes = jnp.asarray(rng.integers(-128, 128, x.shape), jnp.int8)
+    sums = [
+        lowerings.accumulate(
+            *(operation, lowerings.operands(operation, layer, folded, each), codes),
+            *(grid.zero_point, each),
+        )
+        for each in (sound, chosen[0])
+    ]
+    np.testing.assert_array_equal(*sums)
