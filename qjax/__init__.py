@@ -12,7 +12,7 @@ from qjax.integer.accumulator import Accumulator
 from qjax.integer.function import integer
 from qjax.quantize import Quantized, quantize
 from qjax.recipe import Recipe, recipe
-from qjax.report import LayerReport, MatmulReport, Report
+from qjax.report import LayerReport, MatmulReport, Report, TableReport
 from qjax.run.packed import pack, unpack
 from qjax.study.accuracy import top1
 from qjax.study.check import Check, LayerCheck, check
@@ -38,6 +38,7 @@ __all__ = [
     "Quantized",
     "Recipe",
     "Report",
+    "TableReport",
     "check",
     "cost",
     "dequantize",

@@ -38,7 +38,7 @@ from qjax.graph.naming import path_names
 from qjax.hosts import is_first
 from qjax.quantize import Quantized
 from qjax.recipe import Recipe
-from qjax.report import LayerReport, MatmulReport, Report, SumReport
+from qjax.report import LayerReport, MatmulReport, Report, SumReport, TableReport
 from qjax.run.function import QuantizedFunction
 from qjax.run.layer import QuantizedLayer
 from qjax.run.matmul import QuantizedMatmul
@@ -46,23 +46,28 @@ from qjax.run.stored import (
     UnknownFormatError,
     arrays_of_format,
     arrays_of_layer,
+    arrays_of_table,
     by_path,
     check_format,
     check_layer,
     describe_arrays,
     describe_format,
     describe_layer,
+    describe_table,
     format_template,
     from_paths,
     layer_template,
     restored_array,
     restored_format,
     restored_layer,
+    restored_table,
     storable,
+    table_template,
 )
+from qjax.run.table import QuantizedTable
 from qjax.versions import environment, versions
 
-R = TypeVar("R", LayerReport, SumReport, MatmulReport)
+R = TypeVar("R", LayerReport, SumReport, MatmulReport, TableReport)
 
 __all__ = ["MANIFEST", "check_destination", "load", "save", "versions"]
 
@@ -105,6 +110,7 @@ def save(path: str | os.PathLike[str], q: Quantized) -> None:
             raise ValueError(f"`q` cannot be saved: in layer {name!r}, {error}.") from error
     sums: Mapping[str, QParams] = q.params.get("sums", {})
     matmuls: Mapping[str, QuantizedMatmul] = q.params.get("matmuls", {})
+    tables: Mapping[str, QuantizedTable] = q.params.get("tables", {})
     arrays = by_path(
         {
             "layers": {name: arrays_of_layer(layer) for name, layer in layers.items()},
@@ -114,6 +120,7 @@ def save(path: str | os.PathLike[str], q: Quantized) -> None:
                 name: {field: arrays_of_format(grid) for field, grid in matmul.formats.items()}
                 for name, matmul in matmuls.items()
             },
+            "tables": {name: arrays_of_table(table) for name, table in tables.items()},
         }
     )
     data = safetensors.save(
@@ -140,6 +147,9 @@ def _entries(q: Quantized) -> dict[str, Any]:
             name: {field: describe_format(grid) for field, grid in matmul.formats.items()}
             for name, matmul in matmuls.items()
         },
+        "tables": {
+            name: describe_table(table) for name, table in q.params.get("tables", {}).items()
+        },
         "rest": list(q.params["rest"]),
         "params": _described(q.apply_fn.params),
         "structure": _structure(q.apply_fn.params),
@@ -149,6 +159,7 @@ def _entries(q: Quantized) -> dict[str, Any]:
         "report": [record_to_json(record) for record in q.report],
         "report_of_sums": [record_to_json(record) for record in q.report.sums],
         "report_of_matmuls": [record_to_json(record) for record in q.report.matmuls],
+        "report_of_tables": [record_to_json(record) for record in q.report.tables],
         "skipped": q.report.skipped,
     }
 
@@ -177,7 +188,7 @@ def load(
     entries, file = files.entries, files.manifest
     with _explained(file):
         _check_entries(entries)
-        sums, matmuls = (entries.get(name, {}) for name in ("sums", "matmuls"))
+        sums, matmuls, tables = (entries.get(n, {}) for n in ("sums", "matmuls", "tables"))
         template = {
             "layers": {name: layer_template(item) for name, item in entries["layers"].items()},
             "rest": dict.fromkeys(entries["rest"], 0),
@@ -186,6 +197,7 @@ def load(
                 name: {field: format_template(grid) for field, grid in grids.items()}
                 for name, grids in matmuls.items()
             },
+            "tables": {name: table_template(table) for name, table in tables.items()},
         }
     arrays = _restored_arrays(files)
     for name in sorted({*path_names(template)} ^ arrays.keys()):
@@ -214,6 +226,9 @@ def load(
             products[name] = _restored_matmul(stored, matmuls[name])
     if matmuls:
         restored["matmuls"] = products
+    for name, stored in tree["tables"].items():
+        with _explained(file, f"tables/{name}"):
+            restored.setdefault("tables", {})[name] = restored_table(stored, tables[name])
     function = QuantizedFunction(
         apply_fn,
         _float_params(file, entries, params),
@@ -264,6 +279,7 @@ def _check_entries(entries: Mapping[str, Any]) -> None:
     # Earlier versions came without these.
     optional = {"sums": dict, "report_of_sums": list, "environment": dict}
     optional |= {"matmuls": dict, "report_of_matmuls": list}
+    optional |= {"tables": dict, "report_of_tables": list}
     for name, kind in (_ENTRIES | {n: k for n, k in optional.items() if n in entries}).items():
         if not isinstance(entries.get(name), kind):
             raise ValueError(f"{name!r} must be a {kind.__name__}; got {entries.get(name)!r:.60}")
@@ -349,7 +365,8 @@ def _check_function(file: Path, entries: Mapping[str, Any], function: QuantizedF
 
 def _report(file: Path, entries: Mapping[str, Any]) -> Report:
     """The report of an artifact."""
-    kinds = {"report": LayerReport, "report_of_sums": SumReport, "report_of_matmuls": MatmulReport}
+    kinds = {"report": LayerReport, "report_of_sums": SumReport}
+    kinds |= {"report_of_matmuls": MatmulReport, "report_of_tables": TableReport}
     records: dict[str, list[Any]] = {entry: [] for entry in kinds}
     for entry, kind in kinds.items():
         for number, fields in enumerate(entries.get(entry, ())):
@@ -362,11 +379,11 @@ def _report(file: Path, entries: Mapping[str, Any]) -> Report:
         with _explained(file, f"skipped/{number}"):
             primitive, shapes, reason = fields
             skipped.append(Skipped(primitive, tuple(map(tuple, shapes)), reason))
-    others = records["report_of_sums"], records["report_of_matmuls"]
-    return Report(records["report"], recipe, skipped, *others)
+    layers, *others = records.values()
+    return Report(layers, recipe, skipped, *others)
 
 
-def record_to_json(record: LayerReport | SumReport | MatmulReport) -> dict[str, Any]:
+def record_to_json(record: LayerReport | SumReport | MatmulReport | TableReport) -> dict[str, Any]:
     """Returns a record as JSON values.
 
     What is not finite (lossless: ∞ dB) becomes null, and decibels that were not measured "unknown".
@@ -401,7 +418,7 @@ def _record_from_json(record: type[R], fields: Mapping[str, Any]) -> R:
 def stored_bytes(q: Quantized) -> int:
     """The bytes of all arrays, codes at their true width; an artifact leaves out what is all 0."""
     rest = sum(leaf.nbytes for leaf in jax.tree.leaves(q.params["rest"]))
-    records = *q.report, *q.report.sums, *q.report.matmuls
+    records = *q.report, *q.report.sums, *q.report.matmuls, *q.report.tables
     return rest + sum(record.bytes_quantized for record in records)
 
 

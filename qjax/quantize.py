@@ -24,6 +24,8 @@ from qjax.fit.junction import FittedMatmul
 from qjax.fit.layerwise import calibrate, streams_of
 from qjax.fit.memory import Memory, batch_of
 from qjax.fit.noise import noise_of
+from qjax.fit.search import Candidates
+from qjax.fit.table import FittedTable, fit_table
 from qjax.graph.examples import ExampleAxes, example_axes, with_one_more
 from qjax.graph.fingerprint import digest, fingerprint
 from qjax.graph.fold import fold
@@ -33,10 +35,11 @@ from qjax.graph.layers import Network, check_layers, find_layers, shapes_of
 from qjax.graph.matmuls import find_matmuls, left_in_float
 from qjax.graph.purity import check_pure
 from qjax.graph.schedule import rest_of_params
+from qjax.graph.tables import Table, find_tables, names_of_others, without_lookups
 from qjax.progress import Progress, progress_bar
 from qjax.recipe import Recipe
 from qjax.recipe import recipe as make_recipe
-from qjax.report import Report, layer_report, matmul_report, sum_report
+from qjax.report import Report, layer_report, matmul_report, sum_report, table_report
 from qjax.rescaled import rescaled
 from qjax.run.function import QuantizedFunction
 from qjax.run.tap import float_layers
@@ -54,8 +57,9 @@ class Quantized(NamedTuple):
     Attributes:
       apply_fn: a pure function of (params, x), compiled once per shape of x.
       params: `layers`, a `QuantizedLayer` by name; `rest`, the leaves of the float params that are
-        still read, by path; `sums`, grids by name, where `Recipe.sums` is quantized; and `matmuls`,
-        a `QuantizedMatmul` by name, where `Recipe.matmuls` is.
+        still read, by path; `sums`, grids by name, where `Recipe.sums` is quantized; `matmuls`, a
+        `QuantizedMatmul` by name, where `Recipe.matmuls` is; and `tables`, a `QuantizedTable` by
+        path, where `Recipe.tables` is.
       report: a record per layer; `str(report)` is a table.
     """
 
@@ -178,6 +182,7 @@ def quantize(
     leaves = jax.tree.leaves(params)
     with reporter(progress if hosts.is_first() or not is_spread else False) as report_progress:
         folded = fold(network, leaves)
+        tables = _fit_tables(network, leaves, recipe)
         sums, placed = {}, []
         if images is not None:
             own, place = _placing(cut.size, mesh)
@@ -201,7 +206,8 @@ def quantize(
                     "devices": sorted(device.device_kind for device in devices),
                 }
                 kept = _checkpoint(checkpoint, about, is_spread)
-            given = (placed, recipe, report_progress, examples, kept, chosen, whole)
+            held = {table.var: fit.values(table) for table, fit in tables.items()}
+            given = (placed, recipe, report_progress, examples, kept, chosen, whole, held)
             with sharing(own):
                 fitted, sums = calibrate(network, leaves, folded, *given)
         else:
@@ -222,17 +228,23 @@ def quantize(
         matmuls = {matmul: fit for matmul, fit in found.items() if fit is not None}
         layers = [site.layer for site in network.first_sites]
         records = [layer_report(layer, fitted[layer.name]) for layer in layers]
+        in_float = left_in_float(network, {matmul.name for matmul in matmuls})
         report = Report(
             records,
             recipe,
-            left_in_float(network, {matmul.name for matmul in matmuls}),
+            without_lookups(network, in_float, {table.name for table in tables}),
             [sum_report(*item) for item in joined.items()],
             [matmul_report(*item) for item in matmuls.items()],
+            [table_report(*item) for item in tables.items()],
         )
         quantized = {
             "layers": jax.tree.map(jnp.asarray, {name: fit.layer for name, fit in fitted.items()}),
             "rest": jax.tree.map(jnp.copy, rest_of_params(network, params)),
         }
+        if tables:
+            names = {table.name for table in tables}
+            quantized["rest"] = {k: v for k, v in quantized["rest"].items() if k not in names}
+            quantized["tables"] = {table.name: fit.quantized for table, fit in tables.items()}
         if joined:
             grids = {junction.name: fit.grid for junction, fit in joined.items()}
             quantized["sums"] = jax.tree.map(jnp.asarray, grids)
@@ -249,6 +261,22 @@ def quantize(
     kernel_shapes = {layer.name: layer.kernel_shape for layer in layers}
     function = QuantizedFunction(apply_fn, shapes_of(params), kernel_shapes, input=shapes)
     return Quantized(function, quantized, report)
+
+
+def _fit_tables(
+    network: Network, leaves: Sequence[Any], recipe: Recipe
+) -> dict[Table, FittedTable]:
+    """Rounds the params that the input picks from, where the recipe says so."""
+    tables = find_tables(network) if recipe.quantizes_tables else ()
+    names = [site.layer.name for site in network.first_sites]
+    recipes = recipe.by_layer(names, names_of_others(network, recipe))
+    values = dict(zip(network.flat.params, leaves, strict=True))
+    candidates = Candidates(recipe.grid_size, recipe.refinements)
+    return {
+        table: fit_table(table, jnp.asarray(values[table.var]), own, candidates)
+        for table in tables
+        if (own := recipes[table.name]).weights is not None
+    }
 
 
 def _traced(apply_fn: Callable[[Any, Any], Any], params: Any, shapes: Any, batches: Any) -> Network:

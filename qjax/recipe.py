@@ -27,6 +27,7 @@ from qjax.targets import TARGETS, Target
 OutputPosition = Literal["pre_activation", "post_activation", "both"]
 Sums = Literal["float", "quantized"]
 Matmuls = Literal["float", "quantized"]
+Tables = Literal["float", "quantized"]
 
 WEIGHTS = QuantSpec()
 ACTIVATIONS = QuantSpec(symmetric=False, granularity="per_tensor")
@@ -187,6 +188,9 @@ class Recipe(LayerRecipe):
       matmuls: whether products of two activations (attention scores, probabilities times values)
         stay in float, or are `quantized`: each operand in the format of `inputs`, the result in
         that of `outputs`, one scale to a tensor.
+      tables: whether params that the input picks from (embeddings, kernels of experts) stay in
+        float, or are `quantized`: in the format of `weights`, a scale per row; of kernels of
+        experts, per expert and output channel.
       end_search: layers whose ranges are searched again by the divergence of the network's output,
         logits of classes, from the float network's: the first, the last, and then those that matter
         most; see `qjax.fit.ends`. 0 for none.
@@ -207,6 +211,7 @@ class Recipe(LayerRecipe):
     sequential: bool = True
     sums: Sums = "float"
     matmuls: Matmuls = "float"
+    tables: Tables = "float"
     end_search: int = 0
     grid_size: int = 32
     refinements: int = 1
@@ -246,6 +251,12 @@ class Recipe(LayerRecipe):
                     f"`matmuls` quantized needs `{argument}` with static ranges; got dynamic "
                     "ranges. Use ranges='static', or leave the matmuls in float."
                 )
+        check_choice("tables", self.tables, get_args(Tables))
+        if self.quantizes_tables and self.weights is None:
+            raise ValueError(
+                "`tables` quantized needs `weights` in codes, whose format tables take; got float. "
+                "Give `weights` a width, or leave the tables in float."
+            )
         for pattern, _ in self._overrides():
             if not isinstance(pattern, str):
                 raise ValueError(
@@ -280,6 +291,11 @@ class Recipe(LayerRecipe):
         """Whether products of two activations have grids of their own."""
         return self.matmuls == "quantized"
 
+    @property
+    def quantizes_tables(self) -> bool:
+        """Whether params that the input picks from are codes."""
+        return self.tables == "quantized"
+
     def _overrides(self) -> list[tuple[str, dict[str, Any]]]:
         items = self.overrides
         items = items.items() if isinstance(items, Mapping) else items
@@ -294,25 +310,27 @@ class Recipe(LayerRecipe):
         return [base, *(_override(base, fields) for _, fields in self._overrides())]
 
     def by_layer(
-        self, names: Sequence[str], matmuls: Sequence[str] | None = None
+        self, names: Sequence[str], others: Sequence[str] | None = None
     ) -> dict[str, LayerRecipe]:
         """Returns the recipe of each layer, overrides applied in order.
 
         Args:
           names: all layer names, in dataflow order.
-          matmuls: the names of products of two activations, whose recipes are wanted too. Without
-            them, patterns that name such products are let pass.
+          others: the names of products of two activations and of tables, whose recipes are wanted
+            too. Without them, patterns that match no layer are let pass where the recipe quantizes
+            such.
 
         Raises:
           ValueError: a pattern matches no layer.
         """
         known = {"@first": names[:1], "@last": names[-1:]}
-        names = [*names, *(matmuls or ())]
+        is_partial = others is None and (self.quantizes_matmuls or self.quantizes_tables)
+        names = [*names, *(others or ())]
         recipes = dict.fromkeys(names, self._base())
         known |= {name: [name] for name in names}
         for pattern, fields in self._overrides():
             matched = known.get(pattern) or fnmatch.filter(names, pattern)
-            if not matched and matmuls is None and self.quantizes_matmuls and "matmul" in pattern:
+            if not matched and is_partial:
                 continue
             if not matched:
                 raise ValueError(

@@ -12,12 +12,16 @@ import numpy as np
 from qjax import charts
 from qjax.fit.junction import FittedJunction, FittedMatmul
 from qjax.fit.layer import Fit
+from qjax.fit.table import FittedTable
 from qjax.formats.affine import QParams
 from qjax.formats.binary import Signs
 from qjax.formats.dynamic import ActivationFormat
+from qjax.graph import jaxpr
 from qjax.graph.junctions import Junction
 from qjax.graph.layers import Layer, Skipped
 from qjax.graph.matmuls import KIND, Matmul
+from qjax.graph.tables import KIND as TABLE
+from qjax.graph.tables import Table
 from qjax.recipe import Recipe
 from qjax.table import printable, table
 
@@ -172,6 +176,56 @@ class MatmulReport:
         return "/".join("–" if bits is None else str(bits) for bits in self.bits)
 
 
+@dataclasses.dataclass(frozen=True)
+class TableReport:
+    """One quantized table: a params leaf that the input picks from.
+
+    Attributes:
+      name: its path in params.
+      kind: table.
+      shape: of the leaf.
+      bits: width of its codes.
+      sqnr_db: signal to noise of its values.
+      clip: the clipping ranges' shares of the ranges of the values, their mean.
+      bytes_float: of the leaf.
+      bytes_quantized: of codes at their width, and of scales and zero points.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bits: int
+    sqnr_db: float
+    clip: float
+    bytes_float: int
+    bytes_quantized: int
+
+
+def table_report(table: Table, fitted: FittedTable) -> TableReport:
+    """Describes a fitted table.
+
+    Raises:
+      ValueError: its SQNR is no number: values left the range of float32.
+    """
+    quantized, ratio = fitted.quantized, float(fitted.sqnr_db)
+    if math.isnan(ratio):
+        raise ValueError(
+            f"table {table.name!r} cannot be quantized: its SQNR is not a number, as values leave "
+            "the range of float32. Rescale it."
+        )
+    weights = quantized.weights
+    return TableReport(
+        name=table.name,
+        kind=TABLE,
+        shape=jaxpr.shape(table.var),
+        bits=weights.bits,
+        sqnr_db=ratio,
+        clip=float(fitted.clip),
+        bytes_float=math.prod(jaxpr.shape(table.var)) * jaxpr.dtype(table.var).itemsize,
+        bytes_quantized=math.ceil(quantized.codes.size * weights.bits / 8) + _table_bytes(weights),
+    )
+
+
 def matmul_report(matmul: Matmul, fitted: FittedMatmul) -> MatmulReport:
     """Describes a fitted product of two activations."""
     grids = [part.grid for part in fitted]
@@ -294,6 +348,7 @@ class Report(Sequence[LayerReport]):
       skipped: products that stayed in float, and why.
       sums: a record per value between layers that has a grid of its own.
       matmuls: a record per quantized product of two activations.
+      tables: a record per quantized table.
     """
 
     def __init__(
@@ -303,12 +358,14 @@ class Report(Sequence[LayerReport]):
         skipped: Sequence[Skipped],
         sums: Sequence[SumReport] = (),
         matmuls: Sequence[MatmulReport] = (),
+        tables: Sequence[TableReport] = (),
     ) -> None:
         self._layers = tuple(layers)
         self.recipe = recipe
         self.skipped: tuple[Skipped, ...] = tuple(skipped)
         self.sums: tuple[SumReport, ...] = tuple(sums)
         self.matmuls: tuple[MatmulReport, ...] = tuple(matmuls)
+        self.tables: tuple[TableReport, ...] = tuple(tables)
 
     @overload
     def __getitem__(self, index: int) -> LayerReport: ...
@@ -333,7 +390,7 @@ class Report(Sequence[LayerReport]):
           width: of the terminal; where it is narrow, layers are grouped by the folders of their
             names, the columns that say least are left out, and names are shortened.
         """
-        rows = self._sum_rows("")
+        rows = [*map(_table_row, self.tables), *self._sum_rows("")]
         for layer in self:
             rows += [_row(layer), *self._sum_rows(layer.name)]
         most = {"most": width, "spared": _SPARED}
@@ -389,7 +446,9 @@ class Report(Sequence[LayerReport]):
 
     def _total(self) -> tuple[str, ...]:
         sizes = [sum(getattr(layer, f"bytes_{kind}") for layer in self) for kind in _KINDS]
-        sizes[1] += sum(record.bytes_quantized for record in (*self.sums, *self.matmuls))
+        others = *self.sums, *self.matmuls, *self.tables
+        sizes[0] += sum(record.bytes_float for record in self.tables)
+        sizes[1] += sum(record.bytes_quantized for record in others)
         macs = sum(record.macs for record in (*self, *self.matmuls))
         return (f"{len(self)} layers", *[""] * 6, si(macs), " → ".join(map(si, sizes)))
 
@@ -413,6 +472,20 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         _db(layer.output_sqnr_db),
         si(layer.macs),
         f"{si(layer.bytes_float)} → {si(layer.bytes_quantized)}",
+    )
+
+
+def _table_row(record: TableReport) -> tuple[str, ...]:
+    return (
+        record.name,
+        record.kind,
+        product(record.shape),
+        f"{record.bits}/–/–",
+        "none",
+        _db(record.sqnr_db),
+        "",
+        "",
+        f"{si(record.bytes_float)} → {si(record.bytes_quantized)}",
     )
 
 

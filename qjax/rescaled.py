@@ -49,7 +49,7 @@ def rescaled(
         for record in report.matmuls
     ]
     recipe = dataclasses.replace(report.recipe, sequential=True)
-    return Report(records, recipe, report.skipped, sums, matmuls)
+    return Report(records, recipe, report.skipped, sums, matmuls, report.tables)
 
 
 def _layer(

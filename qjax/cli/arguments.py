@@ -22,7 +22,7 @@ from qjax.formats.spec import (
 )
 from qjax.objectives.table import OBJECTIVES
 from qjax.progress import Progress
-from qjax.recipe import LayerRecipe, Matmuls, OutputPosition, Recipe, Sums, recipe
+from qjax.recipe import LayerRecipe, Matmuls, OutputPosition, Recipe, Sums, Tables, recipe
 from qjax.rounding.table import ROUNDINGS
 from qjax.targets import TARGETS
 
@@ -153,6 +153,12 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         Matmuls,
         Recipe.matmuls,
         "products of two activations, as attention scores are",
+    )
+    choose(
+        "--tables",
+        Tables,
+        Recipe.tables,
+        "params that the input picks from: embeddings, kernels of experts",
     )
     choose("--rounding", ROUNDINGS, LayerRecipe().round_with.name, "rounding of the weights")
     add(

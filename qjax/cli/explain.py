@@ -10,6 +10,7 @@ from qjax.cli import command
 from qjax.cli.loading import Loaded
 from qjax.graph.layers import find_layers, shapes_of
 from qjax.graph.matmuls import find_matmuls
+from qjax.graph.tables import names_of_others
 from qjax.page import quantization
 from qjax.progress import Progress
 from qjax.quantize import quantize
@@ -81,7 +82,7 @@ def answer(
     floats = float_layers(network, model.params)
     sample = jnp.asarray(calibration[:256])
     taps = tapped(model.apply_fn, shapes_of(model.params), sample, [name])(floats, sample)[1]
-    formats = recipe.by_layer(list(sites), matmuls)[name]
+    formats = recipe.by_layer(list(sites), names_of_others(network, recipe))[name]
     curves = layer_curves(sites[name], floats["layers"][name], taps[name].input, formats)
     if arguments.report is not None:
         title = f"{model.name}, {name}: how the ranges were found"

@@ -8,8 +8,8 @@ from qjax.artifact import record_to_json, versions
 from qjax.export.blocks import is_block_product
 from qjax.formats.spec import in_table
 from qjax.graph.layers import Network, Site
-from qjax.graph.matmuls import find_matmuls
 from qjax.graph.operation import Convolution
+from qjax.graph.tables import names_of_others
 from qjax.quantize import Quantized
 from qjax.run.layer import QuantizedLayer
 from qjax.run.packed import unpack
@@ -124,10 +124,10 @@ def check_network(
     q: Quantized, network: Network, layers: Mapping[str, QuantizedLayer], target: Target
 ) -> None:
     """Refuses what the target cannot run, and says which layers it runs in float."""
-    whole = q.report.recipe
-    matmuls = [m.name for m in find_matmuls(network)] if whole.quantizes_matmuls else []
-    for name, recipe in whole.by_layer(list(layers), matmuls).items():
-        for argument in _SPECS if name in layers else _SPECS[1:]:
+    others = names_of_others(network, q.report.recipe)
+    fields = dict.fromkeys(layers, _SPECS) | dict.fromkeys(q.params.get("matmuls", {}), _SPECS[1:])
+    for name, recipe in q.report.recipe.by_layer(list(layers), others).items():
+        for argument in fields.get(name, ()):
             try:
                 target.check(argument, getattr(recipe, argument))
             except ValueError as error:

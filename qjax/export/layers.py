@@ -33,6 +33,7 @@ from qjax.graph.matmuls import Matmul
 from qjax.graph.operation import Convolution, DotProduct
 from qjax.run.layer import QuantizedLayer, accumulator_scale
 from qjax.run.matmul import QuantizedMatmul
+from qjax.run.table import QuantizedTable
 
 INT4_BITS = 4  # codes of at most that width are stored two to a byte
 
@@ -300,6 +301,28 @@ def _blocked_kernel(writer: Writer, layer: QuantizedLayer, arrangement: Arrangem
     )
     real = graph.node("DequantizeLinear", *names, axis=axis, block_size=-(-patch // blocks))
     return real if arrangement.is_none else arrangement.of_tensor(writer, real)
+
+
+def write_table(writer: Writer, table: QuantizedTable, var: Var) -> Value:
+    """A table in real units: read from codes where these are integers, else its values."""
+    if type(table.weights) is not QParams:
+        return table.values(shape(var), dtype(var))
+    graph, format, codes = writer.graph, table.weights, np.asarray(table.codes)
+    rows, elements, channels = codes.shape
+    blocks, stored = format.scale.shape[1], stored_type(format)
+    scale, zero_point = (
+        np.broadcast_to(leaf, (rows, blocks, channels))
+        for leaf in (format.scale, format.zero_point)
+    )
+    names = (
+        graph.own_constant(codes.astype(stored), "table"),
+        graph.constant(scale, "table_scale"),
+        graph.own_constant(zero_point.astype(stored), "table_zero_point"),
+    )
+    size = -(-elements // blocks)
+    real = graph.node("DequantizeLinear", *names, axis=1, block_size=size)
+    name = graph.node("Reshape", real, writer.integers(shape(var)))
+    return Tensor(writer.cast(name, dtype(var)), tuple(range(len(shape(var)))))
 
 
 def _block_product(writer: Writer, layer: QuantizedLayer, x: Tensor) -> str:

@@ -15,6 +15,7 @@ from qjax.export.layers import (
     write_junction,
     write_layer,
     write_matmul,
+    write_table,
 )
 from qjax.export.primitives import write_equation
 from qjax.export.sizes import TRACED, Sizes, sizes_by_variable, with_batch
@@ -70,7 +71,10 @@ def write_model(
         Tensor(writer.graph.name(name), tuple(range(len(leaf.shape))))
         for name, leaf in zip(names, leaves, strict=True)
     ]
-    env = bind(network, params["rest"], jax.tree.unflatten(jax.tree.structure(x), values))
+    env = bind(network, params, jax.tree.unflatten(jax.tree.structure(x), values))
+    by_path = dict(zip(network.paths, flat.params, strict=True))
+    for path, table in params.get("tables", {}).items():
+        env[by_path[path]] = write_table(writer, table, by_path[path])
     steps, read = steps_of(network, params)
     evaluate(steps, env, read, _rules(writer, steps))
     writer.graph.scope = ""

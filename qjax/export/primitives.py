@@ -619,6 +619,27 @@ _BINARY = {
     "xor": "Xor",
 }
 
+
+def rows(writer: Writer, equation: Equation, values: Values) -> list[Tensor]:
+    """Rows of a table along its first axis, at indices that have an axis of length 1 at the end."""
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    table, indices = equation.invars
+    rank = len(shape(equation.outvars[0]))
+    is_rows = (
+        numbers.start_index_map == numbers.collapsed_slice_dims == (0,)
+        and not numbers.operand_batching_dims
+        and tuple(sizes[1:]) == shape(table)[1:]
+        and numbers.offset_dims == tuple(range(len(shape(indices)) - 1, rank))
+    )
+    if not is_rows:
+        raise refusal(writer, equation, "picks something else than rows along the first axis")
+    places = writer.plain(values[1], indices)
+    last = writer.integers([len(shape(indices)) - 1])
+    places = writer.graph.node("Squeeze", places, last)
+    found = writer.graph.node("Gather", writer.plain(values[0], table), places, axis=0)
+    return [Tensor(found, tuple(range(rank)))]
+
+
 RULES: dict[str, Rule] = {
     **{name: elementwise(operator) for name, operator in (_UNARY | _BINARY).items()},
     "argmax": arg_extreme("ArgMax"),
@@ -635,6 +656,7 @@ RULES: dict[str, Rule] = {
     "erfc": formula(lambda node, scalar, x: node("Sub", scalar(1), node("Erf", x))),
     "exp2": formula(lambda node, scalar, x: node("Pow", scalar(2), x)),
     "expm1": formula(lambda node, scalar, x: node("Sub", node("Exp", x), scalar(1))),
+    "gather": rows,
     "integer_pow": integer_power,
     "is_finite": formula(
         lambda node, scalar, x: node("Not", node("Or", node("IsInf", x), node("IsNaN", x)))

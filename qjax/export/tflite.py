@@ -144,7 +144,7 @@ def _check_grids(where: str, grids: Mapping[str, Any]) -> None:
 
 
 def _evaluated(network: Network, params: Any, x: Any) -> Any:
-    env = bind(network, params["rest"], x)
+    env = bind(network, params, x)
     steps, read = steps_of(network, params)
     equations = [step for step in steps if isinstance(step, core.JaxprEqn)]
     primitives = dict.fromkeys((e.primitive.name for e in equations), _keep_if_clipped)

@@ -1,6 +1,6 @@
 """The two streams of values of `qjax.fit.streams`, kept in a store and read a batch at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,6 @@ from jax.extend import core
 from qjax.fit.memory import Store, Stored
 from qjax.fit.streams import Rounding, Segment, Streams, of_segment
 from qjax.graph.jaxpr import Equations
-from qjax.graph.layers import Network
 from qjax.programs import program
 
 
@@ -20,28 +19,21 @@ class BatchStreams:
 
     def __init__(
         self,
-        network: Network,
-        leaves: Sequence[jax.Array],
-        batches: Sequence[Stored],
-        is_sequential: bool,
+        fixed: Sequence[dict[core.Var, Any]],
+        inputs: Mapping[core.Var, Stored],
         store: Store,
     ) -> None:
-        """Starts both streams at the network's input; see `Streams`.
+        """Starts the streams at the network's input; see `Streams`.
 
         Args:
-          network: the network, traced at the size of the batches.
-          leaves: the leaves of its params.
-          batches: the leaves of an input.
-          is_sequential: whether there is a quantized stream; otherwise it is the float one.
+          fixed: what does not depend on the input, by stream.
+          inputs: the leaves of an input.
           store: where values are kept.
         """
-        flat = network.flat
         self.store = store
-        self._fixed = flat.constants | dict(zip(flat.params, leaves, strict=True))
-        self._floats: dict[core.Var, Stored] = dict(zip(flat.inputs, batches, strict=True))
-        self._quantized = dict(self._floats) if is_sequential else self._floats
-        self._streams = [self._floats, self._quantized] if is_sequential else [self._floats]
-        self._count = len(batches[0])
+        self._fixed, self._streams = list(fixed), [dict(inputs) for _ in fixed]
+        self._floats, self._quantized = self._streams[0], self._streams[-1]
+        self._count = len(next(iter(inputs.values())))
 
     def on_device(self) -> Streams:
         """The same values, those of all batches stacked on the device."""
@@ -53,8 +45,7 @@ class BatchStreams:
                     stacked[id(value)] = self._whole(value)
             return {var: stacked[id(value)] for var, value in values.items()}
 
-        streams = [of(values) for values in self._streams]
-        return Streams.of_values(dict(self._fixed), streams, self._count)
+        return Streams.of_values(self._fixed, [of(values) for values in self._streams], self._count)
 
     def advance(self, segment: Segment) -> None:
         """Evaluates the equations of a segment on every batch."""
@@ -67,20 +58,20 @@ class BatchStreams:
     def _evaluate(self, segment: Segment) -> None:
         operands, results = of_segment(segment)
         function = Equations(segment.equations, operands, results)
-        read = [var for var in operands if var not in self._fixed]
-        fixed = [self._fixed[var] if var in self._fixed else None for var in operands]
-        if not read:
-            self._fixed.update(zip(results, _evaluate(function, fixed), strict=True))
-            return
+        read = [var for var in operands if var not in self._fixed[0]]
         before: list[Any] = []
-        for stream in self._streams:
+        for own, stream in zip(self._fixed, self._streams, strict=True):
+            fixed = [own[var] if var in own else None for var in operands]
             values = [stream[var] for var in read]
-            if before and all(a is b for a, b in zip(values, before[0], strict=True)):
+            given = [*fixed, *values]
+            if before and all(a is b for a, b in zip(given, before[0], strict=True)):
                 found = before[1]  # nothing that it reads is quantized yet
-            else:
+            elif read:
                 found = self.store(partial(_evaluate, function, fixed), values, len(results))
-            before = [values, found]
-            stream.update(zip(results, found, strict=True))
+            else:
+                found = _evaluate(function, fixed)
+            before = [given, found]
+            (stream if read else own).update(zip(results, found, strict=True))
 
     def holds(self, var: core.Var) -> bool:
         """Whether the variable has a value on every batch by now."""
@@ -94,9 +85,9 @@ class BatchStreams:
 
     def stored(self, var: core.Var) -> tuple[Stored, Stored]:
         """A variable's values in the float and in the quantized stream, to be read by batch."""
-        if var in self._fixed:  # what a loop starts with
-            fixed = [jnp.asarray(self._fixed[var])] * self._count
-            return fixed, fixed
+        if var in self._fixed[0]:  # what a loop starts with
+            floats, values = (jnp.asarray(self._fixed[number][var]) for number in (0, -1))
+            return [floats] * self._count, [values] * self._count
         return self._floats[var], self._quantized[var]
 
     def _whole(self, value: Stored) -> jax.Array:

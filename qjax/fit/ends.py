@@ -126,7 +126,7 @@ def _divergences(
 ) -> jax.Array:
     """The divergence of every example, float[factors, examples], by changes of one u."""
     steps, read = steps_of(network, moved(frame, params, moving))
-    before = bind(network, params["rest"], x)
+    before = bind(network, params, x)
     evaluate(steps[:position], before, read, FAKE)
     key = key_of(place)
 

@@ -44,7 +44,7 @@ from qjax.fit.ranges import (
 )
 from qjax.fit.samples import NeedsAllValuesError
 from qjax.fit.search import Candidates
-from qjax.fit.streams import Segment, Streams, cut
+from qjax.fit.streams import Segment, Streams, cut, fixed_values
 from qjax.formats.affine import QParams
 from qjax.formats.dynamic import ActivationFormat
 from qjax.formats.spec import QuantSpec
@@ -57,6 +57,7 @@ from qjax.graph.layers import Network, Site
 from qjax.graph.matmuls import Matmul, find_matmuls
 from qjax.graph.operation import Linear
 from qjax.graph.schedule import Activated
+from qjax.graph.tables import names_of_others
 from qjax.programs import program
 from qjax.progress import Progress
 from qjax.recipe import LayerRecipe, Recipe
@@ -128,7 +129,7 @@ def units(
     examples = examples or {}
     matmuls = find_matmuls(network) if recipe.quantizes_matmuls else ()
     names = [site.layer.name for site in network.first_sites]
-    recipes = recipe.by_layer(names, [matmul.name for matmul in matmuls])
+    recipes = recipe.by_layer(names, names_of_others(network, recipe))
     matmuls = [matmul for matmul in matmuls if _is_quantized(matmul, recipes[matmul.name])]
     candidates = Candidates(recipe.grid_size, recipe.refinements)
     logits = _logits(network) if recipe.logits else None
@@ -195,6 +196,7 @@ def calibrate(
     checkpoint: Checkpoint | None = None,
     memory: Memory = MEMORIES["device"],
     whole: Callable[[Any], Any] | None = None,
+    tables: Mapping[core.Var, jax.Array] | None = None,
 ) -> tuple[dict[str, Fit], dict[str, FittedJunction]]:
     """Quantizes every layer of a network, and its junctions where the recipe says so.
 
@@ -210,13 +212,14 @@ def calibrate(
       checkpoint: where what is finished is read and written.
       memory: where the values between layers are kept.
       whole: brings what is fitted to this process, where several work together.
+      tables: what quantized tables hold, by their variables.
 
     Returns:
       A `Fit` per layer, and a `FittedJunction` per junction that needs a grid of its own and per
       operand and result of a matmul, by name, in dataflow order.
     """
     names = [site.layer.name for site in network.first_sites]
-    streams = streams_of(network, leaves, batches, recipe.sequential, memory)
+    streams = streams_of(network, leaves, batches, recipe.sequential, memory, tables)
     state = State(streams, dict(zip(names, folded, strict=True)), {}, {}, {})
     started: list[str] = []
     todo = units(network, recipe, examples)
@@ -294,11 +297,14 @@ def streams_of(
     batches: Sequence[Any],
     is_sequential: bool,
     memory: Memory,
+    tables: Mapping[core.Var, jax.Array] | None = None,
 ) -> Streams | BatchStreams:
     """Starts both streams of a network; the arguments are those of `calibrate`."""
+    fixed = fixed_values(network, leaves, tables or {}, is_sequential)
+    inputs = dict(zip(network.flat.inputs, batches, strict=True))
     if memory.store is None:
-        return Streams(network, leaves, batches, is_sequential)
-    return BatchStreams(network, leaves, batches, is_sequential, memory.store)
+        return Streams(fixed, inputs)
+    return BatchStreams(fixed, inputs, memory.store)
 
 
 def _fit_site(site: Site, task: Task, recipe: LayerRecipe, state: State) -> None:

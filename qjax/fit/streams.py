@@ -6,7 +6,7 @@ examples, ...], and a value is dropped as soon as nothing reads it again.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,50 +63,68 @@ def of_segment(segment: Segment) -> tuple[list[core.Var], list[core.Var]]:
 Rounding = Callable[[jax.Array], jax.Array]
 
 
+def fixed_values(
+    network: Network,
+    leaves: Sequence[jax.Array],
+    tables: Mapping[core.Var, jax.Array],
+    is_sequential: bool,
+) -> list[dict[core.Var, Any]]:
+    """What does not depend on the input, in the float and in the quantized stream.
+
+    Args:
+      network: the network.
+      leaves: the leaves of its params.
+      tables: what quantized tables hold, by their variables.
+      is_sequential: whether there is a quantized stream.
+    """
+    fixed = network.flat.constants | dict(zip(network.flat.params, leaves, strict=True))
+    return [fixed, {**fixed, **tables}] if is_sequential else [fixed]
+
+
 class Streams:
     """The live values of the float and of the quantized network on all calibration batches."""
 
     def __init__(
-        self,
-        network: Network,
-        leaves: Sequence[jax.Array],
-        batches: Sequence[jax.Array],
-        is_sequential: bool,
+        self, fixed: Sequence[dict[core.Var, Any]], inputs: Mapping[core.Var, jax.Array]
     ) -> None:
-        """Starts both streams at the network's input.
+        """Starts the streams at the network's input.
 
         Args:
-          network: the network, traced at the size of the batches.
-          leaves: the leaves of its params.
-          batches: the leaves of an input, those of all batches stacked.
-          is_sequential: whether there is a quantized stream; otherwise it is the float one.
+          fixed: what does not depend on the input, by stream; see `fixed_values`.
+          inputs: the leaves of an input, those of all batches stacked.
         """
-        flat = network.flat
-        self._fixed = flat.constants | dict(zip(flat.params, leaves, strict=True))
-        self._floats = dict(zip(flat.inputs, batches, strict=True))
-        self._quantized = dict(self._floats) if is_sequential else self._floats
-        self._streams = [self._floats, self._quantized] if is_sequential else [self._floats]
-        self._count = len(batches[0])
+        self._start(fixed, [dict(inputs) for _ in fixed], len(next(iter(inputs.values()))))
+
+    def _start(
+        self,
+        fixed: Sequence[dict[core.Var, Any]],
+        streams: Sequence[dict[core.Var, jax.Array]],
+        count: int,
+    ) -> None:
+        self._fixed, self._streams, self._count = list(fixed), list(streams), count
+        self._floats, self._quantized = self._streams[0], self._streams[-1]
 
     @classmethod
     def of_values(
-        cls, fixed: dict[core.Var, Any], streams: list[dict[core.Var, jax.Array]], count: int
+        cls,
+        fixed: Sequence[dict[core.Var, Any]],
+        streams: Sequence[dict[core.Var, jax.Array]],
+        count: int,
     ) -> "Streams":
         """Streams in the midst of a network.
 
         Args:
-          fixed: what params alone lead to.
+          fixed: what does not depend on the input, by stream.
           streams: the values of the float stream, and of the quantized one if there is one.
           count: of batches.
         """
         found = cls.__new__(cls)
-        found._fixed, found._streams, found._count = fixed, streams, count
-        found._floats, found._quantized = streams[0], streams[-1]
+        found._start([dict(each) for each in fixed], [dict(each) for each in streams], count)
         return found
 
     def on_device(self) -> "Streams":
         """The same values; what happens to one does not change the other."""
-        return Streams.of_values(dict(self._fixed), [dict(s) for s in self._streams], self._count)
+        return Streams.of_values(self._fixed, self._streams, self._count)
 
     def advance(self, segment: Segment) -> None:
         """Evaluates the equations of a segment on every batch."""
@@ -120,7 +138,7 @@ class Streams:
         """Evaluates of a segment what params alone lead to: all else will be restored."""
         operands = {var for equation in segment.equations for var in reads(equation)}
         written = {var for equation in segment.equations for var in equation.outvars}
-        if segment.equations and operands - written <= self._fixed.keys():
+        if segment.equations and operands - written <= self._fixed[0].keys():
             self._evaluate(segment)
 
     @property
@@ -137,12 +155,11 @@ class Streams:
     def _evaluate(self, segment: Segment) -> None:
         operands, results = of_segment(segment)
         function = Equations(segment.equations, operands, results)
-        is_stacked = tuple(var not in self._fixed for var in operands)
-        # Whatever is elementwise takes all batches at once; products take memory.
-        at_once = not any(map(jaxpr.contains_contraction, segment.equations))
+        is_stacked = tuple(var not in self._fixed[0] for var in operands)
+        at_once = not any(map(_goes_batch_by_batch, segment.equations))
         before: list[Any] = []
-        for stream in self._streams:
-            values = [self._fixed[v] if v in self._fixed else stream[v] for v in operands]
+        for fixed, stream in zip(self._fixed, self._streams, strict=True):
+            values = [fixed[v] if v in fixed else stream[v] for v in operands]
             if before and all(a is b for a, b in zip(values, before[0], strict=True)):
                 found = before[1]  # nothing that it reads is quantized yet
             elif not any(is_stacked):
@@ -151,14 +168,14 @@ class Streams:
                 found = _evaluate_stacked(function, is_stacked, at_once, *values)
             before = [values, found]
             values_of = zip(results, found, strict=True)
-            (stream if any(is_stacked) else self._fixed).update(values_of)
+            (stream if any(is_stacked) else fixed).update(values_of)
 
     def read(self, var: core.Var) -> tuple[jax.Array, jax.Array]:
         """A variable's values on all batches in the float and in the quantized stream."""
-        if var in self._fixed:  # what a loop starts with
-            value = jnp.asarray(self._fixed[var])
-            fixed = jnp.broadcast_to(value, (self._count, *value.shape))
-            return fixed, fixed
+        if var in self._fixed[0]:  # what a loop starts with
+            floats, values = (jnp.asarray(self._fixed[number][var]) for number in (0, -1))
+            shape = self._count, *floats.shape
+            return jnp.broadcast_to(floats, shape), jnp.broadcast_to(values, shape)
         return self._floats[var], self._quantized[var]
 
     def stored(self, var: core.Var) -> tuple[jax.Array, jax.Array]:
@@ -205,6 +222,15 @@ class Streams:
         """
         del rounding
         self.write(var, floats, values)
+
+
+def _goes_batch_by_batch(equation: core.JaxprEqn) -> bool:
+    """Whether an equation may not take all batches at once: products take memory.
+
+    The product of groups has no rule for `jax.vmap`.
+    """
+    is_grouped = equation.primitive.name == "ragged_dot_general"
+    return is_grouped or jaxpr.contains_contraction(equation)
 
 
 @program(static_argnums=0)

@@ -182,6 +182,11 @@ class Skipped(NamedTuple):
         """Whether it is a product of matrices whose operands both depend on the input."""
         return (self.primitive, self.reason) == ("dot_general", _TWO_ACTIVATIONS)
 
+    @property
+    def is_lookup(self) -> bool:
+        """Whether it picks among params by the input."""
+        return _CHOOSING.get(self.primitive) == self.reason
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
@@ -193,6 +198,8 @@ class Network:
       skipped: contractions that stay in float.
       products: positions of the equations that multiply two activations, see
         `qjax.graph.matmuls`; they are among the skipped too.
+      lookups: positions of the equations that pick among params by the input, see
+        `qjax.graph.tables`; they are among the skipped too.
       paths: of the leaves of its params.
       programs: what was compiled for this network, the last used ones, by what they do; freed
         with it.
@@ -202,6 +209,7 @@ class Network:
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
     products: tuple[int, ...]
+    lookups: tuple[int, ...]
     paths: tuple[str, ...]
     programs: collections.OrderedDict[Hashable, Callable[..., Any]] = dataclasses.field(
         default_factory=collections.OrderedDict, repr=False
@@ -327,7 +335,7 @@ def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Ne
     found = jaxpr.dependences(flat)
     graph = Graph(flat)
     live = jaxpr.needed(flat)
-    sites, kernels, skipped, products = [], [], [], []
+    sites, kernels, skipped, products, lookups = [], [], [], [], []
     for position, equation in enumerate(flat.equations):
         is_contraction = jaxpr.contains_contraction(equation)
         if position not in live or not (is_contraction or equation.primitive.name in _CHOOSING):
@@ -337,6 +345,7 @@ def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Ne
             continue
         if reason := _chosen_by_input(equation, operands):
             skipped.append(_skip(equation, reason))
+            lookups.append(position)
         if not is_contraction:
             continue
         by_params = [i for i, operand in enumerate(operands) if operand.params_only]
@@ -378,7 +387,8 @@ def _find_layers(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Ne
         for position, site in zip(positions, alike, strict=True):
             layer = dataclasses.replace(site.layer, name=name, macs=macs)
             sites[position] = site._replace(layer=layer)
-    return Network(flat, tuple(sites), tuple(skipped), tuple(products), paths)
+    own = tuple(sites), tuple(skipped), tuple(products), tuple(lookups)
+    return Network(flat, *own, paths)
 
 
 def examples_of(flat: FlatJaxpr) -> int:

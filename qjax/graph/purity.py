@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from qjax.graph import jaxpr
@@ -79,7 +80,10 @@ _checked: weakref.WeakSet[Network] = weakref.WeakSet()
 
 
 def _reduced_examples(network: Network) -> int | None:
-    """The position of the first reduction over what may be examples that a layer depends on."""
+    """The position of the first reduction over what may be examples that a layer depends on.
+
+    Sums of integers are left out: they count, as routers do that tell `ragged_dot` its groups.
+    """
     flat = network.flat
     sizes = {shape(var)[0] for var in flat.inputs if shape(var)}
     inputs = {site.input for site in network.sites}
@@ -89,6 +93,7 @@ def _reduced_examples(network: Network) -> int | None:
         if 0 in equation.params.get("axes", ())
         and (operands := jaxpr.variables(equation.invars))
         and shape(operands[0])[0] in sizes
+        and jnp.issubdtype(dtype(operands[0]), jnp.floating)
     ]
     if not reductions:
         return None

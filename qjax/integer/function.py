@@ -342,7 +342,7 @@ def _evaluated(
     watch: Watch | None = None,
 ) -> tuple[Env, Rules]:
     rules = integer_rules(plan, biases, record)
-    env = bind(network, params["rest"], x)
+    env = bind(network, params, x)
     steps, read = steps_of(network, params)
     evaluate(steps, env, read, rules, watch)
     return env, rules

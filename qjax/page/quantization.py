@@ -22,7 +22,7 @@ from qjax.objectives.table import OBJECTIVES
 from qjax.page.document import document
 from qjax.progress import Progress
 from qjax.quantize import Quantized
-from qjax.report import LayerReport, MatmulReport, product
+from qjax.report import LayerReport, MatmulReport, TableReport, product
 from qjax.study.accuracy import Comparison, compare, predict
 from qjax.study.cost import cost
 from qjax.study.curves import Curves, layer_curves
@@ -44,6 +44,7 @@ class Facts(NamedTuple):
       dataset: its name.
       summary: what was done, a short text.
       records: the layers.
+      tables: the quantized tables.
       matmuls: the quantized products of two activations.
       layers: how well each does.
       logits_sqnr_db: of the network's output.
@@ -59,6 +60,7 @@ class Facts(NamedTuple):
     dataset: str
     summary: str
     records: Sequence[LayerReport]
+    tables: Sequence[TableReport]
     matmuls: Sequence[MatmulReport]
     layers: Sequence[LayerQuality]
     logits_sqnr_db: float
@@ -123,6 +125,7 @@ def gather(
         test.name,
         _summary(q, len(calibration), len(test.images), test.name),
         list(q.report),
+        q.report.tables,
         q.report.matmuls,
         measured.layers,
         measured.logits,
@@ -170,7 +173,7 @@ def render(facts: Facts) -> str:
     Returns:
       One HTML document that loads nothing.
     """
-    sections = (_head, _table, _matmuls, _quality, _details, _curves, _predictions)
+    sections = (_head, _table, _tables, _matmuls, _quality, _details, _curves, _predictions)
     body = "\n".join(section(facts) for section in sections)
     return document(f"{facts.model}, quantized", body)
 
@@ -276,18 +279,47 @@ def _matmuls(facts: Facts) -> str:
     """The products of two activations; nothing where none is quantized."""
     if not facts.matmuls:
         return ""
-    names = ("product", "operands", "result", "bits a/b/y", "result dB", "MACs")
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    header = ("product", "operands", "result", "bits a/b/y", "result dB", "MACs")
     rows = []
     for record in facts.matmuls:
         *operands, result = (product(shape) for shape in record.shapes)
         decibels = _db(math.inf if record.output_sqnr_db is None else record.output_sqnr_db, "")
-        cells = (record.name, " · ".join(operands), result, record.widths, decibels, record.macs)
-        rows.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
+        operands = " · ".join(operands)
+        rows.append((record.name, operands, result, record.widths, decibels, record.macs))
     return (
         "<h2>Products of two activations</h2>\n<p>Signal to noise of the result in decibels, all "
-        'that comes before it quantized too.</p>\n<div class="scroll"><table id="matmuls"><thead>'
-        f"<tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
+        "that comes before it quantized too.</p>\n" + _plain_table("matmuls", header, rows)
+    )
+
+
+def _tables(facts: Facts) -> str:
+    """The params that the input picks from; nothing where none is quantized."""
+    if not facts.tables:
+        return ""
+    header = ("table", "shape", "bits", "dB", "bytes in float", "bytes")
+    rows = [
+        (
+            *(record.name, product(record.shape), record.bits, _db(record.sqnr_db, "")),
+            *(record.bytes_float, record.bytes_quantized),
+        )
+        for record in facts.tables
+    ]
+    return (
+        "<h2>Tables</h2>\n<p>Params that the input picks from, as embeddings are; signal to noise "
+        "of their values in decibels.</p>\n" + _plain_table("tables", header, rows)
+    )
+
+
+def _plain_table(name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    lines = (
+        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"
+        for cells in rows
+    )
+    return (
+        f'<div class="scroll"><table id="{name}"><thead><tr>{head}</tr></thead>\n<tbody>\n'
+        + "\n".join(lines)
+        + "\n</tbody></table></div>"
     )
 
 

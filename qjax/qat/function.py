@@ -120,7 +120,7 @@ class TrainableFunction:
             return self._projected(self.frames[site.layer.name], layer, "activated", y)
 
         rules = Rules(layer_rule, activated_rule, {}, real_value)
-        env = bind(network, {**params["rest"], **self.constants}, x)
+        env = bind(network, {"rest": {**params["rest"], **self.constants}}, x)
         evaluate(schedule(network), env, params["layers"], rules)
         return outputs_of(network, env, rules)
 

@@ -110,6 +110,11 @@ def prepare(
             "`recipe` must leave the matmuls in float, whose ranges are not trained; got "
             f"matmuls={recipe.matmuls!r}."
         )
+    if recipe.quantizes_tables:
+        raise ValueError(
+            "`recipe` must leave the tables in float, whose scales are not trained; got "
+            f"tables={recipe.tables!r}."
+        )
     check_network(apply_fn, params)
     network = find_layers(apply_fn, params, shapes_of(x))
     recipes = recipe.by_layer([site.layer.name for site in network.first_sites])

@@ -47,7 +47,8 @@ class QuantizedFunction:
         Args:
           params: `Quantized.params`: `layers`, a `QuantizedLayer` by name; `rest`, the leaves of
             the original params that are still read, by path; where they are quantized, `sums`, the
-            grids of junctions by name, and `matmuls`, a `QuantizedMatmul` by name.
+            grids of junctions by name, `matmuls`, a `QuantizedMatmul` by name, and `tables`, a
+            `QuantizedTable` by name.
           x: an input like the ones of the original function, of any batch size.
 
         Returns:
@@ -151,17 +152,20 @@ def steps_of(network: Network, params: Mapping[str, Any]) -> tuple[tuple[Step, .
     return steps, {**params["layers"], **grids, **products}
 
 
-def bind(network: Network, rest: Mapping[str, jax.Array], x: Any) -> Env:
+def bind(network: Network, params: Mapping[str, Any], x: Any) -> Env:
     """What is known before a network is evaluated: its params and its input.
 
     Args:
       network: traced at the shape of `x`.
-      rest: of `Quantized.params`.
+      params: `Quantized.params`.
       x: an input.
     """
     flat = network.flat
     by_path = dict(zip(network.paths, flat.params, strict=True))
-    env = flat.constants | {by_path[path]: leaf for path, leaf in rest.items()}
+    env = flat.constants | {by_path[path]: leaf for path, leaf in params["rest"].items()}
+    for path, table in params.get("tables", {}).items():
+        var = by_path[path]
+        env[var] = table.values(jaxpr.shape(var), jaxpr.dtype(var))
     env.update(zip(flat.inputs, jax.tree.leaves(x), strict=True))
     return env
 
@@ -182,7 +186,7 @@ def evaluated(network: Network, rules: Rules, params: Mapping[str, Any], x: Any)
       params: `Quantized.params`.
       x: an input.
     """
-    env = bind(network, params["rest"], x)
+    env = bind(network, params, x)
     steps, read = steps_of(network, params)
     evaluate(steps, env, read, rules)
     return env

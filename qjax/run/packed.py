@@ -1,6 +1,7 @@
 """A quantized network whose kernels are held at their true width."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax
 from qjax.formats.packing import pack_kernel, unpack_kernel
 from qjax.pytree import pytree
 from qjax.run.layer import QuantizedLayer
+from qjax.run.table import QuantizedTable
 
 
 @pytree
@@ -27,14 +29,14 @@ class PackedCodes:
 
 
 def pack(params: Any) -> Any:
-    """Packs the kernels of a quantized network, to hold it in less memory.
+    """Packs the kernels and tables of a quantized network, to hold it in less memory.
 
     Args:
       params: `Quantized.params`.
 
     Returns:
-      The same pytree with `PackedCodes` in place of every kernel that consists of codes; for
-      `unpack`.
+      The same pytree with `PackedCodes` in place of every kernel that consists of codes, and of the
+      codes of tables; for `unpack`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -46,16 +48,28 @@ def pack(params: Any) -> Any:
       >>> packed["layers"]["w"].kernel.stream.nbytes, unpack(packed)["layers"]["w"].kernel.tolist()
       (2, [[[1, -7], [3, 7]]])
     """
+    return _mapped(_packed, params)
 
-    def packed(layer: QuantizedLayer) -> QuantizedLayer:
-        if layer.weights is None or isinstance(layer.kernel, PackedCodes):
-            return layer
-        bits = layer.weights.bits
-        stream = pack_kernel(layer.kernel, layer.weights)
-        kernel: Any = PackedCodes(stream, layer.kernel.shape, bits)
-        return dataclasses.replace(layer, kernel=kernel)
 
-    return params | {"layers": {name: packed(layer) for name, layer in params["layers"].items()}}
+def _packed(codes: Any, format: Any) -> Any:
+    if format is None or isinstance(codes, PackedCodes):
+        return codes
+    return PackedCodes(pack_kernel(codes, format), codes.shape, format.bits)
+
+
+def _mapped(change: Callable[[Any, Any], Any], params: Any) -> Any:
+    """The params with codes changed, by a function of (codes, their format or None)."""
+
+    def layer(old: QuantizedLayer) -> QuantizedLayer:
+        return dataclasses.replace(old, kernel=change(old.kernel, old.weights))
+
+    def table(old: QuantizedTable) -> QuantizedTable:
+        return dataclasses.replace(old, codes=change(old.codes, old.weights))
+
+    found = params | {"layers": {name: layer(old) for name, old in params["layers"].items()}}
+    if "tables" in params:
+        found["tables"] = {name: table(old) for name, old in params["tables"].items()}
+    return found
 
 
 def unpack(params: Any) -> Any:
@@ -67,12 +81,10 @@ def unpack(params: Any) -> Any:
     Returns:
       `Quantized.params`.
     """
+    return _mapped(_unpacked, params)
 
-    def unpacked(layer: Any) -> QuantizedLayer:
-        if not isinstance(layer.kernel, PackedCodes):
-            return layer
-        packed, format = layer.kernel, layer.weights
-        kernel = unpack_kernel(packed.stream, format, packed.bits, packed.shape)
-        return dataclasses.replace(layer, kernel=kernel)
 
-    return params | {"layers": {name: unpacked(layer) for name, layer in params["layers"].items()}}
+def _unpacked(codes: Any, format: Any) -> Any:
+    if not isinstance(codes, PackedCodes):
+        return codes
+    return unpack_kernel(codes.stream, format, codes.bits, codes.shape)

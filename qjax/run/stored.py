@@ -20,6 +20,7 @@ from qjax.formats.packing import codes_at, pack_kernel, spacing, unpack_codes
 from qjax.formats.spec import FORMATS, MAX_BITS
 from qjax.graph.naming import path_names
 from qjax.run.layer import QuantizedLayer
+from qjax.run.table import QuantizedTable
 
 FORMAT_FIELDS = ("weights", "inputs", "outputs", "activated")  # of a layer
 
@@ -85,6 +86,12 @@ def arrays_of_layer(layer: QuantizedLayer) -> dict[str, Any]:
     return {"kernel": kernel, "bias": layer.bias} | formats
 
 
+def arrays_of_table(table: QuantizedTable) -> dict[str, Any]:
+    """The arrays of a table, as those of a layer."""
+    codes = pack_kernel(table.codes, table.weights)
+    return {"codes": codes, "weights": arrays_of_format(table.weights)}
+
+
 def arrays_of_format(format: Any) -> dict[str, Any] | None:
     """The arrays of a format but for limits; None if there is none, or if it has no others."""
     if format is None or isinstance(format, Dynamic):
@@ -99,6 +106,11 @@ def describe_layer(layer: QuantizedLayer) -> dict[str, Any]:
     """A layer without its arrays, as JSON."""
     formats = {field: describe_format(getattr(layer, field)) for field in FORMAT_FIELDS}
     return {"kernel_shape": list(layer.kernel.shape), **formats}
+
+
+def describe_table(table: QuantizedTable) -> dict[str, Any]:
+    """A table without its arrays, as JSON."""
+    return {"shape": list(table.codes.shape), "weights": describe_format(table.weights)}
 
 
 def describe_format(format: Any) -> Any:
@@ -136,6 +148,11 @@ def layer_template(described: Mapping[str, Any]) -> dict[str, Any]:
     return {"kernel": 0, "bias": 0} | formats
 
 
+def table_template(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays that a table has, a placeholder for each."""
+    return {"codes": 0, "weights": format_template(described["weights"])}
+
+
 def format_template(described: Any) -> dict[str, int] | None:
     """The arrays that a format has, a placeholder for each."""
     if described is None or _is_dynamic(described):
@@ -166,6 +183,22 @@ def restored_layer(stored: Mapping[str, Any], described: Mapping[str, Any]) -> Q
     elif list(kernel.shape) != shape or kernel.dtype != jnp.float32:
         raise ValueError(f"the kernel must be float32{shape}; got {_text(kernel)}")
     return QuantizedLayer(kernel, stored["bias"], **formats)
+
+
+def restored_table(stored: Mapping[str, Any], described: Mapping[str, Any]) -> QuantizedTable:
+    """Makes a table of its arrays and its JSON.
+
+    Raises:
+      ValueError: they do not belong together, or its numbers mean nothing.
+    """
+    format, shape = restored_format(stored["weights"], described["weights"]), described["shape"]
+    if format is None or len(shape) != 3:
+        raise ValueError(f"the table must be codes with 3 axes; got the shape {shape}")
+    table = QuantizedTable(_restored_codes(stored["codes"], format, shape), format)
+    check_format(format, "weights")
+    rows, elements, channels = shape
+    _check_blocks(format, rows, elements, channels)
+    return table
 
 
 def _restored_codes(stream: np.ndarray, format: Any, shape: Sequence[int]) -> Any:

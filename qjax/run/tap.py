@@ -91,7 +91,7 @@ def tapped(apply_fn: Any, params: Any, x: Any, names: Sequence[str] | None = Non
 def _run(
     network: Network, names: Sequence[str] | None, params: Mapping[str, Any], x: Any
 ) -> tuple[Any, dict[str, Any]]:
-    env = bind(network, params["rest"], x)
+    env = bind(network, params, x)
     steps, read = steps_of(network, params)
     evaluate(steps, env, read, FAKE)
     taps: dict[str, Any] = {}

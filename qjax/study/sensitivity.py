@@ -91,6 +91,7 @@ def measure_sensitivities(
         sequential=False,
         sums="float",
         matmuls="float",
+        tables="float",
     )
     nothing = dataclasses.replace(plain, weights=None, inputs=None, outputs=None, overrides=())
     recipes: dict[Part, Recipe] = {
