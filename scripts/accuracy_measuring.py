@@ -21,7 +21,7 @@ from qjax.atomic import write
 from qjax.fit.data_free import UnknownRangeError
 from qjax.fit.ends import search_ends
 from qjax.graph.layers import shapes_of
-from qjax.quantize import BATCH_SIZE
+from qjax.placing import BATCH_SIZE
 from qjax.recipe import Recipe
 from qjax.run.tap import float_layers
 from qjax.tuning.held_out import HeldOut

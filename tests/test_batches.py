@@ -1,6 +1,5 @@
 """How calibration images are cut into batches and spread over devices, and what is logged of it."""
 
-import importlib
 import logging
 from typing import Any
 
@@ -10,9 +9,7 @@ import pytest
 import small
 
 import qjax
-
-quantize_module: Any = importlib.import_module("qjax.quantize")  # `qjax.quantize` is the function
-
+from qjax import placing
 
 RECIPE = qjax.recipe(4, range_method="absmax", reconstructions=0, sweeps=0)  # GPTQ, on moments
 
@@ -23,13 +20,13 @@ def codes(q: qjax.Quantized) -> dict[str, np.ndarray]:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize_module, "BATCH_SIZE", 8)
+    monkeypatch.setattr(placing, "BATCH_SIZE", 8)
 
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, np.ndarray]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize_module, "BATCH_SIZE", 8)
+        patch.setattr(placing, "BATCH_SIZE", 8)
         return codes(qjax.quantize(small.apply_fn, small.make_params(), small.images(24), RECIPE))
 
 
@@ -48,7 +45,7 @@ def test_codes_do_not_depend_on_devices(
     ("total", "count", "size"), [(8, 1, 8), (13, 2, 6), (15, 3, 5), (17, 4, 4), (24, 3, 8)]
 )
 def test_no_image_counts_twice(total: int, count: int, size: int, caplog: Any):
-    assert quantize_module._cut(total) == (count, size)
+    assert placing.cut_of(total) == (count, size)
     said = f"{count * size} of {total} calibration images are used"
     assert [said in message for message in caplog.messages] == [True] * (count * size < total)
 

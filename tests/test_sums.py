@@ -55,7 +55,7 @@ def test_values_lie_on_their_grids():
     q = quantized()
     assert set(q.params["sums"]) == set(NAMES)
     network = q.apply_fn.network(X)
-    steps, env = schedule(network, find_junctions(network)), bind(network, q.params["rest"], X)
+    steps, env = schedule(network, find_junctions(network)), bind(network, q.params, X)
     evaluate(steps, env, q.params["layers"] | q.params["sums"], FAKE)
     for junction in find_junctions(network):
         grid, values = q.params["sums"][junction.name], env[junction.var]

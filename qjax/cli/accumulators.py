@@ -6,8 +6,9 @@ from functools import partial
 from qjax.cli import command
 from qjax.cli.loading import Loaded
 from qjax.integer.accumulator import CHECKS, MAX_BITS, MIN_BITS, OVERFLOWS
+from qjax.placing import BATCH_SIZE
 from qjax.progress import Progress
-from qjax.quantize import BATCH_SIZE, quantize
+from qjax.quantize import quantize
 from qjax.recipe import Recipe
 from qjax.study.accumulators import WIDTHS, study_accumulators
 from qjax.study.accuracy import top1

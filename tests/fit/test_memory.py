@@ -1,6 +1,5 @@
 """Where values between layers are kept changes no code; images are read as often as needed."""
 
-import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -14,10 +13,9 @@ import pytest
 import small
 
 import qjax
+from qjax import placing
 from qjax.fit import estimate, images, memory
 from qjax.graph.layers import find_layers
-
-quantize_module: Any = importlib.import_module("qjax.quantize")  # `qjax.quantize` is the function
 
 STORES = [name for name, each in memory.MEMORIES.items() if each.store is not None]
 RNG = np.random.default_rng(0)
@@ -75,7 +73,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize_module, "BATCH_SIZE", 9)  # 25 images in 3 batches of 8, one is out
+    monkeypatch.setattr(placing, "BATCH_SIZE", 9)  # 25 images in 3 batches of 8, one is out
 
 
 def quantized(network: str, recipe: str, **options: Any) -> qjax.Quantized:
