@@ -16,7 +16,9 @@ from qjax.fit.data_free import fit_without_data
 from qjax.fit.draws import EXAMPLES
 from qjax.fit.ends import search_ends
 from qjax.fit.equalize import equalize
+from qjax.fit.held_out import FEW_IMAGES
 from qjax.fit.junction import FittedMatmul
+from qjax.fit.layer import Fit
 from qjax.fit.layerwise import calibrate
 from qjax.fit.noise import noise_of
 from qjax.graph.examples import ExampleAxes, example_axes, with_one_more
@@ -40,6 +42,7 @@ from qjax.versions import versions
 
 _logger = logging.getLogger(__name__)
 
+_NAMED = 5  # layers in a warning
 BATCH_SIZE = 128  # calibration images that go through the network together
 
 
@@ -178,6 +181,7 @@ def quantize(
                     name,
                     raised,
                 )
+        _warn_of_few_images(fitted)
         junctions = find_junctions(network) if recipe.quantizes_sums else ()
         joined = {j: sums[j.name] for j in junctions if j.name in sums}
         products = find_matmuls(network) if recipe.quantizes_matmuls else ()
@@ -211,6 +215,25 @@ def quantize(
     kernel_shapes = {layer.name: layer.kernel_shape for layer in layers}
     function = QuantizedFunction(apply_fn, shapes_of(params), kernel_shapes, input=shapes)
     return Quantized(function, quantized, report)
+
+
+def _warn_of_few_images(fitted: Mapping[str, Fit]) -> None:
+    """Names the layers whose least-squares fits would follow the draw of the images."""
+    found = {name: float(fit.overfit) for name, fit in fitted.items() if fit.overfit is not None}
+    worse = [name for name in sorted(found, key=found.__getitem__, reverse=True) if found[name] > 1]
+    if not worse:
+        return
+    named = ", ".join(map(repr, worse[:_NAMED]))
+    others = f" and {len(worse) - _NAMED} more" if len(worse) > _NAMED else ""
+    _logger.warning(
+        "the calibration images are few: in %d of %d layers (%s%s) a fit to some of them is worse "
+        "on the others than none, and is shrunk. Pass at least %d images: docs/calibration-data.md",
+        len(worse),
+        len(fitted),
+        named,
+        others,
+        FEW_IMAGES,
+    )
 
 
 def _traced(apply_fn: Callable[[Any, Any], Any], params: Any, shapes: Any, batches: Any) -> Network:

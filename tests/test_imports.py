@@ -53,6 +53,7 @@ ORDER = (
     ),
     *("run.tap", "run.stored"),
     *("fit.streams", "fit.equalize", "fit.sampling", "fit.observers", "fit.moments"),
+    "fit.held_out",
     *(
         "fit.samples",
         "fit.search",

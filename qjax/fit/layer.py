@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.fit import moments as m
+from qjax.fit.held_out import choose_shrinkage
 from qjax.fit.observers import observe_stacked
 from qjax.fit.ranges import (
     OutputValues,
@@ -29,7 +30,7 @@ from qjax.fit.ranges import (
     project_batches,
     seen_by,
 )
-from qjax.fit.refit import Goal, lacking, refit
+from qjax.fit.refit import Goal, lacking, refit, residuals
 from qjax.fit.samples import KernelSample
 from qjax.fit.sampling import MOMENT_PATCHES, patch_stride
 from qjax.fit.search import Candidates, least, widest
@@ -46,6 +47,7 @@ from qjax.objectives.base import Objective
 from qjax.programs import program
 from qjax.recipe import LayerRecipe
 from qjax.rounding.base import Problem, Rounding
+from qjax.rounding.metric import damped
 from qjax.rounding.sweeps import coordinate_sweeps
 from qjax.run.layer import (
     QuantizedLayer,
@@ -72,6 +74,8 @@ class Fit(NamedTuple):
       output_clip: of its output; None in float.
       raised: how many scales of its kernel are greater than its weights need, to leave room for
         biases.
+      overfit: how its least-squares fit did on images held out, see `Shrinkage`; None where that
+        was not asked for.
     """
 
     layer: QuantizedLayer
@@ -81,6 +85,7 @@ class Fit(NamedTuple):
     input_clip: Any
     output_clip: Any
     raised: Any = 0
+    overfit: Any = None
 
     @property
     def output_sqnr_db(self) -> float | None:
@@ -181,7 +186,7 @@ def _fit_in_steps(
         (math.inf, None) if rounded is None else (rounded.sqnr_db, rounded.clip)
     )
     clips = (weight_clip, prepared.input_clip, output_clip)
-    fit = Fit(layer, weight_sqnr_db, energies, *clips, corrected.raised)
+    fit = Fit(layer, weight_sqnr_db, energies, *clips, corrected.raised, prepared.overfit)
     return Fitted(fit, floats, output)
 
 
@@ -203,6 +208,7 @@ class Prepared(NamedTuple):
       input_clip: their share of the extremes; None in float or if they are found at run time.
       folded: kernel and bias, refitted, in units of the input's scales if it has several.
       hessian: the second moments of the quantized input's patches, None if nothing reads them.
+      overfit: as in `Fit`.
     """
 
     float_output: Any
@@ -211,6 +217,7 @@ class Prepared(NamedTuple):
     input_clip: jax.Array | None
     folded: Folded
     hessian: jax.Array | None
+    overfit: jax.Array | None = None
 
 
 @program(static_argnums=(0, 1))
@@ -243,13 +250,19 @@ def prepare(
     if recipe.bias_correction:  # the bias takes up the means, the kernel answers for the rest
         moments = m.centered(moments)
     goal = _goal(task, z if target is None else target, values.shortcut)
+    overfit = None
     times = min(recipe.reconstructions, 1) if goal.activation == NONE else recipe.reconstructions
     if times:
         correction = recipe.bias_correction
         folded = folded._replace(kernel=folded.kernel * unit)
-        folded = refit(operation, folded, moments, seen, goal, stride, correction, times)
+        shrunk = moments
+        if task.has_few_images:
+            missing = residuals(operation, folded, seen, goal)
+            extra, overfit = choose_shrinkage(operation, seen, missing, correction)
+            shrunk = moments._replace(hessian=damped(moments.hessian, extra))
+        folded = refit(operation, folded, shrunk, seen, goal, stride, correction, times)
         folded = folded._replace(kernel=folded.kernel / unit)
-    return Prepared(z, target, inputs, clip, folded, moments.hessian)
+    return Prepared(z, target, inputs, clip, folded, moments.hessian, overfit)
 
 
 def in_units_of_codes(

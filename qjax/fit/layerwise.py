@@ -5,6 +5,7 @@ unless `Recipe.sequential`) toward the output that the float network has there.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from jax.extend import core
 
 from qjax.fit.ahead import Ahead, joined, outputs_of_step, projected
 from qjax.fit.checkpoint import Checkpoint
+from qjax.fit.held_out import FEW_IMAGES
 from qjax.fit.junction import FittedJunction, FittedMatmul, fit_junction, fit_matmul
 from qjax.fit.layer import Fit, Values, fit_layer
 from qjax.fit.ranges import (
@@ -94,7 +96,10 @@ class Unit(NamedTuple):
 
 
 def units(
-    network: Network, recipe: Recipe, examples: Mapping[str, ExampleAxes] | None = None
+    network: Network,
+    recipe: Recipe,
+    examples: Mapping[str, ExampleAxes] | None = None,
+    has_few_images: bool = False,
 ) -> tuple[Unit, ...]:
     """Cuts a network into what is fitted together, in the order of fitting.
 
@@ -102,6 +107,7 @@ def units(
       network: the network.
       recipe: what to do with it.
       examples: the axes of the examples by layer, see `calibrate`.
+      has_few_images: whether fits are judged on images held out, and shrunk.
     """
     examples = examples or {}
     matmuls = find_matmuls(network) if recipe.quantizes_matmuls else ()
@@ -118,7 +124,7 @@ def units(
             case Site(layer=layer) as site:
                 own, axes = recipes[layer.name], examples.get(layer.name)
                 steps = network.sites_of(layer.name)
-                task = task_of(site, own, candidates, logits in steps, axes)
+                task = task_of(site, own, candidates, logits in steps, axes, has_few_images)
                 first, *others = steps
                 fit = partial(_fit_site, site, task, own)
                 if others:
@@ -128,7 +134,7 @@ def units(
             case Activated(site=site):
                 own, axes = recipes[site.layer.name], examples.get(site.layer.name)
                 steps = network.sites_of(site.layer.name)
-                task = task_of(site, own, candidates, logits in steps, axes)
+                task = task_of(site, own, candidates, logits in steps, axes, has_few_images)
                 ahead = segments[number:] if len(steps) > 1 else ()
                 fit = partial(_fit_activated, steps, site, task, own, ahead)
                 note = partial(_note_layer, site.layer.name, "activated", site.activated, own)
@@ -185,7 +191,8 @@ def calibrate(
     streams = Streams(network, leaves, batches, recipe.sequential)
     state = State(streams, dict(zip(names, folded, strict=True)), {}, {}, {})
     started: list[str] = []
-    todo = units(network, recipe, examples)
+    has_few_images = math.prod(batches[0].shape[:2]) < FEW_IMAGES
+    todo = units(network, recipe, examples, has_few_images)
     done = 0 if checkpoint is None else checkpoint.restore(state.fits, state.sums)
     for unit in todo[:done]:
         streams.pass_over(unit.segment)
