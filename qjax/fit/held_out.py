@@ -26,7 +26,7 @@ from qjax.rounding.metric import damped, least_squares_shift
 
 FEW_IMAGES = 256  # below that many, fits are judged and shrunk
 FOLDS = 4
-SHRINKAGES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+SHRINKAGES = (0.0, 0.1, 1.0, 10.0, 100.0)
 
 
 class Shrinkage(NamedTuple):

@@ -68,8 +68,8 @@ def test_noise_is_shrunk_and_a_fit_to_it_is_worse_than_none():
 def test_batches_are_cut_alike():
     halves = X.reshape(2, -1, *X.shape[2:])[:, :4], R.reshape(2, -1, *R.shape[2:])[:, :4]
     joined = (np.moveaxis(a, 1, 0).reshape(1, -1, *a.shape[2:]) for a in halves)
-    errors = [held_out_errors(OPERATION, *values, True)[0] for values in (halves, joined)]
-    np.testing.assert_allclose(*errors, rtol=1e-4)
+    errors = [held_out_errors(OPERATION, x, r, True)[0] for x, r in (halves, joined)]
+    np.testing.assert_allclose(errors[0], errors[1], rtol=1e-4)
 
 
 def test_of_a_single_image_nothing_can_be_held_out():
