@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import photographs
 import zoo
 from accuracy_measuring import FLOAT, Line, Measuring
 from accuracy_pages import document, rows_of_markdown, show
@@ -28,7 +29,7 @@ from qjax.progress import progress_bar
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
-PAGES = {"zoo": zoo.run}  # tables of their own form
+PAGES = {"zoo": zoo.run, "photographs": photographs.run}  # tables of their own form
 
 
 def main() -> None:
@@ -53,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds", nargs="+", type=int, default=[0], help="random seeds of the calibration draw"
     )
     parser.add_argument("--calibration-size", type=int, default=1024, metavar="N", help="images")
+    parser.add_argument(
+        "--dataset", metavar="FOLDER", help="images by class, of the table of photographs"
+    )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows of the table (all)")
     parser.add_argument("--columns", nargs="+", metavar="COLUMN", help="columns of the table (all)")
     parser.add_argument("--results", type=Path, metavar="FILE", help="docs/results-TABLE.jsonl")
