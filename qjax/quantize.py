@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,11 @@ from qjax.fit.data_free import fit_without_data
 from qjax.fit.draws import EXAMPLES
 from qjax.fit.ends import search_ends
 from qjax.fit.equalize import equalize
-from qjax.fit.held_out import FEW_IMAGES
 from qjax.fit.junction import FittedMatmul
-from qjax.fit.layer import Fit
 from qjax.fit.layerwise import calibrate
 from qjax.fit.noise import noise_of
+from qjax.fit.suitability import warn_of_few_images, warn_of_unlike_images
+from qjax.graph.batch_norm import Statistics, output_statistics
 from qjax.graph.examples import ExampleAxes, example_axes, with_one_more
 from qjax.graph.fingerprint import digest, fingerprint
 from qjax.graph.fold import fold
@@ -31,6 +32,7 @@ from qjax.graph.matmuls import find_matmuls, left_in_float
 from qjax.graph.naming import path_names
 from qjax.graph.purity import check_pure
 from qjax.graph.schedule import rest_of_params
+from qjax.programs import FAST_TO_COMPILE
 from qjax.progress import Progress, progress_bar
 from qjax.recipe import Recipe
 from qjax.recipe import recipe as make_recipe
@@ -42,7 +44,6 @@ from qjax.versions import versions
 
 _logger = logging.getLogger(__name__)
 
-_NAMED = 5  # layers in a warning
 BATCH_SIZE = 128  # calibration images that go through the network together
 
 
@@ -170,6 +171,10 @@ def quantize(
                 kept = Checkpoint(checkpoint, about)
             given = (placed, recipe, report_progress, examples, kept)
             fitted, sums = calibrate(network, leaves, folded, *given)
+            warn_of_few_images(fitted)
+            if not recipe.equalize:  # which changes what channels hold
+                known = _statistics(network, leaves)
+                warn_of_unlike_images(known, fitted, len(jax.tree.leaves(images)[0]))
         else:
             given = (report_progress, examples, input_range)
             fitted = fit_without_data(network, leaves, folded, recipe, *given)
@@ -181,7 +186,6 @@ def quantize(
                     name,
                     raised,
                 )
-        _warn_of_few_images(fitted)
         junctions = find_junctions(network) if recipe.quantizes_sums else ()
         joined = {j: sums[j.name] for j in junctions if j.name in sums}
         products = find_matmuls(network) if recipe.quantizes_matmuls else ()
@@ -217,23 +221,12 @@ def quantize(
     return Quantized(function, quantized, report)
 
 
-def _warn_of_few_images(fitted: Mapping[str, Fit]) -> None:
-    """Names the layers whose least-squares fits would follow the draw of the images."""
-    found = {name: float(fit.overfit) for name, fit in fitted.items() if fit.overfit is not None}
-    worse = [name for name in sorted(found, key=found.__getitem__, reverse=True) if found[name] > 1]
-    if not worse:
-        return
-    named = ", ".join(map(repr, worse[:_NAMED]))
-    others = f" and {len(worse) - _NAMED} more" if len(worse) > _NAMED else ""
-    _logger.warning(
-        "the calibration images are few: in %d of %d layers (%s%s) a fit to some of them is worse "
-        "on the others than none, and is shrunk. Pass at least %d images: docs/calibration-data.md",
-        len(worse),
-        len(fitted),
-        named,
-        others,
-        FEW_IMAGES,
-    )
+def _statistics(network: Network, leaves: Sequence[Any]) -> dict[str, Statistics]:
+    """What batch norm knows of the outputs of layers, by one program."""
+    read = partial(output_statistics, network)
+    if not jax.eval_shape(read, leaves):
+        return {}
+    return network.program("statistics", read, FAST_TO_COMPILE)(leaves)
 
 
 def _traced(apply_fn: Callable[[Any, Any], Any], params: Any, shapes: Any, batches: Any) -> Network:

@@ -60,6 +60,7 @@ ORDER = (
         "fit.ranges",
         "fit.refit",
         "fit.layer",
+        "fit.suitability",
         "fit.junction",
         "fit.checkpoint",
         "fit.ahead",

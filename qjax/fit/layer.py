@@ -42,7 +42,7 @@ from qjax.formats.spec import QuantSpec
 from qjax.graph.activation import NONE, Activation
 from qjax.graph.fold import Folded, apply_folded
 from qjax.graph.layers import Movement
-from qjax.graph.operation import Linear
+from qjax.graph.operation import Linear, along_channels
 from qjax.objectives.base import Objective
 from qjax.programs import program
 from qjax.recipe import LayerRecipe
@@ -76,6 +76,8 @@ class Fit(NamedTuple):
         biases.
       overfit: how its least-squares fit did on images held out, see `Shrinkage`; None where that
         was not asked for.
+      output_moments: mean and deviation of each channel of its output in the float network,
+        float32[2, channels]; None without images.
     """
 
     layer: QuantizedLayer
@@ -86,6 +88,7 @@ class Fit(NamedTuple):
     output_clip: Any
     raised: Any = 0
     overfit: Any = None
+    output_moments: Any = None
 
     @property
     def output_sqnr_db(self) -> float | None:
@@ -186,7 +189,15 @@ def _fit_in_steps(
         (math.inf, None) if rounded is None else (rounded.sqnr_db, rounded.clip)
     )
     clips = (weight_clip, prepared.input_clip, output_clip)
-    fit = Fit(layer, weight_sqnr_db, energies, *clips, corrected.raised, prepared.overfit)
+    fit = Fit(
+        layer,
+        weight_sqnr_db,
+        energies,
+        *clips,
+        corrected.raised,
+        prepared.overfit,
+        prepared.output_moments,
+    )
     return Fitted(fit, floats, output)
 
 
@@ -209,6 +220,7 @@ class Prepared(NamedTuple):
       folded: kernel and bias, refitted, in units of the input's scales if it has several.
       hessian: the second moments of the quantized input's patches, None if nothing reads them.
       overfit: as in `Fit`.
+      output_moments: as in `Fit`.
     """
 
     float_output: Any
@@ -218,6 +230,7 @@ class Prepared(NamedTuple):
     folded: Folded
     hessian: jax.Array | None
     overfit: jax.Array | None = None
+    output_moments: jax.Array | None = None
 
 
 @program(static_argnums=(0, 1))
@@ -232,6 +245,7 @@ def prepare(
     """Chooses the range of a layer's input and refits its kernel to that."""
     operation, recipe = task.operation, task.recipe
     z = map_batches(partial(apply_folded, operation, folded), values.x_float)
+    output_moments = _channel_moments(operation, z)
     target = None
     if values.shortcut is not None:
         s, s_hat = values.shortcut
@@ -241,7 +255,7 @@ def prepare(
         folded = folded._replace(kernel=fold_input_scales(operation, inputs, folded.kernel))
     x, unscaled = in_units_of_codes(values.x, inputs)
     if not recipe.needs_moments:
-        return Prepared(z, target, inputs, clip, folded, None)
+        return Prepared(z, target, inputs, clip, folded, None, None, output_moments)
     seen = x if unscaled is None else project_batches(unscaled, x)
     unit = magnitude(jnp.max(jnp.abs(seen)))  # what is squared does not leave float32
     seen = seen / unit
@@ -262,7 +276,8 @@ def prepare(
             shrunk = moments._replace(hessian=damped(moments.hessian, extra))
         folded = refit(operation, folded, shrunk, seen, goal, stride, correction, times)
         folded = folded._replace(kernel=folded.kernel / unit)
-    return Prepared(z, target, inputs, clip, folded, moments.hessian, overfit)
+    fitted = (inputs, clip, folded, moments.hessian)
+    return Prepared(z, target, *fitted, overfit, output_moments)
 
 
 def in_units_of_codes(
@@ -441,6 +456,14 @@ def _channel_means(operation: Linear, values: jax.Array) -> jax.Array:
     by_batch = values.sum([axis for axis in range(1, values.ndim) if axis not in kept])
     sums = jnp.sum(by_batch.reshape(len(values), -1), axis=0)
     return sums / (values.size // len(sums))
+
+
+def _channel_moments(operation: Linear, values: jax.Array) -> jax.Array:
+    """The mean and the deviation of each output channel, float32[2, groups * channels]."""
+    values = values.astype(jnp.float32)
+    mean = _channel_means(operation, values)
+    centered = values - along_channels(operation, mean, values.ndim - 1)[None]
+    return jnp.stack([mean, jnp.sqrt(_channel_means(operation, jnp.square(centered)))])
 
 
 # ---- The output
