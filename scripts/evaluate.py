@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import photographs
+import unlike
 import zoo
 from accuracy_measuring import FLOAT, Line, Measuring
 from accuracy_pages import document, rows_of_markdown, show
@@ -29,7 +30,8 @@ from qjax.progress import progress_bar
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
-PAGES = {"zoo": zoo.run, "photographs": photographs.run}  # tables of their own form
+# Tables of their own form.
+PAGES = {"zoo": zoo.run, "photographs": photographs.run, "unlike": unlike.run}
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """A large network on few photographs: agreement with the float network, seconds and memory."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,13 @@ def run(arguments: argparse.Namespace) -> None:
         known[name] = kept.of(name, work)
     rows = [row(name, found) for name, found in known.items()]
     print(table(HEADER, rows, "<" + ">" * (len(HEADER) - 1)))
-    write(path.with_suffix(".md"), document(label, size, rows, known))
+    write(path.with_suffix(".md"), document(label, size, known))
+
+
+def measured(results: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the measurements depend on, and what is kept of the recipes."""
+    about, *lines = map(json.loads, results.read_text().splitlines())
+    return about, dict(lines)
 
 
 def measure(model_name: str, dataset: str, size: int, recipe: str) -> dict[str, Any]:
@@ -116,8 +123,9 @@ def row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
     return (name, *numbers, f"{found['seconds']:.0f}", f"{found['bytes'] / 1e9:.1f}")
 
 
-def document(model: str, size: int, rows: Sequence[Sequence[str]], known: Mapping[str, Any]) -> str:
+def document(model: str, size: int, known: Mapping[str, Any]) -> str:
     """The page."""
+    rows = [row(name, found) for name, found in known.items()]
     rules = ("---", *["---:"] * (len(HEADER) - 1))
     lines = [f"| {' | '.join(line)} |" for line in (HEADER, rules, *rows)]
     first = next(iter(known.values()))

@@ -1,6 +1,7 @@
 """Many families of networks, quantized: what is found, how well it does, what it takes."""
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -121,7 +122,13 @@ def run(arguments: argparse.Namespace) -> None:
         known[name] = kept.of(name, partial(in_fresh_process, measure, name))
     rows = [row(name, found) for name, found in known.items()]
     print(table(HEADER, rows, "<<" + ">" * (len(HEADER) - 2)))
-    write(results.with_name(PAGE.name), document(rows, known))
+    write(results.with_name(PAGE.name), document(known))
+
+
+def measured(results: Path) -> dict[str, Any]:
+    """What is kept of the networks."""
+    _, *lines = map(json.loads, results.read_text().splitlines())
+    return dict(lines)
 
 
 def row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -138,8 +145,9 @@ def row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
     return (network.family, network.framework, *counts, *errors, own, *measured)
 
 
-def document(rows: Sequence[Sequence[str]], known: Mapping[str, Any]) -> str:
+def document(known: Mapping[str, Any]) -> str:
     """The page."""
+    rows = [row(name, found) for name, found in known.items()]
     rules = ("---", "---", *["---:"] * (len(HEADER) - 2))
     lines = [f"| {' | '.join(line)} |" for line in (HEADER, rules, *rows)]
     notes = [

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.fit.sampling import MOMENT_PATCHES, patch_stride
+from qjax.fit.streams import map_batches
 from qjax.graph.operation import Linear, output_matrix
 from qjax.rounding.metric import damped, least_squares_shift
 
@@ -49,40 +50,48 @@ def choose_shrinkage(
 
     Args:
       operation: the linear operation.
-      inputs: x̂, [batches, examples, ...].
-      residual: r, what the outputs lack, [batches, examples, ...].
+      inputs: x̂, [batches, ...].
+      residual: r, what the outputs lack, [batches, ...].
       has_free_bias: whether the bias takes up the means.
 
     Returns:
-      A `Shrinkage`; of a single image the greatest one, and an infinite `overfit`.
+      A `Shrinkage`; where a batch has a single patch the greatest one, and an infinite `overfit`.
     """
-    if inputs.shape[1] < 2:
+    stride = patch_stride(operation, inputs, MOMENT_PATCHES)
+    batch = jax.eval_shape(lambda x: operation.patches(x[0], stride), inputs)
+    if batch.shape[0] < 2:
         return Shrinkage(jnp.float32(SHRINKAGES[-1]), jnp.float32(jnp.inf))
-    errors, before = held_out_errors(operation, inputs, residual, has_free_bias)
+    folds = min(FOLDS, batch.shape[0])
+    errors, before = held_out_errors(operation, stride, folds, inputs, residual, has_free_bias)
     floor = jnp.finfo(jnp.float32).tiny
     extra = jnp.array(SHRINKAGES, jnp.float32)[jnp.argmin(errors)]
     return Shrinkage(extra, errors[0] / jnp.maximum(before, floor))
 
 
 def held_out_errors(
-    operation: Linear, inputs: jax.Array, residual: jax.Array, has_free_bias: bool
+    operation: Linear,
+    stride: int,
+    folds: int,
+    inputs: jax.Array,
+    residual: jax.Array,
+    has_free_bias: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Judges least-squares fits on the fold that each leaves out.
 
     Args:
       operation: the linear operation.
-      inputs: x̂, [batches, examples, ...], at least two examples.
-      residual: r, [batches, examples, ...].
+      stride: between the patches of a batch that count.
+      folds: into how many each batch is cut, patches of an image next to each other.
+      inputs: x̂, [batches, ...].
+      residual: r, [batches, ...].
       has_free_bias: whether the bias takes up the means.
 
     Returns:
       e(δ) of every δ in `SHRINKAGES`, and the error without a change of the kernel.
     """
-    folds = min(FOLDS, inputs.shape[1])
-    parts = _folded(inputs, folds), _folded(residual, folds)
-    stride = patch_stride(operation, parts[0], MOMENT_PATCHES)
+    of_batch = partial(_joint_moments, operation, stride, folds)
+    means, moments = (x.mean(0) for x in map_batches(of_batch, (inputs, residual)))
     shrinkages = jnp.array(SHRINKAGES, jnp.float32)
-    means, moments = lax.map(lambda part: _joint_moments(operation, stride, *part), parts)
 
     def errors_of_fold(own: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         mean, moment = own
@@ -97,22 +106,18 @@ def held_out_errors(
     return errors.sum(0), before.sum(0)
 
 
-def _folded(values: jax.Array, folds: int) -> jax.Array:
-    """Cuts the examples of every batch: [folds, batches · examples of a fold, ...]."""
-    count = values.shape[1] // folds
-    cut = values[:, : folds * count].reshape(len(values), folds, count, *values.shape[2:])
-    return jnp.moveaxis(cut, 1, 0).reshape(folds, len(values) * count, *values.shape[2:])
-
-
 def _joint_moments(
-    operation: Linear, stride: int, inputs: jax.Array, residual: jax.Array
+    operation: Linear, stride: int, folds: int, batch: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """E[v] and E[v vᵀ] of v = (x̂, r): [groups, patch + channels] and its square."""
+    """E[v] and E[v vᵀ] of v = (x̂, r) by fold: [folds, groups, patch + channels] and its square."""
+    inputs, residual = batch
     patches = operation.patches(inputs.astype(jnp.float32), stride)
     missing = output_matrix(operation, residual)[::stride]
     joint = jnp.concatenate([patches, missing], axis=2)
-    product = jnp.einsum("pgk,pgl->gkl", joint, joint, precision=lax.Precision.HIGHEST)
-    return jnp.mean(joint, axis=0), product / len(joint)
+    count = len(joint) // folds
+    parts = joint[: folds * count].reshape(folds, count, *joint.shape[1:])
+    product = partial(jnp.einsum, "pgk,pgl->gkl", precision=lax.Precision.HIGHEST)
+    return parts.mean(1), lax.map(lambda part: product(part, part) / count, parts)
 
 
 def _about(center: jax.Array, mean: jax.Array, moment: jax.Array) -> jax.Array:

@@ -47,8 +47,8 @@ def expected_error(x: np.ndarray, r: np.ndarray, extra: float | None, has_free_b
 
 @pytest.mark.parametrize("has_free_bias", [True, False])
 def test_errors_are_those_of_fits_to_the_other_folds(has_free_bias: bool):
-    errors, before = jax.jit(held_out_errors, static_argnums=(0, 3))(
-        OPERATION, X, R + 0.5, has_free_bias
+    errors, before = jax.jit(held_out_errors, static_argnums=(0, 1, 2, 5))(
+        OPERATION, 1, FOLDS, X, R + 0.5, has_free_bias
     )
     expected = [expected_error(X, R + 0.5, extra, has_free_bias) for extra in (*SHRINKAGES, None)]
     np.testing.assert_allclose([*errors, before], expected, rtol=1e-3)
@@ -65,16 +65,29 @@ def test_noise_is_shrunk_and_a_fit_to_it_is_worse_than_none():
     assert extra >= 10 and overfit > 1
 
 
-def test_batches_are_cut_alike():
-    halves = X.reshape(2, -1, *X.shape[2:])[:, :4], R.reshape(2, -1, *R.shape[2:])[:, :4]
-    joined = (np.moveaxis(a, 1, 0).reshape(1, -1, *a.shape[2:]) for a in halves)
-    errors = [held_out_errors(OPERATION, x, r, True)[0] for x, r in (halves, joined)]
+def test_folds_of_batches_are_joined():
+    halves = X.reshape(2, -1, *X.shape[2:]), R.reshape(2, -1, *R.shape[2:])
+    folds = [np.concatenate(np.split(a, FOLDS, axis=1), axis=0) for a in halves]
+    in_order = [a.reshape(FOLDS, 2, *a.shape[1:]).reshape(1, -1, *a.shape[2:]) for a in folds]
+    errors = [
+        held_out_errors(OPERATION, 1, FOLDS, x, r, True)[0] for x, r in (halves, tuple(in_order))
+    ]
     np.testing.assert_allclose(errors[0], errors[1], rtol=1e-4)
 
 
-def test_of_a_single_image_nothing_can_be_held_out():
-    extra, overfit = choose_shrinkage(OPERATION, X[:, :1], R[:, :1], True)
+def test_of_a_single_patch_nothing_can_be_held_out():
+    matrix = next(case for case in operations.CASES if case.id == "dot_rhs")
+    x, kernel = matrix.x[:1], matrix.kernel
+    residual = operations.apply(matrix.operation, x, kernel)
+    extra, overfit = choose_shrinkage(matrix.operation, x[None], residual[None], True)
     assert extra == SHRINKAGES[-1] and overfit == np.inf
+
+
+@pytest.mark.parametrize("case", operations.CASES, ids=lambda case: case.id)
+def test_every_operation_can_be_judged(case: operations.Case):
+    y = operations.apply(case.operation, case.x, case.kernel)
+    extra, overfit = choose_shrinkage(case.operation, case.x[None], y[None], False)
+    assert float(extra) in np.array(SHRINKAGES, np.float32) and overfit < 1
 
 
 # ---- In a network
