@@ -70,7 +70,8 @@ def test_folds_of_batches_are_joined():
     folds = [np.concatenate(np.split(a, FOLDS, axis=1), axis=0) for a in halves]
     in_order = [a.reshape(FOLDS, 2, *a.shape[1:]).reshape(1, -1, *a.shape[2:]) for a in folds]
     errors = [
-        held_out_errors(OPERATION, 1, FOLDS, x, r, True)[0] for x, r in (halves, tuple(in_order))
+        held_out_errors(OPERATION, 1, FOLDS, jnp.asarray(x), jnp.asarray(r), True)[0]
+        for x, r in (halves, in_order)
     ]
     np.testing.assert_allclose(errors[0], errors[1], rtol=1e-4)
 
