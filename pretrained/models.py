@@ -9,6 +9,7 @@ import jax
 from flax import linen as nn
 
 from pretrained.resnet import ResNet
+from pretrained.vit import VisionTransformer
 
 
 class MLP(nn.Module):
@@ -66,7 +67,7 @@ class LeNet5(nn.Module):
         return nn.Dense(self.num_classes, use_bias=False, name="head")(x)
 
 
-FAMILIES = {family.__name__: family for family in (ResNet, MLP, LeNet5)}
+FAMILIES = {family.__name__: family for family in (ResNet, MLP, LeNet5, VisionTransformer)}
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

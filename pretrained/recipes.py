@@ -7,6 +7,7 @@ from flax import linen as nn
 from pretrained.models import MLP, LeNet5
 from pretrained.preprocessing import CIFAR10, DIGITS, MNIST, Preprocessing
 from pretrained.resnet import resnet_cifar, resnet_imagenet
+from pretrained.vit import VisionTransformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,17 @@ RECIPES = {
             learning_rate=0.05,
             shift=2,
             sizes=((0.4, 16),),
+        ),
+        Recipe(
+            name="vit-mnist",
+            dataset="mnist",
+            model=VisionTransformer(),
+            preprocessing=MNIST,
+            epochs=20,
+            learning_rate=0.05,
+            weight_decay=1e-4,
+            average_decay=0.999,
+            shift=2,
         ),
         Recipe(
             name="resnet20-cifar10",

@@ -13,12 +13,15 @@ from qjax import hosts
 from qjax.fit.data_free import fit_without_data
 from qjax.fit.equalize import equalize
 from qjax.fit.estimate import choose
+from qjax.fit.held_out import FEW_IMAGES
 from qjax.fit.images import Cut, Images
 from qjax.fit.junction import FittedJunction, FittedMatmul
 from qjax.fit.layer import Fit
 from qjax.fit.layerwise import calibrate, streams_of
 from qjax.fit.search import Candidates
+from qjax.fit.suitability import warn_of_few_images, warn_of_unlike_images
 from qjax.fit.table import FittedTable, fit_table
+from qjax.graph.batch_norm import Statistics, output_statistics
 from qjax.graph.examples import ExampleAxes
 from qjax.graph.fingerprint import digest, fingerprint
 from qjax.graph.fold import Folded, fold
@@ -27,6 +30,7 @@ from qjax.graph.layers import Network
 from qjax.graph.matmuls import Matmul, find_matmuls
 from qjax.graph.tables import Table, find_tables, names_of_others
 from qjax.placing import checkpoint_of, placing, read
+from qjax.programs import FAST_TO_COMPILE
 from qjax.progress import Progress
 from qjax.recipe import Recipe
 from qjax.sharing import sharing
@@ -133,10 +137,22 @@ def fit_on_images(
         kept = checkpoint_of(checkpoint, about, is_spread)
     tables = _fit_tables(job)
     held = {table.var: fit.values(table) for table, fit in tables.items()}
+    count = cut.count * cut.size
     given = (placed, recipe, job.progress, job.examples, kept, chosen, whole, held)
     with sharing(own):
-        layers, sums = calibrate(network, leaves, folded, *given)
+        layers, sums = calibrate(network, leaves, folded, *given, count < FEW_IMAGES)
+    warn_of_few_images(layers)
+    if not recipe.equalize:  # which changes what channels hold
+        warn_of_unlike_images(_statistics(network, leaves), layers, count)
     return Fitted(layers, sums, tables, folded, placed)
+
+
+def _statistics(network: Network, leaves: Sequence[Any]) -> dict[str, Statistics]:
+    """What batch norm knows of the outputs of layers, by one program."""
+    read = partial(output_statistics, network)
+    if not jax.eval_shape(read, leaves):
+        return {}
+    return network.program("statistics", read, FAST_TO_COMPILE)(leaves)
 
 
 def _fit_tables(job: Job) -> dict[Table, FittedTable]:

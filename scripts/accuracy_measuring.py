@@ -79,8 +79,8 @@ class Measuring:
           seed: of the calibration draw.
           error: the field of the measurements that the table shows.
         """
-        draw = self._draw(seed)
-        line: Line = {"calibration_images": self.used}
+        draw = self._draw(seed, way.images or self.used)
+        line: Line = {"calibration_images": len(draw.calibration)}
         try:
             q, line["seconds"] = self._quantize(way.recipe, way.has_images, seed, draw)
         except UnknownRangeError:  # no batch norm: the table has a dash
@@ -104,11 +104,11 @@ class Measuring:
             line["other_logits"] = differing(q, run, self.model.preprocess, self._test.images)
         return self._tested(line)
 
-    def _draw(self, seed: int) -> Draw:
+    def _draw(self, seed: int, used: int) -> Draw:
         count = len(self._images)
-        drawn = datasets.calibration_draw(np.arange(count), self.used, seed)
+        drawn = datasets.calibration_draw(np.arange(count), used, seed)
         others = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(count), drawn))
-        more = others[HELD_OUT : HELD_OUT + max(0, TUNED_ON - self.used)]
+        more = others[HELD_OUT : HELD_OUT + max(0, TUNED_ON - used)]
         return Draw(drawn, others[:HELD_OUT], more)
 
     def _inputs(self, rows: np.ndarray) -> np.ndarray:
@@ -119,12 +119,13 @@ class Measuring:
         self, recipe: Recipe, has_images: bool, seed: int, draw: Draw
     ) -> tuple[qjax.Quantized, float]:
         """The quantized network and the seconds that it took."""
-        key = recipe, has_images, seed
+        used = len(draw.calibration)
+        key = recipe, has_images, seed, used
         if self._quantized is None or self._quantized[0] != key:
             calibration = self._inputs(draw.calibration)
             given = calibration if has_images else shapes_of(calibration)
             work = partial(qjax.quantize, self.model.apply_fn, self.model.params, given, recipe)
-            about = [self._label, recipe.to_json(), has_images, self.used, seed]
+            about = [self._label, recipe.to_json(), has_images, used, seed]
             self._quantized = key, *network_of(self._networks, about, self.model, work)
             self._searched = {}
         return self._quantized[1:]

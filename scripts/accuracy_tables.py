@@ -2,16 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import qjax
-from qjax.recipe import Recipe
+from qjax.recipe import Matmuls, Recipe
 from qjax.study.questions import ways_to_ranges
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 FORMATS = {"W6A6": (6, 6), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8)}
 FORMATS |= {"W4A4": (4, 4), "W3A3": (3, 3)}
 FIXED_POINT_WIDTHS, RANGE_WIDTHS = (8, 6, 4), (8, 4)
+ATTENTION_FORMATS = {"W8A8": (8, 8), "W6A6": (6, 6), "W4A8": (4, 8), "W4A4": (4, 4)}
+CALIBRATION_SIZES = (8, 16, 32, 64, 128, 256, 1024)
 UNIFORM = "uniform"
 INPUTS: dict[str, Any] = {"outputs": None}
 WEIGHTS: dict[str, Any] = {"inputs": None, "outputs": None}
@@ -46,6 +48,7 @@ class Way(NamedTuple):
       arithmetic: of integers, see `qjax.integer`; None for fake quantization.
       ends: layers whose ranges are searched again, see `Recipe.end_search`.
       is_tuned: whether scales and biases are tuned then, see `qjax.tune`.
+      images: to calibrate on; None for as many as the command line says.
     """
 
     recipe: Recipe
@@ -53,6 +56,7 @@ class Way(NamedTuple):
     arithmetic: str | None = None
     ends: int = 0
     is_tuned: bool = False
+    images: int | None = None
 
 
 class Table(NamedTuple):
@@ -66,6 +70,7 @@ class Table(NamedTuple):
       in_readme: the rows of these that README shows.
       is_long: whether a column is a block of lines, which show what was measured.
       error: what stands in brackets: a field of the measurements.
+      page: the page in docs that shows it, where it has the table's marks.
     """
 
     title: str
@@ -75,6 +80,7 @@ class Table(NamedTuple):
     in_readme: Sequence[str] = ()
     is_long: bool = False
     error: str = "error"
+    page: str = "results.md"
 
     @property
     def columns(self) -> list[str]:
@@ -91,6 +97,8 @@ def tables() -> dict[str, Table]:
     """The tables by name."""
     return {
         "tuning": tuning(),
+        "attention": attention(),
+        "calibration": calibration(),
         "codebooks": codebooks(),
         "fixed-point": fixed_point(),
         "ranges": ranges(),
@@ -137,6 +145,34 @@ def mixed() -> Table:
         shown=(PUBLIC,),
         in_readme=("W6A6", "W4A8", "W4A4", "W4A4, both", "W3A3"),
     )
+
+
+def attention() -> Table:
+    """Products of two activations in float and on codes."""
+    columns = {f"products of two activations {where}": where for where in get_args(Matmuls)}
+    recipes = {
+        (row, column): qjax.recipe(bits, weight_bits=weight_bits, matmuls=where)
+        for row, (weight_bits, bits) in ATTENTION_FORMATS.items()
+        for column, where in columns.items()
+    }
+    title = "Products of two activations in float and quantized"
+    return Table(title, list(ATTENTION_FORMATS), recipes, shown=("vit-mnist",))
+
+
+def calibration() -> Table:
+    """Few calibration images and many, by the default recipe and by less of it."""
+    rows, ways = [], {}
+    for bits in RANGE_WIDTHS:
+        full = qjax.recipe(bits)
+        recipes = {
+            "default": full,
+            "no least-squares fits": dataclasses.replace(full, reconstructions=0),
+            "naive": full.naive(),
+        }
+        for name, recipe in recipes.items():
+            rows.append(f"{bits} bits, {name}")
+            ways |= {(rows[-1], f"{n:,}"): Way(recipe, images=n) for n in CALIBRATION_SIZES}
+    return Table("Calibration images", rows, ways, page="calibration-data.md")
 
 
 def ablation() -> Table:

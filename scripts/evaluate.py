@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import photographs
+import unlike
 import zoo
 from accuracy_measuring import FLOAT, Line, Measuring
 from accuracy_pages import document, rows_of_markdown, show
@@ -28,8 +30,8 @@ from qjax.progress import progress_bar
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
-RESULTS = DOCS / "results.md"
-PAGES = {"zoo": zoo.run}  # tables of their own form
+# Tables of their own form.
+PAGES = {"zoo": zoo.run, "photographs": photographs.run, "unlike": unlike.run}
 
 
 def main() -> None:
@@ -54,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds", nargs="+", type=int, default=[0], help="random seeds of the calibration draw"
     )
     parser.add_argument("--calibration-size", type=int, default=1024, metavar="N", help="images")
+    parser.add_argument(
+        "--dataset", metavar="FOLDER", help="images by class, of the table of photographs"
+    )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows of the table (all)")
     parser.add_argument("--columns", nargs="+", metavar="COLUMN", help="columns of the table (all)")
     parser.add_argument("--results", type=Path, metavar="FILE", help="docs/results-TABLE.jsonl")
@@ -82,7 +87,7 @@ def run(name: str, arguments: argparse.Namespace) -> None:
     if path.parent == DOCS:
         only = table.shown
         shown = [line for line in lines if not only or line["model"] in only]
-        show(RESULTS, name, rows_of_markdown(table, shown, with_error=False))
+        show(DOCS / table.page, name, rows_of_markdown(table, shown, with_error=False))
         if table.in_readme:
             short = table._replace(rows=table.in_readme)
             show(README, name, rows_of_markdown(short, shown, with_error=False))
@@ -113,10 +118,11 @@ def measure_missing(name: str, table: Table, arguments: argparse.Namespace, path
     label, size = Path(name).name, arguments.calibration_size
     lines = [line for line in read(path) if line["model"] == label]
     missing = _missing(table, arguments, lines)
-    if not missing and all(line.get("calibration_images", size) == size for line in lines):
+    asked = [line for line in lines if line["row"] != FLOAT and _is_asked_size(table, line)]
+    if not missing and all(line["calibration_images"] == size for line in asked):
         return
     measuring = Measuring(name, size, arguments.networks)
-    _refuse_other_size(lines, measuring.used, path, label)
+    _refuse_other_size(asked, measuring.used, path, label)
     with progress_bar(label) as progress:
         for done, (row, column, seed) in enumerate(missing):
             progress(f"{row}, {column}, draw {seed}", done, len(missing))
@@ -126,6 +132,12 @@ def measure_missing(name: str, table: Table, arguments: argparse.Namespace, path
             else:
                 found = measuring.of(table.way(row, column), seed, table.error)
             append(path, line | found)
+
+
+def _is_asked_size(table: Table, line: Line) -> bool:
+    """Whether a measurement has as many calibration images as the command line says."""
+    key = line["row"], line["column"]
+    return key not in table.recipes or table.way(*key).images is None
 
 
 def _missing(
@@ -144,7 +156,7 @@ def _missing(
 
 def _refuse_other_size(lines: Sequence[Line], used: int, path: Path, label: str) -> None:
     for line in lines:
-        if line.get("calibration_images", used) != used:
+        if line["calibration_images"] != used:
             raise SystemExit(
                 f"{path} has {label} with {line['calibration_images']} calibration images, not "
                 f"{used}; pass --restart to measure it again, or --results to keep both."

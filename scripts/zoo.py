@@ -1,7 +1,7 @@
 """Many families of networks, quantized: what is found, how well it does, what it takes."""
 
 import argparse
-import resource
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import zoo_networks
-from measure import in_fresh_process
+from measure import cpu_seconds, in_fresh_process, peak_bytes
 from onnx_sessions import quantize_static, session
 
 import qjax
@@ -78,12 +78,12 @@ def measure(name: str) -> dict[str, Any]:
     expected = np.asarray(jax.jit(apply_fn)(params, others))
     found: dict[str, Any] = {}
     for width, recipe in RECIPES.items():
-        before = _cpu_seconds()
+        before = cpu_seconds()
         q = qjax.quantize(apply_fn, params, calibration, recipe)
         jax.block_until_ready(q.params)
         if "seconds" not in found:
-            found["seconds"] = _cpu_seconds() - before
-            found["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            found["seconds"] = cpu_seconds() - before
+            found["bytes"] = peak_bytes()
             found |= {"layers": len(q.report), "in_float": len(q.report.skipped)}
             found["integers"] = _share_of_equal(q, others)
         found[width] = error_db(expected, q.apply_fn(q.params, others))
@@ -93,11 +93,6 @@ def measure(name: str) -> dict[str, Any]:
         return found | {"not_exported": str(error)}
     run, _ = session(0, quantize_static(floats, calibration))
     return found | {OWN: error_db(expected, run(others))}
-
-
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def _share_of_equal(q: qjax.Quantized, x: np.ndarray) -> float:
@@ -127,7 +122,13 @@ def run(arguments: argparse.Namespace) -> None:
         known[name] = kept.of(name, partial(in_fresh_process, measure, name))
     rows = [row(name, found) for name, found in known.items()]
     print(table(HEADER, rows, "<<" + ">" * (len(HEADER) - 2)))
-    write(results.with_name(PAGE.name), document(rows, known))
+    write(results.with_name(PAGE.name), document(known))
+
+
+def measured(results: Path) -> dict[str, Any]:
+    """What is kept of the networks."""
+    _, *lines = map(json.loads, results.read_text().splitlines())
+    return dict(lines)
 
 
 def row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -144,8 +145,9 @@ def row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
     return (network.family, network.framework, *counts, *errors, own, *measured)
 
 
-def document(rows: Sequence[Sequence[str]], known: Mapping[str, Any]) -> str:
+def document(known: Mapping[str, Any]) -> str:
     """The page."""
+    rows = [row(name, found) for name, found in known.items()]
     rules = ("---", "---", *["---:"] * (len(HEADER) - 2))
     lines = [f"| {' | '.join(line)} |" for line in (HEADER, rules, *rows)]
     notes = [

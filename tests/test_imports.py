@@ -57,7 +57,7 @@ ORDER = (
     ),
     *("run.tap", "run.stored"),
     *("fit.images", "fit.memory", "fit.streams", "fit.batch_streams", "fit.estimate"),
-    *("fit.sampling", "fit.observers", "fit.moments"),
+    *("fit.sampling", "fit.observers", "fit.moments", "fit.held_out"),
     *(
         "fit.samples",
         "fit.search",
@@ -65,6 +65,7 @@ ORDER = (
         "fit.refit",
         "fit.layer",
         "fit.layer_by_batch",
+        "fit.suitability",
         "fit.junction",
         "fit.table",
         "fit.checkpoint",

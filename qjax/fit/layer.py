@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.fit import moments as m
+from qjax.fit.held_out import choose_shrinkage
 from qjax.fit.observers import observe_stacked
 from qjax.fit.ranges import (
     OutputValues,
@@ -29,7 +30,7 @@ from qjax.fit.ranges import (
     project_batches,
     seen_by,
 )
-from qjax.fit.refit import Goal, lacking, refit
+from qjax.fit.refit import Goal, lacking, refit, residuals
 from qjax.fit.samples import KernelSample
 from qjax.fit.sampling import MOMENT_PATCHES, patch_stride
 from qjax.fit.search import Candidates, least, widest
@@ -41,11 +42,12 @@ from qjax.formats.spec import QuantSpec
 from qjax.graph.activation import NONE, Activation
 from qjax.graph.fold import Folded, apply_folded
 from qjax.graph.layers import Movement
-from qjax.graph.operation import Linear
+from qjax.graph.operation import Linear, along_channels
 from qjax.objectives.base import Objective
 from qjax.programs import program
 from qjax.recipe import LayerRecipe
 from qjax.rounding.base import Problem, Rounding
+from qjax.rounding.metric import damped
 from qjax.rounding.sweeps import coordinate_sweeps
 from qjax.run.layer import (
     QuantizedLayer,
@@ -73,6 +75,10 @@ class Fit(NamedTuple):
       output_clip: of its output; None in float.
       raised: how many scales of its kernel are greater than its weights need, to leave room for
         biases.
+      overfit: how its least-squares fit did on images held out, see `Shrinkage`; None where that
+        was not asked for.
+      output_moments: mean and deviation of each channel of its output in the float network,
+        float32[2, channels]; None without images.
     """
 
     layer: QuantizedLayer
@@ -82,6 +88,8 @@ class Fit(NamedTuple):
     input_clip: Any
     output_clip: Any
     raised: Any = 0
+    overfit: Any = None
+    output_moments: Any = None
 
     @property
     def output_sqnr_db(self) -> float | None:
@@ -182,7 +190,15 @@ def _fit_in_steps(
         (math.inf, None) if rounded is None else (rounded.sqnr_db, rounded.clip)
     )
     clips = (weight_clip, prepared.input_clip, output_clip)
-    fit = Fit(layer, weight_sqnr_db, energies, *clips, corrected.raised)
+    fit = Fit(
+        layer,
+        weight_sqnr_db,
+        energies,
+        *clips,
+        corrected.raised,
+        prepared.overfit,
+        prepared.output_moments,
+    )
     return Fitted(fit, floats, output)
 
 
@@ -204,6 +220,8 @@ class Prepared(NamedTuple):
       input_clip: their share of the extremes; None in float or if they are found at run time.
       folded: kernel and bias, refitted, in units of the input's scales if it has several.
       hessian: the second moments of the quantized input's patches, None if nothing reads them.
+      overfit: as in `Fit`.
+      output_moments: as in `Fit`.
     """
 
     float_output: Any
@@ -212,6 +230,8 @@ class Prepared(NamedTuple):
     input_clip: jax.Array | None
     folded: Folded
     hessian: jax.Array | None
+    overfit: jax.Array | None = None
+    output_moments: jax.Array | None = None
 
 
 @program(static_argnums=(0, 1))
@@ -226,6 +246,7 @@ def prepare(
     """Chooses the range of a layer's input and refits its kernel to that."""
     operation, recipe = task.operation, task.recipe
     z = map_batches(partial(apply_folded, operation, folded), values.x_float)
+    output_moments = channel_moments(operation, z)
     target = None
     if values.shortcut is not None:
         s, s_hat = values.shortcut
@@ -235,7 +256,7 @@ def prepare(
         folded = folded._replace(kernel=fold_input_scales(operation, inputs, folded.kernel))
     x, unscaled = in_units_of_codes(values.x, inputs)
     if not recipe.needs_moments:
-        return Prepared(z, target, inputs, clip, folded, None)
+        return Prepared(z, target, inputs, clip, folded, None, None, output_moments)
     seen = x if unscaled is None else project_batches(unscaled, x)
     unit = magnitude(jnp.max(jnp.abs(seen)))  # what is squared does not leave float32
     seen = seen / unit
@@ -244,13 +265,20 @@ def prepare(
     if recipe.bias_correction:  # the bias takes up the means, the kernel answers for the rest
         moments = m.centered(moments)
     goal = goal_of(task, z if target is None else target, values.shortcut)
+    overfit = None
     times = min(recipe.reconstructions, 1) if goal.activation == NONE else recipe.reconstructions
     if times:
         correction = recipe.bias_correction
         folded = folded._replace(kernel=folded.kernel * unit)
-        folded = refit(operation, folded, moments, seen, goal, stride, correction, times)
+        shrunk = moments
+        if task.has_few_images:
+            missing = residuals(operation, folded, seen, goal)
+            extra, overfit = choose_shrinkage(operation, seen, missing, correction)
+            shrunk = moments._replace(hessian=damped(moments.hessian, extra))
+        folded = refit(operation, folded, shrunk, seen, goal, stride, correction, times)
         folded = folded._replace(kernel=folded.kernel / unit)
-    return Prepared(z, target, inputs, clip, folded, moments.hessian)
+    fitted = (inputs, clip, folded, moments.hessian)
+    return Prepared(z, target, *fitted, overfit, output_moments)
 
 
 def in_units_of_codes(
@@ -442,6 +470,14 @@ def channel_sums(operation: Linear, values: jax.Array) -> jax.Array:
     kept = {1 + axis % (values.ndim - 1) for axis in operation.channel_axes}
     by_batch = values.sum([axis for axis in range(1, values.ndim) if axis not in kept])
     return by_batch.reshape(len(values), -1)
+
+
+def channel_moments(operation: Linear, values: jax.Array) -> jax.Array:
+    """The mean and the deviation of each output channel, float32[2, groups * channels]."""
+    values = values.astype(jnp.float32)
+    mean = _channel_means(operation, values)
+    centered = values - along_channels(operation, mean, values.ndim - 1)[None]
+    return jnp.stack([mean, jnp.sqrt(_channel_means(operation, jnp.square(centered)))])
 
 
 # ---- The output

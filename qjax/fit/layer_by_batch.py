@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from qjax.fit import moments as m
+from qjax.fit.held_out import JointMoments, joint_moments, shrinkage_of
 from qjax.fit.layer import (
     Corrected,
     Fit,
     Prepared,
     Rounded,
+    channel_moments,
     channel_sums,
     energies,
     fit_output,
@@ -46,6 +48,7 @@ from qjax.graph.activation import NONE
 from qjax.graph.fold import Folded, apply_folded
 from qjax.objectives.base import Range
 from qjax.programs import program
+from qjax.rounding.metric import damped
 from qjax.run.layer import QuantizedLayer, apply_linear, dequantized_bias, with_bias
 
 
@@ -96,12 +99,12 @@ def fit_layer_by_batch(
     """
     recipe = task.recipe
     inputs, input_clip = _fit_input(task, limits["inputs"], given.x, folded, known)
-    z, moved, peaks = store(partial(_float_output, task, folded), [given.x_float], 3)
-    peak = _greatest(peaks)
+    z, moved, peaks, parts = store(partial(_float_output, task, folded), [given.x_float], 4)
+    peak, output_moments = _greatest(peaks), _joined_moments(parts)
     others = [z, *(given.shortcut or ())]
-    hessian = None
+    hessian = overfit = None
     if recipe.needs_moments:
-        folded, hessian = _with_moments(task, inputs, given.x, others, folded)
+        folded, hessian, overfit = _with_moments(task, inputs, given.x, others, folded)
     rounded = None
     if recipe.weights is not None:
         rounded = round_kernel(
@@ -124,21 +127,30 @@ def fit_layer_by_batch(
     sums = tuple(jnp.concatenate([each[i] for i in range(len(each))]) for each in (signal, noise))
     weight = (jnp.inf, None) if rounded is None else (rounded.sqnr_db, rounded.clip)
     fit = Fit(layer, weight[0], (sums[0], sums[1]), weight[1], input_clip, output_clip)
-    return FittedByBatch(fit._replace(raised=corrected.raised), moved, output)
+    others = {"raised": corrected.raised, "overfit": overfit, "output_moments": output_moments}
+    return FittedByBatch(fit._replace(**others), moved, output)
 
 
 def _greatest(peaks: Stored) -> jax.Array:
     return jnp.max(jnp.stack([peaks[number] for number in range(len(peaks))]))
 
 
+def _joined_moments(parts: Stored) -> jax.Array:
+    """Mean and deviation of channels on all batches, from those on each."""
+    means, deviations = jnp.stack([parts[number] for number in range(len(parts))], axis=1)
+    variance = jnp.mean(jnp.square(deviations), axis=0) + jnp.var(means, axis=0)
+    return jnp.stack([jnp.mean(means, axis=0), jnp.sqrt(variance)])
+
+
 @program(static_argnums=0)
 def _float_output(
     task: Task, folded: Folded, x: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """z, what is read of it, and the greatest magnitude that its activation shows."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """z, what is read of it, the greatest magnitude that its activation shows, its moments."""
     z = apply_folded(task.operation, folded, x)
     shown = activated(task.activation, task.movement, z[None])
-    return z, task.movement(z), jnp.max(jnp.abs(shown.astype(jnp.float32)), initial=0)
+    peak = jnp.max(jnp.abs(shown.astype(jnp.float32)), initial=0)
+    return z, task.movement(z), peak, channel_moments(task.operation, z[None])
 
 
 @program(static_argnums=0)
@@ -197,8 +209,8 @@ def _with_moments(
     x: Stored,
     others: Sequence[Stored],
     folded: Folded,
-) -> tuple[Folded, jax.Array]:
-    """The refitted kernel, and the second moments of the quantized input's patches."""
+) -> tuple[Folded, jax.Array, jax.Array | None]:
+    """The refitted kernel, the second moments of the quantized input's patches, the overfit."""
     recipe, operation, count = task.recipe, task.operation, len(x)
     peaks = [settled(_peak(inputs, x[number])) for number in range(count)]
     unit = magnitude(jnp.max(jnp.stack(peaks)))
@@ -213,16 +225,22 @@ def _with_moments(
     is_linear = goal_of(task, jnp.zeros(()), _shortcut_of(others)).activation == NONE
     times = min(recipe.reconstructions, 1) if is_linear else recipe.reconstructions
     if not times:
-        return folded, moments.hessian
-    folded = folded._replace(kernel=folded.kernel * unit)
+        return folded, moments.hessian, None
+    folded, shrunk, overfit = folded._replace(kernel=folded.kernel * unit), moments, None
+    if task.has_few_images:
+        joint = None
+        for number in range(count):
+            values = batch_of([x, *others], number)
+            joint = settled(_add_joint(task, stride, folded, joint, inputs, unit, *values))
+        shrunk, overfit = _shrunk(task, count, moments, joint)
     for _ in range(times):
         state = m.cross_moments(operation, stride).init()
         for number in range(count):
             values = batch_of([x, *others], number)
             state = _add_residual(task, stride, folded, state, inputs, unit, *values)
             settled(state)
-        folded = _refitted(recipe.bias_correction, folded, moments, state)
-    return folded._replace(kernel=folded.kernel / unit), moments.hessian
+        folded = _refitted(recipe.bias_correction, folded, shrunk, state)
+    return folded._replace(kernel=folded.kernel / unit), moments.hessian, overfit
 
 
 def _shortcut_of(others: Sequence[Any]) -> Any:
@@ -285,6 +303,34 @@ def _lacking(
     task: Task, z: jax.Array, shortcut: Sequence[jax.Array], output: jax.Array
 ) -> jax.Array:
     return lacking(goal_of(task, *_wanted(z, shortcut)), output)
+
+
+@program(static_argnums=(0, 1))
+def _add_joint(
+    task: Task,
+    stride: int,
+    folded: Folded,
+    joint: JointMoments | None,
+    inputs: Any,
+    unit: jax.Array,
+    x: jax.Array,
+    z: jax.Array,
+    *shortcut: jax.Array,
+) -> JointMoments:
+    seen = _quantized(inputs, x)[0] / unit
+    residual = _lacking(task, z, shortcut, apply_folded(task.operation, folded, seen)[None])[0]
+    found = joint_moments(task.operation, stride, (seen, residual))
+    return found if joint is None else jax.tree.map(jnp.add, joint, found)
+
+
+@program(static_argnums=(0, 1))
+def _shrunk(
+    task: Task, batches: int, moments: m.Moments, joint: Any
+) -> tuple[m.Moments, jax.Array]:
+    """Second moments with what is added to their diagonal, and the overfit."""
+    mean = jax.tree.map(lambda total: total / batches, joint)
+    extra, overfit = shrinkage_of(task.operation, mean, task.recipe.bias_correction)
+    return moments._replace(hessian=damped(moments.hessian, extra)), overfit
 
 
 @program(static_argnums=0)

@@ -117,7 +117,10 @@ class Unit(NamedTuple):
 
 
 def units(
-    network: Network, recipe: Recipe, examples: Mapping[str, ExampleAxes] | None = None
+    network: Network,
+    recipe: Recipe,
+    examples: Mapping[str, ExampleAxes] | None = None,
+    has_few_images: bool = False,
 ) -> tuple[Unit, ...]:
     """Cuts a network into what is fitted together, in the order of fitting.
 
@@ -125,6 +128,7 @@ def units(
       network: the network.
       recipe: what to do with it.
       examples: the axes of the examples by layer, see `calibrate`.
+      has_few_images: whether fits are judged on images held out, and shrunk.
     """
     examples = examples or {}
     matmuls = find_matmuls(network) if recipe.quantizes_matmuls else ()
@@ -141,7 +145,7 @@ def units(
             case Site(layer=layer) as site:
                 own, axes = recipes[layer.name], examples.get(layer.name)
                 steps = network.sites_of(layer.name)
-                task = task_of(site, own, candidates, logits in steps, axes)
+                task = task_of(site, own, candidates, logits in steps, axes, has_few_images)
                 first, *others = steps
                 fit = partial(_fit_site, site, task, own)
                 if others:
@@ -153,7 +157,7 @@ def units(
             case Activated(site=site):
                 own, axes = recipes[site.layer.name], examples.get(site.layer.name)
                 steps = network.sites_of(site.layer.name)
-                task = task_of(site, own, candidates, logits in steps, axes)
+                task = task_of(site, own, candidates, logits in steps, axes, has_few_images)
                 ahead = segments[number:] if len(steps) > 1 else ()
                 fit = partial(_fit_activated, steps, site, task, own, ahead)
                 replay = partial(_replay_activated, site)
@@ -197,6 +201,7 @@ def calibrate(
     memory: Memory = MEMORIES["device"],
     whole: Callable[[Any], Any] | None = None,
     tables: Mapping[core.Var, jax.Array] | None = None,
+    has_few_images: bool = False,
 ) -> tuple[dict[str, Fit], dict[str, FittedJunction]]:
     """Quantizes every layer of a network, and its junctions where the recipe says so.
 
@@ -213,6 +218,7 @@ def calibrate(
       memory: where the values between layers are kept.
       whole: brings what is fitted to this process, where several work together.
       tables: what quantized tables hold, by their variables.
+      has_few_images: whether fits are judged on images held out, and shrunk.
 
     Returns:
       A `Fit` per layer, and a `FittedJunction` per junction that needs a grid of its own and per
@@ -222,7 +228,7 @@ def calibrate(
     streams = streams_of(network, leaves, batches, recipe.sequential, memory, tables)
     state = State(streams, dict(zip(names, folded, strict=True)), {}, {}, {})
     started: list[str] = []
-    todo = units(network, recipe, examples)
+    todo = units(network, recipe, examples, has_few_images)
     done = 0 if checkpoint is None else checkpoint.restore(state.fits, state.sums)
     kept = None
     if checkpoint is not None and 0 < done < len(todo) and isinstance(streams, Streams):

@@ -56,6 +56,7 @@ class Task(NamedTuple):
       candidates: of each search.
       makes_logits: whether its output is the network's, and to be taken for logits.
       examples: the axes of the examples; None if no range is that of an example.
+      has_few_images: whether fits are judged on images held out, and shrunk.
     """
 
     operation: Linear
@@ -66,6 +67,7 @@ class Task(NamedTuple):
     candidates: Candidates
     makes_logits: bool
     examples: ExampleAxes | None
+    has_few_images: bool = False
 
     @property
     def output_objective(self) -> Objective:
@@ -92,12 +94,13 @@ def task_of(
     candidates: Candidates,
     makes_logits: bool = False,
     examples: ExampleAxes | None = None,
+    has_few_images: bool = False,
 ) -> Task:
     """The task of fitting a layer."""
     summed = None if site.shortcut is None else site.shortcut.activation.shown
     operation = site.layer.operation
     fields = (operation, site.movement, site.activation, summed)
-    return Task(*fields, recipe.stored, candidates, makes_logits, examples)
+    return Task(*fields, recipe.stored, candidates, makes_logits, examples, has_few_images)
 
 
 def extremes_of(values: jax.Array) -> Range:

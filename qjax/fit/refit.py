@@ -20,6 +20,7 @@ from jax import lax
 
 from qjax.fit import moments as m
 from qjax.fit.observers import observe_stacked
+from qjax.fit.streams import map_batches
 from qjax.graph.activation import Activation
 from qjax.graph.fold import Folded, apply_folded
 from qjax.graph.operation import Linear
@@ -52,6 +53,17 @@ def lacking(goal: Goal, output: jax.Array) -> jax.Array:
     act = goal.activation.function
     wanted, actual = act(goal.target + added), output + added
     return jnp.where(wanted == act(actual), 0.0, wanted - actual)
+
+
+def residuals(operation: Linear, folded: Folded, inputs: jax.Array, goal: Goal) -> jax.Array:
+    """What a layer lacks on all batches: r, of the shape of the target."""
+
+    def missing(batch: tuple[jax.Array, ...]) -> jax.Array:
+        x, target, shortcut = batch
+        own = goal._replace(target=target, shortcut=shortcut)
+        return lacking(own, apply_folded(operation, folded, x))
+
+    return map_batches(missing, (inputs, goal.target, goal.shortcut))
 
 
 def refit(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 
 
-def damped(hessian: jax.Array, damping: float = DAMPING) -> jax.Array:
+def damped(hessian: jax.Array, damping: float | jax.Array = DAMPING) -> jax.Array:
     """Adds `damping` times the mean of the diagonal to it: float[..., k, k]."""
     diagonal = jnp.diagonal(hessian, axis1=-2, axis2=-1)
     extra = damping * jnp.mean(diagonal, axis=-1) + jnp.finfo(jnp.float32).tiny
