@@ -11,13 +11,17 @@ import numpy as np
 
 from qjax import hosts
 from qjax.fit.checkpoint import Checkpoint
+from qjax.fit.estimate import stream_bytes
 from qjax.fit.images import Batches, Cut, Images, Shares, images_of
 from qjax.fit.memory import Memory
+from qjax.graph.layers import Network
+from qjax.recipe import Recipe
 from qjax.sharing import AXIS
 
 _logger = logging.getLogger(__name__)
 
-BATCH_SIZE = 128  # calibration images that go through the network together
+BATCH_SIZE = 128  # calibration images that go through the network together, or fewer
+BATCH_BYTES = 2**30  # of what fitting on one batch makes of them, by the estimate
 
 
 def shared_images(batches: Any, is_spread: bool) -> Images:
@@ -27,22 +31,50 @@ def shared_images(batches: Any, is_spread: bool) -> Images:
     return Shares(hosts.together(lambda: images_of(batches)))
 
 
-def cut_of(total: int) -> Cut:
+def cut_of(total: int, most: int | None = None) -> Cut:
     """How images are cut into equal batches.
 
     No image counts twice: batches are made smaller, down to half, until they hold all images or
     leave the fewest out.
+
+    Args:
+      total: images.
+      most: of a batch; `BATCH_SIZE` by default.
     """
-    least = -(-total // BATCH_SIZE)
+    least = -(-total // (most or BATCH_SIZE))
     count = min(range(least, 2 * least + 1), key=lambda count: (total % count, count))
-    size = total // count
-    if count * size < total:
+    return Cut(count, total // count)
+
+
+def batch_shapes(images: Images, cut: Cut) -> Any:
+    """The shapes of a batch, a pytree of `jax.ShapeDtypeStruct`."""
+
+    def of_batch(image: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((cut.size, *image.shape), image.dtype)
+
+    return jax.tree.map(of_batch, images.shapes)
+
+
+def narrowed(cut: Cut, total: int, network: Network, recipe: Recipe) -> Cut:
+    """The same cut, or one of smaller batches where fitting on one takes more than `BATCH_BYTES`.
+
+    Args:
+      cut: that the network is traced at.
+      total: images.
+      network: the network.
+      recipe: what to do with it.
+    """
+    needed = stream_bytes(network, recipe, 1).stacked
+    return cut if needed <= BATCH_BYTES else cut_of(total, max(1, cut.size * BATCH_BYTES // needed))
+
+
+def warn_of_images_left_out(cut: Cut, total: int) -> None:
+    """Says how many images no batch holds."""
+    used = cut.count * cut.size
+    if used < total:
         _logger.warning(
-            "%d of %d calibration images are used: batches of equal size hold no more.",
-            count * size,
-            total,
+            "%d of %d calibration images are used: batches of equal size hold no more.", used, total
         )
-    return Cut(count, size)
 
 
 Place = Callable[[Any, int], Any]

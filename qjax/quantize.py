@@ -24,7 +24,13 @@ from qjax.graph.matmuls import left_in_float
 from qjax.graph.purity import check_pure
 from qjax.graph.schedule import rest_of_params
 from qjax.graph.tables import without_lookups
-from qjax.placing import cut_of, shared_images
+from qjax.placing import (
+    batch_shapes,
+    cut_of,
+    narrowed,
+    shared_images,
+    warn_of_images_left_out,
+)
 from qjax.progress import Progress, progress_bar
 from qjax.recipe import Recipe
 from qjax.recipe import recipe as make_recipe
@@ -125,12 +131,18 @@ def quantize(
     images, cut = None, Cut(1, EXAMPLES)
     if is_shape(batches):
         recipe = recipe.without_data()
-        shapes = _resized(lambda shape: (cut.size, *shape[1:]), batches)
+        shapes = _resized(lambda shape: (EXAMPLES, *shape[1:]), batches)
+        network = _traced(apply_fn, params, shapes, batches)
     else:
         images = shared_images(batches, is_spread)
         cut = cut_of(images.total)
-        shapes = _resized(lambda shape: (cut.size, *shape), images.shapes)
-    network = _traced(apply_fn, params, shapes, batches)
+        shapes = batch_shapes(images, cut)
+        network = _traced(apply_fn, params, shapes, batches)
+        narrow = narrowed(cut, images.total, network, recipe)
+        if narrow != cut:
+            cut, shapes = narrow, batch_shapes(images, narrow)
+            network = _traced(apply_fn, params, shapes, batches)
+        warn_of_images_left_out(cut, images.total)
     check_layers(network)
     check_pure(apply_fn, shapes_of(params), shapes, network)
     examples = _example_axes(apply_fn, params, shapes, network, recipe, images is None)

@@ -10,6 +10,8 @@ import small
 
 import qjax
 from qjax import placing
+from qjax.fit.estimate import stream_bytes
+from qjax.graph.layers import find_layers
 
 RECIPE = qjax.recipe(4, range_method="absmax", reconstructions=0, sweeps=0)  # GPTQ, on moments
 
@@ -46,8 +48,29 @@ def test_codes_do_not_depend_on_devices(
 )
 def test_no_image_counts_twice(total: int, count: int, size: int, caplog: Any):
     assert placing.cut_of(total) == (count, size)
+    placing.warn_of_images_left_out(placing.cut_of(total), total)
     said = f"{count * size} of {total} calibration images are used"
     assert [said in message for message in caplog.messages] == [True] * (count * size < total)
+
+
+def test_wide_batches_are_cut_again(monkeypatch: pytest.MonkeyPatch):
+    """Of images so large that fitting on a batch would take more than its share of memory."""
+    params, x = small.make_params(), small.images(16)
+    sizes = []
+
+    def traced(params: Any, x: jax.Array) -> jax.Array:
+        sizes.append(len(x))
+        return small.apply_fn(params, x)
+
+    qjax.quantize(traced, params, x, small.CHEAP)
+    assert set(sizes) <= {8, 9}
+    network = find_layers(traced, params, x[:8])
+    of_8 = stream_bytes(network, small.CHEAP, 1).stacked
+    monkeypatch.setattr(placing, "BATCH_BYTES", of_8 // 2)
+    assert placing.narrowed(placing.cut_of(16), 16, network, small.CHEAP) == (4, 4)
+    sizes.clear()
+    q = qjax.quantize(traced, params, x, small.CHEAP)
+    assert 4 in sizes and q.apply_fn(q.params, x).shape[0] == 16
 
 
 def test_raised_scales_are_logged(caplog: pytest.LogCaptureFixture):
