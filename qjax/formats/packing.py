@@ -62,7 +62,7 @@ def unpack_kernel(stream: jax.Array, format: Any, bits: int, shape: Sequence[int
       bits: its width, which is not known where the format is traced.
       shape: of the codes.
     """
-    return codes_at(unpack_codes(stream, 0, bits, jnp.int32, tuple(shape)), format)
+    return codes_at(unpack_positions(stream, bits, tuple(shape)), format)
 
 
 def codes_at(positions: jax.Array, format: Any) -> jax.Array:
@@ -72,30 +72,21 @@ def codes_at(positions: jax.Array, format: Any) -> jax.Array:
     return (positions * spacing(format) + format.lowest).astype(format.dtype)
 
 
-@program(static_argnames=("bits", "dtype", "shape", "step"))
-def unpack_codes(
-    stream: jax.Array,
-    lowest: int | jax.Array,
-    bits: int,
-    dtype: Any,
-    shape: tuple[int, ...],
-    step: int = 1,
-) -> jax.Array:
-    """Cuts a stream of bits into codes; the inverse of `pack_codes`.
+@program(static_argnames=("bits", "shape"))
+def unpack_positions(stream: jax.Array, bits: int, shape: tuple[int, ...]) -> jax.Array:
+    """Cuts a stream of bits into positions of codes, counted from the smallest: int32.
 
     Args:
-      stream: uint8[bytes].
-      lowest: the smallest code.
-      bits: their width.
-      dtype: the type of the result.
-      shape: of the codes.
-      step: the difference between neighbouring codes.
+      stream: uint8[bytes], from `pack_codes`.
+      bits: the width of a code.
+      shape: of the result.
 
-    Returns:
-      Integers of that type and shape.
+    Examples:
+      >>> stream = pack_codes(jnp.array([1, -7, 3], jnp.int8), lowest=-7, bits=4)
+      >>> unpack_positions(stream, 4, (3,)).tolist()
+      [8, 0, 10]
     """
     flags = jnp.unpackbits(stream, count=math.prod(shape) * bits, bitorder="little")
     places = jnp.arange(bits, dtype=jnp.int32)[None]
     shifted = flags.reshape(-1, bits).astype(jnp.int32) << places
-    offsets = jnp.sum(shifted, axis=1, dtype=jnp.int32)
-    return (offsets * step + lowest).astype(dtype).reshape(shape)
+    return jnp.sum(shifted, axis=1, dtype=jnp.int32).reshape(shape)

@@ -16,7 +16,7 @@ import numpy as np
 from qjax.formats.affine import QParams
 from qjax.formats.binary import Signs
 from qjax.formats.dynamic import Dynamic
-from qjax.formats.packing import codes_at, pack_kernel, spacing, unpack_codes
+from qjax.formats.packing import codes_at, pack_kernel, spacing, unpack_positions
 from qjax.formats.spec import FORMATS, MAX_BITS
 from qjax.graph.naming import path_names
 from qjax.run.layer import QuantizedLayer
@@ -211,7 +211,7 @@ def _restored_codes(stream: np.ndarray, format: Any, shape: Sequence[int]) -> An
             f"{size:,} bytes hold a kernel of shape {shape} in {format.bits} bits; got "
             f"{_text(stream)}"
         )
-    positions = unpack_codes(jnp.asarray(stream), 0, format.bits, jnp.int32, tuple(shape))
+    positions = unpack_positions(jnp.asarray(stream), format.bits, tuple(shape))
     if int(positions.max(initial=0)) >= _positions(format):
         raise ValueError(f"the kernel has a code beyond the {_positions(format):,} that there are")
     return codes_at(positions, format)

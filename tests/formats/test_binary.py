@@ -11,7 +11,7 @@ import qjax
 from qjax import QuantSpec
 from qjax.formats.base import Format
 from qjax.formats.binary import BINARY, Binary
-from qjax.formats.packing import pack_codes, unpack_codes
+from qjax.formats.packing import pack_codes, unpack_positions
 
 SPEC = QuantSpec(1, format="binary")
 finite = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)  # which XLA takes for 0
@@ -58,7 +58,7 @@ def test_codes_take_one_bit_each(values: list[bool]):
     np.testing.assert_array_equal(
         np.unpackbits(np.asarray(stream), count=len(codes), bitorder="little"), values
     )
-    np.testing.assert_array_equal(unpack_codes(stream, -1, 1, jnp.int8, codes.shape, 2), codes)
+    np.testing.assert_array_equal(2 * unpack_positions(stream, 1, codes.shape) - 1, codes)
 
 
 def test_a_symmetric_width_of_one_bit_is_binary():

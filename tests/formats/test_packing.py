@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qjax import QParams
-from qjax.formats.packing import pack_codes, unpack_codes
+from qjax.formats.packing import codes_at, pack_codes, unpack_positions
 
 
 @given(st.integers(2, 16), st.booleans(), st.integers(1, 40), st.integers(0, 2**32 - 1))
@@ -19,7 +19,7 @@ def test_every_code_comes_back(bits: int, is_signed: bool, count: int, seed: int
     stream = pack_codes(codes, qparams.lowest, bits)
     assert stream.dtype == jnp.uint8
     assert stream.size == -(-count * bits // 8)
-    found = unpack_codes(stream, qparams.lowest, bits, qparams.dtype, codes.shape)
+    found = codes_at(unpack_positions(stream, bits, codes.shape), qparams)
     assert found.dtype == codes.dtype
     np.testing.assert_array_equal(found, codes)
 
