@@ -68,7 +68,7 @@ def integer(
       q: the result of `qjax.quantize`.
       arithmetic: of requantization: `float`, `fixed_point`, `shift`, `floor` or `divide`, see
         `qjax.integer.requantize`, or an `Arithmetic`.
-      lowering: how accumulators are computed, `int8`, `dot` or `float32` (see
+      lowering: how accumulators are computed, `int8`, `dot`, `uint8` or `float32` (see
         `qjax.integer.lowerings`), for all layers or by layer name; by default the fastest one of a
         table, which uses `float32` in `float` arithmetic only. It does not change the result.
       accumulator: narrower accumulators to simulate, for all layers or by layer name.
@@ -79,8 +79,8 @@ def integer(
 
     Raises:
       ValueError: an unknown arithmetic, lowering or layer name; an accumulator that does not fit 32
-        bits; weights whose values are no integers times a scale. When called: a `float32` lowering
-        that would not be exact.
+        bits; weights whose values are no integers times a scale. When called: a lowering that
+        cannot compute a layer, or not exactly.
 
     Examples:
       >>> import jax.numpy as jnp, qjax
@@ -208,7 +208,7 @@ class IntegerFunction:
     _plans: MutableMapping[Network, Plan] = dataclasses.field(
         default_factory=weakref.WeakKeyDictionary, repr=False
     )
-    _biases: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict, repr=False)
+    _biases: dict[tuple[Any, ...], Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __call__(self, params: Mapping[str, Any], x: Any) -> Any:
         """Evaluates the network, compiled once per shape of `x`.
@@ -225,7 +225,7 @@ class IntegerFunction:
 
         Raises:
           ValueError: the function has other layers at this input's shape than were quantized; a
-            `float32` lowering that would not be exact.
+            lowering that cannot compute a layer, or not exactly.
         """
         return self._run(_outputs, params, x)
 
@@ -271,7 +271,7 @@ class IntegerFunction:
         network = self.function.network(x)
         plan = self._plan(network)
         program = network.program((function, plan), partial(function, network, plan))
-        return program(params, self._folded(params), x)
+        return program(params, self._folded(plan, params), x)
 
     def _plan(self, network: Network) -> Plan:
         """What the programs of a network depend on; remembered as long as the network is."""
@@ -299,32 +299,36 @@ class IntegerFunction:
 
     def _lowering(self, site: Site) -> Lowering:
         name, only_integers = site.layer.name, self.arithmetic.only_integers
-        layer, method, platform = self.layers[name], self.methods.get(name), jax.default_backend()
+        layer, method = self.layers[name], self.methods.get(name)
+        table = lowerings.fastest_on(jax.default_backend())
         try:
-            return lowerings.choose(site.layer.operation, layer, method, platform, only_integers)
+            return lowerings.choose(site.layer.operation, layer, method, table, only_integers)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}.") from error
 
-    def _folded(self, params: Mapping[str, Any]) -> dict[str, jax.Array]:
+    def _folded(self, plan: Plan, params: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The biases with the zero-point corrections; remembered for the last params."""
         leaves = jax.tree.leaves(params["layers"])
-        key = tuple(map(id, leaves))
+        methods = tuple(
+            (name, planned.lowering_of_sum.method)
+            for name, planned in plan.layers
+            if planned.lowering_of_sum and params["layers"][name].has_integer_accumulator
+        )
+        key = (methods, *map(id, leaves))
         if key in self._biases:
             return self._biases[key][1]
-        folded = _fold_biases(params["layers"])
+        folded = _fold_biases(methods, params["layers"])
         if not any(isinstance(leaf, Tracer) for leaf in folded.values()):
             self._biases.clear()
             self._biases[key] = leaves, folded
         return folded
 
 
-@jax.jit
-def _fold_biases(layers: Mapping[str, QuantizedLayer]) -> dict[str, jax.Array]:
-    return {
-        name: lowerings.folded_bias(layer)
-        for name, layer in layers.items()
-        if layer.has_integer_accumulator
-    }
+@partial(jax.jit, static_argnums=0)
+def _fold_biases(
+    methods: tuple[tuple[str, Method], ...], layers: Mapping[str, QuantizedLayer]
+) -> dict[str, jax.Array]:
+    return {name: lowerings.folded_bias(layers[name], method) for name, method in methods}
 
 
 # ---- What a program returns
@@ -338,7 +342,7 @@ def _evaluated(
     params: Mapping[str, Any],
     biases: Mapping[str, jax.Array],
     x: Any,
-    record: Record = lambda name, acc: None,
+    record: Record | None = None,
     watch: Watch | None = None,
 ) -> tuple[Env, Rules]:
     rules = integer_rules(plan, biases, record)

@@ -34,6 +34,7 @@ from qjax.graph.matmuls import Matmul
 from qjax.graph.operation import along_channels, from_output_matrix
 from qjax.integer import lowerings
 from qjax.integer.accumulator import Accumulator, fit, is_sum_enough, sum_term_by_term
+from qjax.integer.chunks import by_chunks, chunk_size
 from qjax.integer.codes import (
     WIDE,
     Codes,
@@ -41,6 +42,7 @@ from qjax.integer.codes import (
     for_sum,
     for_union,
     held,
+    on_grid,
     real_value,
     requantized,
     rescaled,
@@ -77,6 +79,12 @@ class LayerPlan(NamedTuple):
     limit: int
     accumulator: Accumulator | None
 
+    @property
+    def lowering_of_sum(self) -> Lowering | None:
+        """The lowering that computes the accumulator, also where a narrower one is simulated."""
+        is_given = self.accumulator is None or self.lowering is None
+        return self.lowering if is_given else Lowering(lowerings.INT8)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -104,7 +112,7 @@ class Plan:
 
 
 def integer_rules(
-    plan: Plan, biases: Mapping[str, jax.Array], record: Record = lambda name, acc: None
+    plan: Plan, biases: Mapping[str, jax.Array], record: Record | None = None
 ) -> Rules:
     """The rules that evaluate a network on integers.
 
@@ -130,10 +138,14 @@ def integer_rules(
         assert layer.grid is not None and planned.inputs is not None
         dtype = jaxpr.dtype(site.input)
         x = to_grid(value, layer.grid, planned.inputs, arithmetic, dtype)
-        acc = _accumulate(site, layer, planned, biases[name], x)
-        acc = acc.astype(jnp.int32) if arithmetic.only_integers else acc
-        record(name, acc)
-        return _output(site, layer, planned, acc, arithmetic)
+
+        def accumulated(codes: jax.Array) -> jax.Array:
+            acc = _accumulate(site, layer, planned, biases[name], x.replace(codes))
+            return acc.astype(jnp.int32) if arithmetic.only_integers else acc
+
+        if record is not None:
+            record(name, accumulated(x.codes))
+        return _output(site, layer, planned, accumulated, x.codes, arithmetic)
 
     def activated_rule(site: Site, layer: QuantizedLayer, value: Any) -> Any:
         key = plans[site.layer.name].activated
@@ -192,7 +204,7 @@ def _sum_dynamic_codes(
         assert isinstance(at.inputs, QParams)
         inputs = signed(at.inputs)
         without_bias = dataclasses.replace(at, bias=jnp.zeros(at.bias.shape, jnp.int32))
-        folded = lowerings.folded_bias(without_bias)
+        folded = lowerings.folded_bias(without_bias, lowering.method)
         operands = lowerings.operands(operation, without_bias, folded, lowering)
         codes = quantize_array(x, inputs)
         acc = lowerings.accumulate(operation, operands, codes, inputs.zero_point, lowering)
@@ -206,12 +218,11 @@ def _accumulate(
     site: Site, layer: QuantizedLayer, plan: LayerPlan, bias: jax.Array, x: Codes
 ) -> jax.Array:
     """Computes a layer's accumulator, as wide as planned, in the layout of its operation."""
-    lowering, narrow = plan.lowering, plan.accumulator
+    lowering, narrow = plan.lowering_of_sum, plan.accumulator
     assert lowering is not None
     if narrow is not None and not is_sum_enough(narrow):
         return _accumulate_term_by_term(site, layer, bias, x, narrow)
     operation = site.layer.operation
-    lowering = lowering if narrow is None else Lowering(lowerings.INT8)
     operands = lowerings.operands(operation, layer, bias, lowering)
     acc = lowerings.accumulate(operation, operands, x.codes, x.zero_point, lowering)
     return acc if narrow is None else fit(acc, narrow)
@@ -226,20 +237,42 @@ def _accumulate_term_by_term(
     groups, _, channels = kernel.shape
     own_bias = layer.bias.reshape(groups, channels)
     acc = sum_term_by_term(operation.patches(x.centered), kernel, own_bias, narrow)
-    shape = lowerings.output_shape(operation, x.centered, kernel)
+    shape = lowerings.output_shape(operation, x.centered)
     return from_output_matrix(operation, acc, shape)
 
 
 def _output(
-    site: Site, layer: QuantizedLayer, plan: LayerPlan, acc: jax.Array, arithmetic: Arithmetic
+    site: Site,
+    layer: QuantizedLayer,
+    plan: LayerPlan,
+    accumulated: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    arithmetic: Arithmetic,
 ) -> Codes | jax.Array:
-    """Requantizes an accumulator to the layer's output: codes, or a sum."""
-    operation = site.layer.operation
-    unit = along_channels(operation, accumulator_scale(operation, layer), acc.ndim)
+    """Requantizes the accumulator of an input to the layer's output: codes, or a sum."""
+    operation, dtype = site.layer.operation, site.movement.dtype
+    assert plan.lowering_of_sum is not None
+    size = chunk_size(operation, plan.lowering_of_sum, x)
+
+    def unit(acc: jax.Array) -> jax.Array:
+        return along_channels(operation, accumulator_scale(operation, layer), acc.ndim)
+
+    def scaled(acc: jax.Array) -> Codes | jax.Array:
+        limit, outputs = plan.limit, layer.outputs
+        return requantized(acc, unit(acc), outputs, plan.outputs, limit, dtype, arithmetic)
+
+    def codes_of(x: jax.Array) -> jax.Array:
+        found = scaled(accumulated(x))
+        assert isinstance(found, Codes)
+        return found.codes
+
+    if isinstance(layer.outputs, QParams) and plan.outputs is not None:
+        codes = by_chunks(codes_of, x, size)
+        return on_grid(site.movement.of_codes(codes), signed(layer.outputs), plan.outputs)
+    acc = by_chunks(accumulated, x, size)
     if isinstance(layer.outputs, Dynamic):
-        return site.movement(layer.outputs.project(acc.astype(jnp.float32) * unit))
-    dtype = site.movement.dtype
-    found = requantized(acc, unit, layer.outputs, plan.outputs, plan.limit, dtype, arithmetic)
+        return site.movement(layer.outputs.project(acc.astype(jnp.float32) * unit(acc)))
+    found = scaled(acc)
     if isinstance(found, Codes):
         return found.replace(site.movement.of_codes(found.codes))
     return site.movement(found)
