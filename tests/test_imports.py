@@ -13,6 +13,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "qjax"
 ORDER = (
     *(
         "atomic",
+        "cache",
         "fields",
         "kept",
         "kept_arrays",
@@ -67,8 +68,8 @@ ORDER = (
     *("fit.blends", "fit.scales", "fit.noise", "fit.ends"),
     *("charts", "report", "rescaled", "quantize", "directory", "artifact"),
     *("integer.accumulator", "integer.requantize", "integer.processor", "integer.lowerings"),
-    *("integer.chunks", "integer.codes", "integer.matmul"),
-    *("integer.rules", "integer.function"),
+    *("integer.constants", "integer.chunks", "integer.codes", "integer.matmul"),
+    *("integer.rules", "integer.function", "lowerings"),
     *("export.blocks", "export.nodes", "export.sizes", "export.writer", "export.primitives"),
     *("export.layers", "export.model", "export.function", "export.tflite"),
     *("qat.steps", "qat.kernels", "qat.methods", "qat.function", "qat.prepare", "qat.finish"),

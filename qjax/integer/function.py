@@ -44,6 +44,7 @@ from qjax.graph.schedule import Step
 from qjax.integer import lowerings
 from qjax.integer.accumulator import Accumulator, check_accumulator
 from qjax.integer.codes import GridKey, grid_key
+from qjax.integer.constants import Constants, Spec, constants_of
 from qjax.integer.lowerings import LOWERINGS, Lowering, Method
 from qjax.integer.matmul import plan_matmul
 from qjax.integer.requantize import ARITHMETICS, Arithmetic
@@ -208,12 +209,12 @@ class IntegerFunction:
     _plans: MutableMapping[Network, Plan] = dataclasses.field(
         default_factory=weakref.WeakKeyDictionary, repr=False
     )
-    _biases: dict[tuple[Any, ...], Any] = dataclasses.field(default_factory=dict, repr=False)
+    _found: dict[tuple[Any, ...], Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __call__(self, params: Mapping[str, Any], x: Any) -> Any:
         """Evaluates the network, compiled once per shape of `x`.
 
-        The zero-point corrections are computed once per params, not once per call, unless the call
+        What depends on params alone is computed once per params, not once per call, unless the call
         is traced from outside.
 
         Args:
@@ -271,7 +272,7 @@ class IntegerFunction:
         network = self.function.network(x)
         plan = self._plan(network)
         program = network.program((function, plan), partial(function, network, plan))
-        return program(params, self._folded(plan, params), x)
+        return program(params, self._constants(network, plan, params), x)
 
     def _plan(self, network: Network) -> Plan:
         """What the programs of a network depend on; remembered as long as the network is."""
@@ -306,29 +307,25 @@ class IntegerFunction:
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}.") from error
 
-    def _folded(self, plan: Plan, params: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The biases with the zero-point corrections; remembered for the last params."""
-        leaves = jax.tree.leaves(params["layers"])
-        methods = tuple(
-            (name, planned.lowering_of_sum.method)
+    def _constants(
+        self, network: Network, plan: Plan, params: Mapping[str, Any]
+    ) -> dict[str, Constants]:
+        """The constants of the layers; remembered for the last params."""
+        layers: Mapping[str, QuantizedLayer] = params["layers"]
+        key = (plan, *map(id, layers.values()))
+        if key in self._found:
+            return self._found[key][1]
+        operations = {site.layer.name: site.layer.operation for site in network.first_sites}
+        specs = tuple(
+            Spec(name, operations[name], planned.lowering_of_sum.method)
             for name, planned in plan.layers
-            if planned.lowering_of_sum and params["layers"][name].has_integer_accumulator
+            if planned.lowering_of_sum and layers[name].has_integer_accumulator
         )
-        key = (methods, *map(id, leaves))
-        if key in self._biases:
-            return self._biases[key][1]
-        folded = _fold_biases(methods, params["layers"])
-        if not any(isinstance(leaf, Tracer) for leaf in folded.values()):
-            self._biases.clear()
-            self._biases[key] = leaves, folded
-        return folded
-
-
-@partial(jax.jit, static_argnums=0)
-def _fold_biases(
-    methods: tuple[tuple[str, Method], ...], layers: Mapping[str, QuantizedLayer]
-) -> dict[str, jax.Array]:
-    return {name: lowerings.folded_bias(layers[name], method) for name, method in methods}
+        found = constants_of(specs, layers)
+        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(found)):
+            self._found.clear()
+            self._found[key] = tuple(layers.values()), found
+        return found
 
 
 # ---- What a program returns
@@ -340,23 +337,25 @@ def _evaluated(
     network: Network,
     plan: Plan,
     params: Mapping[str, Any],
-    biases: Mapping[str, jax.Array],
+    constants: Mapping[str, Constants],
     x: Any,
     record: Record | None = None,
     watch: Watch | None = None,
 ) -> tuple[Env, Rules]:
-    rules = integer_rules(plan, biases, record)
+    rules = integer_rules(plan, constants, record)
     env = bind(network, params["rest"], x)
     steps, read = steps_of(network, params)
     evaluate(steps, env, read, rules, watch)
     return env, rules
 
 
-def _outputs(network: Network, plan: Plan, params: Any, biases: Any, x: Any) -> Any:
-    return outputs_of(network, *_evaluated(network, plan, params, biases, x))
+def _outputs(network: Network, plan: Plan, params: Any, constants: Any, x: Any) -> Any:
+    return outputs_of(network, *_evaluated(network, plan, params, constants, x))
 
 
-def _codes(network: Network, plan: Plan, params: Any, biases: Any, x: Any) -> dict[str, jax.Array]:
+def _codes(
+    network: Network, plan: Plan, params: Any, constants: Any, x: Any
+) -> dict[str, jax.Array]:
     found: dict[str, list[jax.Array]] = collections.defaultdict(list)
 
     def watch(step: Step, env: Env) -> None:
@@ -372,7 +371,7 @@ def _codes(network: Network, plan: Plan, params: Any, biases: Any, x: Any) -> di
             codes = env[step.output].codes.astype(jnp.int32) + offset
             found[name].append(codes.astype(outputs.dtype))
 
-    _evaluated(network, plan, params, biases, x, watch=watch)
+    _evaluated(network, plan, params, constants, x, watch=watch)
     sites = {site.layer.name: site for site in network.first_sites}
     return {
         name: sites[name].outputs_of_all_steps(codes) if name in sites else codes[0]
@@ -381,14 +380,14 @@ def _codes(network: Network, plan: Plan, params: Any, biases: Any, x: Any) -> di
 
 
 def _accumulators(
-    network: Network, plan: Plan, params: Any, biases: Any, x: Any
+    network: Network, plan: Plan, params: Any, constants: Any, x: Any
 ) -> dict[str, jax.Array]:
     found: dict[str, list[jax.Array]] = collections.defaultdict(list)
 
     def record(name: str, acc: jax.Array) -> None:
         found[name].append(acc.astype(jnp.int32))
 
-    _evaluated(network, plan, params, biases, x, record=record)
+    _evaluated(network, plan, params, constants, x, record=record)
     operations = {site.layer.name: site.layer.operation for site in network.first_sites}
     return {
         name: jnp.concatenate(steps, operations[name].output_order(steps[0].ndim)[0])

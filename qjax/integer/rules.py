@@ -49,6 +49,7 @@ from qjax.integer.codes import (
     to_grid,
     wide_scale,
 )
+from qjax.integer.constants import Constants
 from qjax.integer.lowerings import Lowering, signed
 from qjax.integer.matmul import MatmulPlan, multiply_codes
 from qjax.integer.requantize import Arithmetic
@@ -112,13 +113,13 @@ class Plan:
 
 
 def integer_rules(
-    plan: Plan, biases: Mapping[str, jax.Array], record: Record | None = None
+    plan: Plan, constants: Mapping[str, Constants], record: Record | None = None
 ) -> Rules:
     """The rules that evaluate a network on integers.
 
     Args:
       plan: of the network.
-      biases: with the zero-point corrections, from `lowerings.folded_bias`, by layer.
+      constants: of the layers that have an integer accumulator, by name.
       record: called with (name, accumulator) of every layer that has an integer one: int32[...], or
         the same integers as float32, in the layout of the layer's operation.
     """
@@ -135,17 +136,17 @@ def integer_rules(
         if layer.sums_dynamic_codes:
             y = _sum_dynamic_codes(site, layer, planned.lowering, real_value(value, site.input))
             return _real_output(site, layer, planned, y, arithmetic)
-        assert layer.grid is not None and planned.inputs is not None
-        dtype = jaxpr.dtype(site.input)
-        x = to_grid(value, layer.grid, planned.inputs, arithmetic, dtype)
+        assert planned.inputs is not None
+        found, dtype = constants[name], jaxpr.dtype(site.input)
+        x = to_grid(value, found.inputs, planned.inputs, arithmetic, dtype)
 
         def accumulated(codes: jax.Array) -> jax.Array:
-            acc = _accumulate(site, layer, planned, biases[name], x.replace(codes))
+            acc = _accumulate(site, layer, planned, found.bias, x.replace(codes))
             return acc.astype(jnp.int32) if arithmetic.only_integers else acc
 
         if record is not None:
             record(name, accumulated(x.codes))
-        return _output(site, layer, planned, accumulated, x.codes, arithmetic)
+        return _output(site, layer, planned, found, accumulated, x.codes, arithmetic)
 
     def activated_rule(site: Site, layer: QuantizedLayer, value: Any) -> Any:
         key = plans[site.layer.name].activated
@@ -245,6 +246,7 @@ def _output(
     site: Site,
     layer: QuantizedLayer,
     plan: LayerPlan,
+    constants: Constants,
     accumulated: Callable[[jax.Array], jax.Array],
     x: jax.Array,
     arithmetic: Arithmetic,
@@ -254,24 +256,34 @@ def _output(
     assert plan.lowering_of_sum is not None
     size = chunk_size(operation, plan.lowering_of_sum, x)
 
-    def unit(acc: jax.Array) -> jax.Array:
-        return along_channels(operation, accumulator_scale(operation, layer), acc.ndim)
+    def along(vector: jax.Array, acc: jax.Array) -> jax.Array:
+        return along_channels(operation, vector, acc.ndim)
 
     def scaled(acc: jax.Array) -> Codes | jax.Array:
-        limit, outputs = plan.limit, layer.outputs
-        return requantized(acc, unit(acc), outputs, plan.outputs, limit, dtype, arithmetic)
+        multiplier = constants.multiplier
+        return requantized(
+            acc,
+            along(constants.unit, acc),
+            constants.outputs,
+            plan.outputs,
+            plan.limit,
+            dtype,
+            arithmetic,
+            None if multiplier is None else along(multiplier, acc),
+        )
 
     def codes_of(x: jax.Array) -> jax.Array:
         found = scaled(accumulated(x))
         assert isinstance(found, Codes)
         return found.codes
 
-    if isinstance(layer.outputs, QParams) and plan.outputs is not None:
+    if constants.outputs is not None and plan.outputs is not None:
         codes = by_chunks(codes_of, x, size)
-        return on_grid(site.movement.of_codes(codes), signed(layer.outputs), plan.outputs)
+        return on_grid(site.movement.of_codes(codes), constants.outputs, plan.outputs)
     acc = by_chunks(accumulated, x, size)
     if isinstance(layer.outputs, Dynamic):
-        return site.movement(layer.outputs.project(acc.astype(jnp.float32) * unit(acc)))
+        y = acc.astype(jnp.float32) * along(constants.unit, acc)
+        return site.movement(layer.outputs.project(y))
     found = scaled(acc)
     if isinstance(found, Codes):
         return found.replace(site.movement.of_codes(found.codes))
