@@ -10,11 +10,15 @@ from qjax.graph.operation import Linear
 from qjax.integer.lowerings import Lowering, output_shape
 
 _BYTES = 2**21  # of the patches and accumulators of a chunk
+_POSITIONS = 256  # of an output that make a chunk worth its loop
 _ACCUMULATOR_BYTES = 4
 
 
 def chunk_size(operation: Linear, lowering: Lowering, x: jax.Array) -> int | None:
     """How many examples of a batch are computed at a time: a divisor of their number.
+
+    At most half of them, where that is enough work: XLA computes what leads to the input of a loop
+    once, and what leads to slices that no loop takes once for each of them.
 
     Args:
       operation: the linear operation of a layer.
@@ -32,8 +36,9 @@ def chunk_size(operation: Linear, lowering: Lowering, x: jax.Array) -> int | Non
     groups, patch, channels = operation.matrix_shape
     outputs = math.prod(output_shape(operation, x)[1:])
     bytes_of_one = outputs // channels * patch * x.dtype.itemsize + outputs * _ACCUMULATOR_BYTES
-    most = max(_BYTES // max(bytes_of_one, 1), 1)
-    size = next(n for n in range(min(most, max(len(x), 1)), 0, -1) if len(x) % n == 0)
+    is_halved = outputs // channels * len(x) >= 2 * _POSITIONS
+    most = min(_BYTES // max(bytes_of_one, 1), len(x) // 2 if is_halved else len(x))
+    size = next((n for n in range(most, 0, -1) if len(x) % n == 0), 1)
     return None if size >= len(x) else size
 
 

@@ -127,6 +127,10 @@ def integer_rules(
     matmuls = dict(plan.matmuls)
 
     def layer_rule(site: Site, layer: QuantizedLayer, value: Any) -> Codes | jax.Array:
+        with jax.named_scope(site.layer.name):  # as profiles show it
+            return in_scope(site, layer, value)
+
+    def in_scope(site: Site, layer: QuantizedLayer, value: Any) -> Codes | jax.Array:
         name = site.layer.name
         planned = plans[name]
         if planned.lowering is None:
