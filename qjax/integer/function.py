@@ -23,6 +23,7 @@ to codes, sums their products in int32 and scales the sum in float32. That takes
 """
 
 import collections
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
@@ -214,8 +215,8 @@ class IntegerFunction:
     def __call__(self, params: Mapping[str, Any], x: Any) -> Any:
         """Evaluates the network, compiled once per shape of `x`.
 
-        What depends on params alone is computed once per params, not once per call, unless the call
-        is traced from outside.
+        What depends on params alone is computed once per params, not once per call, unless they are
+        traced from outside.
 
         Args:
           params: `Quantized.params`.
@@ -321,8 +322,10 @@ class IntegerFunction:
             for name, planned in plan.layers
             if planned.lowering_of_sum and layers[name].has_integer_accumulator
         )
-        found = constants_of(specs, layers)
-        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(found)):
+        is_known = not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(layers))
+        with jax.ensure_compile_time_eval() if is_known else contextlib.nullcontext():
+            found = constants_of(specs, layers)
+        if is_known:
             self._found.clear()
             self._found[key] = tuple(layers.values()), found
         return found
