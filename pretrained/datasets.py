@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import io
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from pretrained import own_images
 from qjax import atomic
+from qjax.cache import cache_dir
 
 HINT = """\
 Prepare it once where there is a network and TensorFlow:
@@ -105,25 +105,6 @@ def calibration_draw(images: np.ndarray, size: int, seed: int) -> np.ndarray:
             f"`size` must be between 1 and {len(images)}, the number of images, got {size}."
         )
     return images[np.random.default_rng(seed).choice(len(images), size, replace=False)]
-
-
-def cache_dir() -> Path:
-    """Returns the user's cache folder for everything that qjax keeps.
-
-    That is QJAX_CACHE_DIR, by default `qjax` in the platform's: %LOCALAPPDATA% on Windows,
-    ~/Library/Caches on macOS, elsewhere $XDG_CACHE_HOME or ~/.cache.
-
-    Raises:
-      RuntimeError: there is no home directory.
-    """
-    if own := os.environ.get("QJAX_CACHE_DIR"):
-        return Path(own).expanduser()
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return Path(local or Path.home() / "AppData" / "Local") / "qjax"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "qjax"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qjax"
 
 
 def _load_digits(split: str) -> Dataset:

@@ -1,6 +1,6 @@
 """qjax: post-training quantization of JAX networks as one function transformation."""
 
-from qjax import qat, versions
+from qjax import lowerings, qat, versions
 from qjax.artifact import load, save
 from qjax.export.function import to_onnx
 from qjax.export.tflite import to_tflite
@@ -46,6 +46,7 @@ __all__ = [
     "fake_quant",
     "integer",
     "load",
+    "lowerings",
     "pack",
     "qat",
     "quantize",

@@ -17,6 +17,7 @@ from typing import Any
 import benchmark_device
 import benchmark_devices
 import benchmark_integer
+import benchmark_layers
 import benchmark_search
 import benchmark_startup
 import evaluate
@@ -35,6 +36,7 @@ def main() -> None:
     benchmark_integer.add_integer(commands)
     benchmark_integer.add_lowerings(commands)
     benchmark_integer.add_agreement(commands)
+    benchmark_layers.add_layers(commands)
     benchmark_startup.add_startup(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)

@@ -15,7 +15,7 @@ from measure import device, in_own_process, timed
 import qjax
 from pretrained.resnet import resnet_imagenet
 from qjax.fit.memory import MEMORIES
-from qjax.integer.lowerings import are_exact
+from qjax.integer.trial import are_exact
 
 BATCH = 256
 

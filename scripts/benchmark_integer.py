@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from measure import Times, device, side_by_side
+from measure import device, side_by_side
 from safetensors.numpy import save_file
 
 import pretrained
 import qjax
 from pretrained import datasets
+from pretrained.mobilenet import Block, MobileNet
 from pretrained.resnet import resnet_cifar, resnet_imagenet
 from qjax.integer.lowerings import LOWERINGS
 from qjax.integer.requantize import ARITHMETICS
@@ -25,10 +26,23 @@ from qjax.progress import progress_bar
 
 CALIBRATION_IMAGES = 128
 TEST_BATCH = 500
+PEAK_IMAGES = 128
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: resnet_cifar(20),
     "resnet18": lambda: resnet_imagenet(18, num_classes=10, large_stem=False),
+    "mobilenet": lambda: MobileNet(32, _inverted_residuals(), head=640, num_classes=10),
 }
+_STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 2, 2), (6, 64, 2, 2), (6, 96, 1, 1))
+
+
+def _inverted_residuals() -> tuple[Block, ...]:
+    """The first blocks of MobileNetV2, half as deep, with strides for images of 32x32."""
+    blocks, inputs = [], 32
+    for expansion, channels, count, stride in _STAGES:
+        for i in range(count):
+            blocks.append(Block(inputs * expansion, 3, 1 if i else stride, channels))
+            inputs = channels
+    return tuple(blocks)
 
 
 def add_integer(commands: Any) -> None:
@@ -82,25 +96,28 @@ def network(name: str, recipe: qjax.Recipe) -> tuple[Callable[..., Any], Any, qj
 def run_integer(arguments: argparse.Namespace) -> None:
     """Measures and prints speed and size."""
     print(f"8 bits everywhere, random weights, images of 32x32, {device()}\n")
-    print("network   images   float32/s   integer/s   ratio   first call float, integer")
+    print(f"{'':30}times as fast as float32, of{'':14}first call: float,")
+    print(
+        "network     images   float32/s   integers   in sums too   4-bit, packed   float, integers"
+    )
     results = []
     for name in arguments.networks:
-        apply_fn, variables, q = network(name, qjax.recipe(8).naive())
-        run, plain = qjax.integer(q), jax.jit(apply_fn)
+        variants = speed_variants(name)
         for batch in arguments.batches:
             x = jax.random.normal(jax.random.key(1), (batch, 32, 32, 3))
-            times = side_by_side(
-                [partial(plain, variables, x), partial(run, q.params, x)], arguments.seconds
+            times = side_by_side([partial(run, x) for run in variants], arguments.seconds)
+            ratios = "".join(
+                f"{times.ratios[i]:>{width}.2f}" for i, width in ((1, 11), (2, 14), (3, 16))
             )
-            speeds = [batch / seconds for seconds in times.median]
             print(
-                f"{name:9}{batch:>7}{speeds[0]:>12.1f}{speeds[1]:>12.1f}{times.ratios[1]:>8.2f}"
-                f"{times.first[0]:>14.1f} s,{times.first[1]:>5.1f} s"
+                f"{name:10}{batch:>8}{batch / times.median[0]:>12.1f}{ratios}"
+                f"{times.first[0]:>8.1f} s,{times.first[1]:>5.1f} s",
+                flush=True,
             )
             results.append({"network": name, "images": batch, **times._asdict()})
-    print("\nratio: median over rounds in which both took turns\n")
+    print("\nratios: medians over rounds in which all took turns\n")
     print(
-        "network   bits   float on disk   quantized   ratio   float in memory   quantized   ratio"
+        "network     bits   float on disk   quantized   ratio   float in memory   quantized   ratio"
     )
     for name in arguments.networks:
         for bits in (8, 4):
@@ -109,10 +126,47 @@ def run_integer(arguments: argparse.Namespace) -> None:
                 f"{plain / 1e6:>9.2f} MB{small / 1e6:>9.2f} MB{small / plain:>8.3f}"
                 for plain, small in (sizes.disk, sizes.memory)
             )
-            print(f"{name:9}{bits:>5}{disk:>33}{memory:>35}")
+            print(f"{name:10}{bits:>6}{disk:>33}{memory:>35}")
             results.append({"network": name, "bits": bits, **sizes._asdict()})
+    print(f"\npeak of the arrays of a call with {PEAK_IMAGES} images, parameters included\n")
+    print("network        float    integers   ratio")
+    for name in arguments.networks:
+        plain, small = measure_peaks(name)
+        print(f"{name:10}{plain / 1e6:>7.1f} MB{small / 1e6:>9.1f} MB{small / plain:>8.3f}")
+        results.append({"network": name, "peak": (plain, small)})
     if arguments.json:
         print(json.dumps(results))
+
+
+def speed_variants(name: str) -> list[Callable[[jax.Array], jax.Array]]:
+    """A network in float32, on integers, with sums on integers too, and with packed weights."""
+    apply_fn, variables, q = network(name, qjax.recipe(8).naive())
+    _, _, sums = network(name, qjax.recipe(8, sums="quantized").naive())
+    _, _, narrow = network(name, qjax.recipe(8, weight_bits=4).naive())
+    plain, run, run_sums = jax.jit(apply_fn), qjax.integer(q), qjax.integer(sums)
+    packed, run_narrow = qjax.pack(narrow.params), qjax.integer(narrow)
+    unpacking = jax.jit(lambda packed, x: run_narrow(qjax.unpack(packed), x))
+    return [
+        partial(plain, variables),
+        partial(run, q.params),
+        partial(run_sums, sums.params),
+        partial(unpacking, packed),
+    ]
+
+
+def measure_peaks(name: str) -> tuple[int, int]:
+    """Bytes that a call holds at most, by XLA's plan of its memory: (float, on integers)."""
+    apply_fn, variables, q = network(name, qjax.recipe(8).naive())
+    x = jax.ShapeDtypeStruct((PEAK_IMAGES, 32, 32, 3), jnp.float32)
+    calls = (jax.jit(apply_fn), variables), (jax.jit(qjax.integer(q)), q.params)
+    plain, small = (_peak(function, params, x) for function, params in calls)
+    return plain, small
+
+
+def _peak(function: Any, params: Any, x: Any) -> int:
+    found = function.lower(params, x).compile().memory_analysis()
+    sizes = found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes
+    return sum(sizes)
 
 
 class Sizes(NamedTuple):
@@ -143,7 +197,7 @@ def measure_sizes(name: str, bits: int) -> Sizes:
 
 def run_lowerings(arguments: argparse.Namespace) -> None:
     """Times a network of one layer for every shape of layer and every lowering."""
-    print(f"8 bits, {arguments.batch} images, milliseconds per layer, {device()}\n")
+    print(f"8 bits, {arguments.batch} images, milliseconds of a layer's fastest call, {device()}\n")
     print(f"{'input':>16}{'kernel':>14}{'stride':>8}{'float net':>11}", end="")
     print("".join(f"{name:>9}" for name in LOWERINGS) + "   chosen")
     results, seen = [], set()
@@ -157,22 +211,24 @@ def run_lowerings(arguments: argparse.Namespace) -> None:
             if key in seen:
                 continue
             seen.add(key)
-            times, chosen = time_lowerings(operation, x_shape, arguments.seconds)
+            plain, times, chosen = time_lowerings(operation, x_shape, arguments.seconds)
             stride = getattr(operation, "window_strides", (1,))[0]
             kernel = "x".join(map(str, operation.kernel_shape))
-            row = "".join(f"{seconds * 1e3:>9.2f}" for seconds in times.median[1:])
-            size = "x".join(map(str, x_shape[1:]))
-            print(
-                f"{size:>16}{kernel:>14}{stride:>8}{times.median[0] * 1e3:>11.2f}{row}   {chosen}"
+            row = "".join(
+                f"{times[name] * 1e3:>9.2f}" if name in times else f"{'':9}" for name in LOWERINGS
             )
+            size = "x".join(map(str, x_shape[1:]))
+            print(f"{size:>16}{kernel:>14}{stride:>8}{plain * 1e3:>11.2f}{row}   {chosen}")
             fields = {"input": x_shape, "kernel": operation.kernel_shape, "stride": stride}
-            results.append(fields | {"chosen": chosen, "median": times.median})
+            results.append(fields | {"chosen": chosen, "float": plain, "least": times})
     if arguments.json:
         print(json.dumps(results))
 
 
-def time_lowerings(operation: Any, x_shape: tuple[int, ...], seconds: float) -> tuple[Times, str]:
-    """Times one layer in float and in every lowering: (times, the lowering of the table)."""
+def time_lowerings(
+    operation: Any, x_shape: tuple[int, ...], seconds: float
+) -> tuple[float, dict[str, float], str]:
+    """Times one layer: (seconds in float, in every exact lowering, the lowering of the table)."""
     rng = np.random.default_rng(0)
     params = {"kernel": rng.standard_normal(operation.kernel_shape, np.float32)}
     x = jnp.asarray(rng.standard_normal(x_shape, np.float32))
@@ -182,10 +238,13 @@ def time_lowerings(operation: Any, x_shape: tuple[int, ...], seconds: float) -> 
 
     q = qjax.quantize(layer, params, x, qjax.recipe(8).naive())
     plain = jax.jit(layer)
-    runs = [qjax.integer(q, lowering=method) for method in LOWERINGS.values()]
+    (layer_q,) = q.params["layers"].values()
+    names = [name for name, method in LOWERINGS.items() if method.lower(operation, layer_q)]
+    runs = [qjax.integer(q, lowering=name) for name in names]
     variants = [partial(plain, params, x), *(partial(run, q.params, x) for run in runs)]
     (chosen,) = qjax.integer(q).lowerings(x).values()
-    return side_by_side(variants, seconds), chosen.method.name
+    times = side_by_side(variants, seconds)
+    return times.least[0], dict(zip(names, times.least[1:], strict=True)), chosen.method.name
 
 
 def run_agreement(arguments: argparse.Namespace) -> None:

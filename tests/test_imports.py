@@ -13,6 +13,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "qjax"
 ORDER = (
     *(
         "atomic",
+        "cache",
         "fields",
         "hosts",
         "kept",
@@ -76,9 +77,15 @@ ORDER = (
     *("fit.blends", "fit.scales", "fit.noise", "fit.ends"),
     *("placing", "calibration"),
     *("charts", "report", "rescaled", "checks", "quantize", "directory", "artifact"),
-    *("integer.accumulator", "integer.requantize", "integer.lowerings", "integer.codes"),
-    "integer.matmul",
-    *("integer.rules", "integer.function"),
+    *(
+        "integer.accumulator",
+        "integer.requantize",
+        "integer.processor",
+        "integer.trial",
+        "integer.lowerings",
+    ),
+    *("integer.constants", "integer.chunks", "integer.codes", "integer.matmul"),
+    *("integer.rules", "integer.function", "lowerings"),
     *("export.blocks", "export.nodes", "export.sizes", "export.writer", "export.primitives"),
     *("export.layers", "export.model", "export.function", "export.tflite"),
     *("qat.steps", "qat.kernels", "qat.methods", "qat.function", "qat.prepare", "qat.finish"),

@@ -8,7 +8,7 @@ Output channel c of the operation is g·M + m.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -99,8 +99,24 @@ class Linear(Protocol):
         """
         ...
 
+    def unfold(self, x: jax.Array) -> jax.Array:
+        """Cuts an input into patches as `patches` does, the axes of the positions kept apart.
+
+        Args:
+          x: the input.
+
+        Returns:
+          [*positions, groups, patch], of the type of `x`.
+        """
+        ...
+
     def output_order(self, rank: int) -> list[int]:
         """The axes of an output: positions as in `patches`, then channels."""
+        ...
+
+    @property
+    def ends_with_channels(self) -> bool:
+        """Whether the axes of an output are the positions as in `unfold`, then the channels."""
         ...
 
     def padded(self, x: jax.Array, zero: jax.Array) -> tuple["Linear", jax.Array]:
@@ -114,6 +130,7 @@ class Linear(Protocol):
 
 
 _TAPS = 49  # of a kernel per channel that is summed over: 7 by 7
+_WIDE = 64  # bytes of a row that XLA concatenates fast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,25 +212,47 @@ class Convolution:
         axes = numbers.lhs_spec
         left, x = self.padded(x, jnp.zeros((), x.dtype))
         matrix = self.to_matrix(kernel)[:, :, 0]
-        window = [self.kernel_shape[axis] for axis in numbers.rhs_spec[2:]]
-        ends = [
-            (x.shape[axis] - (extent - 1) * step - 1) // stride * stride + 1
-            for axis, extent, step, stride in zip(
-                axes[2:], window, left.rhs_dilation, left.window_strides, strict=True
-            )
-        ]
         total = None
-        for tap, offsets in enumerate(np.ndindex(*window)):
-            starts, limits, strides = [0] * x.ndim, list(x.shape), [1] * x.ndim
-            for i, axis in enumerate(axes[2:]):
-                starts[axis] = offsets[i] * left.rhs_dilation[i]
-                limits[axis] = starts[axis] + ends[i]
-                strides[axis] = left.window_strides[i]
-            shifted = lax.slice(x, starts, limits, strides)
+        for tap, shifted in enumerate(left._shifted(x, axes[2:])):
             product = shifted * lax.broadcast_in_dim(matrix[:, tap], shifted.shape, (axes[1],))
             total = product if total is None else total + product
         assert total is not None
         return total.transpose([axes[numbers.out_spec.index(axis)] for axis in range(x.ndim)])
+
+    def _shifted(self, x: jax.Array, axes: Sequence[int]) -> Iterator[jax.Array]:
+        """What each element of the window meets of an input that needs no padding.
+
+        Args:
+          x: the input, in any layout.
+          axes: its spatial axes.
+        """
+        window = [self.kernel_shape[axis] for axis in self.dimension_numbers.rhs_spec[2:]]
+        ends = [
+            (x.shape[axis] - (extent - 1) * step - 1) // stride * stride + 1
+            for axis, extent, step, stride in zip(
+                axes, window, self.rhs_dilation, self.window_strides, strict=True
+            )
+        ]
+        for offsets in np.ndindex(*window):
+            starts, limits, strides = [0] * x.ndim, list(x.shape), [1] * x.ndim
+            for i, axis in enumerate(axes):
+                starts[axis] = offsets[i] * self.rhs_dilation[i]
+                limits[axis] = starts[axis] + ends[i]
+                strides[axis] = self.window_strides[i]
+            yield lax.slice(x, starts, limits, strides)
+
+    def unfold(self, x: jax.Array) -> jax.Array:
+        """Joins the shifted slices of an input along its channels: [*positions, groups, patch]."""
+        left, x = self.padded(x, jnp.zeros((), x.dtype))
+        batch, feature, *spatial = self.dimension_numbers.lhs_spec
+        x = x.transpose(batch, *spatial, feature)
+        joined = _joined(list(left._shifted(x, range(1, x.ndim - 1))))
+        groups, patch, _ = self.matrix_shape
+        positions = joined.shape[:-1]
+        if groups == 1:
+            return joined.reshape(*positions, 1, patch)
+        split = joined.reshape(*positions, -1, groups, x.shape[-1] // groups)
+        return jnp.moveaxis(split, -2, -3).reshape(*positions, groups, patch)
 
     def to_matrix(self, kernel: jax.Array) -> jax.Array:
         """Reorders a kernel to [groups, patch, channels]."""
@@ -254,6 +293,12 @@ class Convolution:
         """The axes of an output: positions as in `patches`, then channels."""
         batch, feature, *spatial = self.dimension_numbers.out_spec
         return [batch, *spatial, feature]
+
+    @property
+    def ends_with_channels(self) -> bool:
+        """Whether the layout is NHWC, or that of another number of spatial axes."""
+        rank = len(self.kernel_shape)
+        return self.output_order(rank) == list(range(rank))
 
     def padded(self, x: jax.Array, zero: jax.Array) -> tuple["Convolution", jax.Array]:
         """Pads and dilates an input with `zero`: (what is left to do, the new input)."""
@@ -309,6 +354,21 @@ class Convolution:
         patches = x.reshape(-1, channels).at[places].get(mode="promise_in_bounds")
         split = patches.reshape(rows.shape[0], -1, self.groups, channels // self.groups)
         return split.transpose(0, 2, 1, 3).reshape(rows.shape[0], self.groups, -1)
+
+
+def _joined(slices: Sequence[jax.Array]) -> jax.Array:
+    """Joins arrays of one shape along their last axis.
+
+    XLA copies the slices before it concatenates them; where they are narrow it takes half the time
+    to write them one after the other into one array.
+    """
+    channels = slices[0].shape[-1]
+    if len(slices) == 1 or channels * slices[0].dtype.itemsize >= _WIDE:
+        return jnp.concatenate(slices, axis=-1)
+    joined = jnp.zeros((*slices[0].shape[:-1], channels * len(slices)), slices[0].dtype)
+    for i, part in enumerate(slices):
+        joined = lax.dynamic_update_slice_in_dim(joined, part, i * channels, axis=-1)
+    return joined
 
 
 def _flat_places(places: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
@@ -395,6 +455,11 @@ class DotProduct:
         return [*(axis for axis in range(rank) if axis not in channels), *channels]
 
     @property
+    def ends_with_channels(self) -> bool:
+        """Whether the kernel is the second operand, without batch axes."""
+        return not self.kernel_is_lhs and not self.batch[1]
+
+    @property
     def per_group(self) -> "DotProduct":
         """The same operation with one output channel to a group."""
         shape = [1 if axis in self._free else n for axis, n in enumerate(self.kernel_shape)]
@@ -429,10 +494,16 @@ class DotProduct:
 
     def patches(self, x: jax.Array, stride: int = 1) -> jax.Array:
         """Reorders every `stride`-th position of an input to float[positions, groups, patch]."""
+        unfolded = self.unfold(x)
+        return unfolded.reshape(-1, *unfolded.shape[-2:])[::stride]
+
+    def unfold(self, x: jax.Array) -> jax.Array:
+        """Reorders an input to [*positions, groups, patch]."""
         taken = (*self.batch[0], *self.contracting[0])
         rest = [axis for axis in range(x.ndim) if axis not in taken]
         groups, patch, _ = self.matrix_shape
-        return x.transpose(*rest, *taken).reshape(-1, groups, patch)[::stride]
+        positions = [x.shape[axis] for axis in rest]
+        return x.transpose(*rest, *taken).reshape(*positions, groups, patch)
 
 
 def scale_input_channels(operation: Linear, kernel: jax.Array, scale: jax.Array) -> jax.Array:
@@ -469,6 +540,13 @@ def output_matrix(operation: Linear, y: jax.Array) -> jax.Array:
     """Reorders an output to [positions, groups, channels], positions as in `patches`."""
     groups, _, channels = operation.matrix_shape
     return y.transpose(operation.output_order(y.ndim)).reshape(-1, groups, channels)
+
+
+def from_positions(operation: Linear, y: jax.Array) -> jax.Array:
+    """Brings [*positions, groups, channels], positions as in `unfold`, to the output's layout."""
+    y = y.reshape(*y.shape[:-2], *operation.channel_sizes)
+    order = operation.output_order(y.ndim)
+    return y.transpose(sorted(range(len(order)), key=order.__getitem__))
 
 
 def from_output_matrix(

@@ -187,6 +187,7 @@ def requantized(
     limit: int,
     dtype: Any,
     arithmetic: Arithmetic,
+    multiplier: jax.Array | None = None,
 ) -> Codes | jax.Array:
     """Requantizes an accumulator to codes, or to a sum.
 
@@ -198,13 +199,15 @@ def requantized(
       limit: the greatest magnitude of the accumulator; read for a sum alone.
       dtype: that the network gives the result.
       arithmetic: of requantization.
+      multiplier: M, where it is known: the unit in codes of the output.
 
     Returns:
       `Codes`; float32 in real units for a sum in an arithmetic that has sums in float32.
     """
     if outputs is not None and key is not None:
         qparams = signed(outputs)
-        codes = arithmetic.to_codes(acc, unit * qparams.inverse_scale, qparams)
+        multiplier = unit * qparams.inverse_scale if multiplier is None else multiplier
+        codes = arithmetic.to_codes(acc, multiplier, qparams)
         return held(on_grid(codes, qparams, key), outputs, dtype, arithmetic)
     if not arithmetic.only_integers:
         return acc.astype(jnp.float32) * unit

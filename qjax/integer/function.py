@@ -23,6 +23,7 @@ to codes, sums their products in int32 and scales the sum in float32. That takes
 """
 
 import collections
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
@@ -44,6 +45,7 @@ from qjax.graph.schedule import Step
 from qjax.integer import lowerings
 from qjax.integer.accumulator import Accumulator, check_accumulator
 from qjax.integer.codes import GridKey, grid_key
+from qjax.integer.constants import Constants, Spec, constants_of
 from qjax.integer.lowerings import LOWERINGS, Lowering, Method
 from qjax.integer.matmul import plan_matmul
 from qjax.integer.requantize import ARITHMETICS, Arithmetic
@@ -68,7 +70,7 @@ def integer(
       q: the result of `qjax.quantize`.
       arithmetic: of requantization: `float`, `fixed_point`, `shift`, `floor` or `divide`, see
         `qjax.integer.requantize`, or an `Arithmetic`.
-      lowering: how accumulators are computed, `int8`, `dot` or `float32` (see
+      lowering: how accumulators are computed, `int8`, `dot`, `uint8` or `float32` (see
         `qjax.integer.lowerings`), for all layers or by layer name; by default the fastest one of a
         table, which uses `float32` in `float` arithmetic only. It does not change the result.
       accumulator: narrower accumulators to simulate, for all layers or by layer name.
@@ -79,8 +81,8 @@ def integer(
 
     Raises:
       ValueError: an unknown arithmetic, lowering or layer name; an accumulator that does not fit 32
-        bits; weights whose values are no integers times a scale. When called: a `float32` lowering
-        that would not be exact.
+        bits; weights whose values are no integers times a scale. When called: a lowering that
+        cannot compute a layer, or not exactly.
 
     Examples:
       >>> import jax.numpy as jnp, qjax
@@ -208,13 +210,13 @@ class IntegerFunction:
     _plans: MutableMapping[Network, Plan] = dataclasses.field(
         default_factory=weakref.WeakKeyDictionary, repr=False
     )
-    _biases: dict[tuple[int, ...], Any] = dataclasses.field(default_factory=dict, repr=False)
+    _found: dict[tuple[Any, ...], Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __call__(self, params: Mapping[str, Any], x: Any) -> Any:
         """Evaluates the network, compiled once per shape of `x`.
 
-        The zero-point corrections are computed once per params, not once per call, unless the call
-        is traced from outside.
+        What depends on params alone is computed once per params, not once per call, unless they are
+        traced from outside.
 
         Args:
           params: `Quantized.params`.
@@ -225,7 +227,7 @@ class IntegerFunction:
 
         Raises:
           ValueError: the function has other layers at this input's shape than were quantized; a
-            `float32` lowering that would not be exact.
+            lowering that cannot compute a layer, or not exactly.
         """
         return self._run(_outputs, params, x)
 
@@ -271,7 +273,7 @@ class IntegerFunction:
         network = self.function.network(x)
         plan = self._plan(network)
         program = network.program((function, plan), partial(function, network, plan))
-        return program(params, self._folded(params), x)
+        return program(params, self._constants(network, plan, params), x)
 
     def _plan(self, network: Network) -> Plan:
         """What the programs of a network depend on; remembered as long as the network is."""
@@ -299,32 +301,34 @@ class IntegerFunction:
 
     def _lowering(self, site: Site) -> Lowering:
         name, only_integers = site.layer.name, self.arithmetic.only_integers
-        layer, method, platform = self.layers[name], self.methods.get(name), jax.default_backend()
+        layer, method = self.layers[name], self.methods.get(name)
+        table = lowerings.fastest_on(jax.default_backend())
         try:
-            return lowerings.choose(site.layer.operation, layer, method, platform, only_integers)
+            return lowerings.choose(site.layer.operation, layer, method, table, only_integers)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}.") from error
 
-    def _folded(self, params: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The biases with the zero-point corrections; remembered for the last params."""
-        leaves = jax.tree.leaves(params["layers"])
-        key = tuple(map(id, leaves))
-        if key in self._biases:
-            return self._biases[key][1]
-        folded = _fold_biases(params["layers"])
-        if not any(isinstance(leaf, Tracer) for leaf in folded.values()):
-            self._biases.clear()
-            self._biases[key] = leaves, folded
-        return folded
-
-
-@jax.jit
-def _fold_biases(layers: Mapping[str, QuantizedLayer]) -> dict[str, jax.Array]:
-    return {
-        name: lowerings.folded_bias(layer)
-        for name, layer in layers.items()
-        if layer.has_integer_accumulator
-    }
+    def _constants(
+        self, network: Network, plan: Plan, params: Mapping[str, Any]
+    ) -> dict[str, Constants]:
+        """The constants of the layers; remembered for the last params."""
+        layers: Mapping[str, QuantizedLayer] = params["layers"]
+        key = (plan, *map(id, layers.values()))
+        if key in self._found:
+            return self._found[key][1]
+        operations = {site.layer.name: site.layer.operation for site in network.first_sites}
+        specs = tuple(
+            Spec(name, operations[name], planned.lowering_of_sum.method)
+            for name, planned in plan.layers
+            if planned.lowering_of_sum and layers[name].has_integer_accumulator
+        )
+        is_known = not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(layers))
+        with jax.ensure_compile_time_eval() if is_known else contextlib.nullcontext():
+            found = constants_of(specs, layers)
+        if is_known:
+            self._found.clear()
+            self._found[key] = tuple(layers.values()), found
+        return found
 
 
 # ---- What a program returns
@@ -336,23 +340,25 @@ def _evaluated(
     network: Network,
     plan: Plan,
     params: Mapping[str, Any],
-    biases: Mapping[str, jax.Array],
+    constants: Mapping[str, Constants],
     x: Any,
-    record: Record = lambda name, acc: None,
+    record: Record | None = None,
     watch: Watch | None = None,
 ) -> tuple[Env, Rules]:
-    rules = integer_rules(plan, biases, record)
+    rules = integer_rules(plan, constants, record)
     env = bind(network, params, x)
     steps, read = steps_of(network, params)
     evaluate(steps, env, read, rules, watch)
     return env, rules
 
 
-def _outputs(network: Network, plan: Plan, params: Any, biases: Any, x: Any) -> Any:
-    return outputs_of(network, *_evaluated(network, plan, params, biases, x))
+def _outputs(network: Network, plan: Plan, params: Any, constants: Any, x: Any) -> Any:
+    return outputs_of(network, *_evaluated(network, plan, params, constants, x))
 
 
-def _codes(network: Network, plan: Plan, params: Any, biases: Any, x: Any) -> dict[str, jax.Array]:
+def _codes(
+    network: Network, plan: Plan, params: Any, constants: Any, x: Any
+) -> dict[str, jax.Array]:
     found: dict[str, list[jax.Array]] = collections.defaultdict(list)
 
     def watch(step: Step, env: Env) -> None:
@@ -368,7 +374,7 @@ def _codes(network: Network, plan: Plan, params: Any, biases: Any, x: Any) -> di
             codes = env[step.output].codes.astype(jnp.int32) + offset
             found[name].append(codes.astype(outputs.dtype))
 
-    _evaluated(network, plan, params, biases, x, watch=watch)
+    _evaluated(network, plan, params, constants, x, watch=watch)
     sites = {site.layer.name: site for site in network.first_sites}
     return {
         name: sites[name].outputs_of_all_steps(codes) if name in sites else codes[0]
@@ -377,14 +383,14 @@ def _codes(network: Network, plan: Plan, params: Any, biases: Any, x: Any) -> di
 
 
 def _accumulators(
-    network: Network, plan: Plan, params: Any, biases: Any, x: Any
+    network: Network, plan: Plan, params: Any, constants: Any, x: Any
 ) -> dict[str, jax.Array]:
     found: dict[str, list[jax.Array]] = collections.defaultdict(list)
 
     def record(name: str, acc: jax.Array) -> None:
         found[name].append(acc.astype(jnp.int32))
 
-    _evaluated(network, plan, params, biases, x, record=record)
+    _evaluated(network, plan, params, constants, x, record=record)
     operations = {site.layer.name: site.layer.operation for site in network.first_sites}
     return {
         name: jnp.concatenate(steps, operations[name].output_order(steps[0].ndim)[0])

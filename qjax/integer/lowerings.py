@@ -4,17 +4,19 @@
 |---|---|---|
 | `int8` | the operation itself on int8 (int16 for wider codes), summed in int32 | always |
 | `dot` | patches of the input times the kernel matrix, int8 (int16), summed in int32 | always |
+| `uint8` | the same, codes of the input as uint8 | 8 bits, channels last, on a CPU |
 | `float32` | the operation itself on integers in float32 | where Σ stays below 2^24 |
 
-The first two take q_x as it is stored, pad with z_x and fold −z_x·Σ q_w into the bias; the third
-subtracts z_x first. `float32` cuts the input channels into as many slices as it takes for the sum
+The first two take q_x as it is stored, pad with z_x and fold −z_x·Σ q_w into the bias. `uint8` does
+so with q_x + 128 and z_x + 128: the int8 dot instructions of x86-64 (VNNI, AMX) multiply unsigned
+bytes by signed ones, and XLA uses them where the operands are of these types. `float32` subtracts
+z_x first. It cuts the input channels into as many slices as it takes for the sum
 over each, in any order, to stay below 2^24, where float32 holds every integer; slices are added in
 int32. So all of them give the same accumulator, bit for bit.
 """
 
-import functools
-import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +26,10 @@ from jax import lax
 
 from qjax.formats.affine import QParams
 from qjax.formats.dynamic import ActivationFormat, Dynamic
-from qjax.graph.operation import Linear, along_channels, from_output_matrix
+from qjax.graph.operation import Linear, along_channels, from_positions
+from qjax.integer.processor import has_dot_instructions
+from qjax.integer.trial import are_exact
 from qjax.run.layer import QuantizedLayer
-
-_logger = logging.getLogger(__name__)
 
 FLOAT_LIMIT = 2**24  # float32 holds every integer up to here
 INT_LIMIT = 2**31
@@ -53,17 +55,23 @@ class Method(NamedTuple):
     Attributes:
       name: in `LOWERINGS`.
       only_integers: whether it computes with integers alone.
+      condition: what a layer fails that it cannot compute, as the reason in a message.
       lower: of (operation, the layer's parameters, not traced): how it computes that layer; None
-        where it would not be exact.
+        where it cannot, or not exactly.
       operands: of (operation, the layer's parameters, bias from `folded_bias`).
       accumulate: of (operation, operands, input codes, their code of 0, lowering).
+      offset: what it adds to the stored codes of the input.
+      cuts_patches: whether it holds the patches of an input.
     """
 
     name: str
     only_integers: bool
+    condition: str
     lower: Callable[[Linear, QuantizedLayer], "Lowering | None"]
     operands: Callable[[Linear, QuantizedLayer, jax.Array], Operands]
     accumulate: Callable[[Linear, Operands, jax.Array, jax.Array, "Lowering"], jax.Array]
+    offset: int = 0
+    cuts_patches: bool = False
 
     def __repr__(self) -> str:
         return self.name
@@ -83,12 +91,50 @@ class Lowering(NamedTuple):
     stays_float: bool = False
 
 
+class Row(NamedTuple):
+    """A row of a table of the fastest lowerings: a method, and the layers that it is for.
+
+    Attributes:
+      method: the fastest for them.
+      groups: the least and the greatest number of groups.
+      patch: the least and the greatest number of elements of a patch.
+      multiple: what the numbers of input and output channels are multiples of.
+      products: whether it is for products of matrices alone.
+      bits: the greatest width of the factors, codes of the input and weights less zero points.
+      is_tried: whether it is for convolutions that this device computes right, see `are_exact`.
+    """
+
+    method: Method
+    groups: tuple[float, float] = (1, math.inf)
+    patch: tuple[float, float] = (1, math.inf)
+    multiple: int = 1
+    products: bool = False
+    bits: float = math.inf
+    is_tried: bool = False
+
+    def holds(self, operation: Linear, layer: QuantizedLayer) -> bool:
+        """Whether a layer is one that the row is for."""
+        assert layer.weights is not None and layer.inputs is not None
+        bits = max(layer.inputs.bits, layer.weights.bits + (not layer.weights.is_signed))
+        groups, patch, channels = operation.matrix_shape
+        axes = operation.reduced_axes
+        inputs = 1 if axes is None else operation.kernel_shape[axes[1]]
+        return (
+            self.groups[0] <= groups <= self.groups[1]
+            and self.patch[0] <= patch <= self.patch[1]
+            and inputs % self.multiple == channels % self.multiple == 0
+            and (operation.is_product or not self.products)
+            and bits <= self.bits
+            and (operation.is_product or not self.is_tried or are_exact(groups > 1))
+        )
+
+
 def signed(qparams: QParams) -> QParams:
     """The same grid with codes stored around 0, unsigned ones less 2^(b−1): 8 bits fit int8."""
     if qparams.is_signed:
         return qparams
     low, high = (jnp.asarray(limit, jnp.int32) for limit in (qparams.qmin, qparams.qmax))
-    offset = (high - low + 1) // 2
+    offset = (high - low + 1) >> 1
     dtype = np.dtype(f"int{8 * np.dtype(qparams.dtype).itemsize}")
     return QParams(qparams.scale, qparams.zero_point - offset, low - offset, high - offset, dtype)
 
@@ -143,7 +189,7 @@ def choose(
     operation: Linear,
     layer: QuantizedLayer,
     method: Method | None,
-    platform: str,
+    table: Sequence[Row],
     only_integers: bool = False,
 ) -> Lowering:
     """Chooses the lowering of a layer.
@@ -151,94 +197,33 @@ def choose(
     Args:
       operation: its linear operation.
       layer: its parameters, not traced.
-      method: the lowering that was asked for; None for the fastest, by a table that was measured
-        on x86-64 CPUs (other platforms get `int8`).
-      platform: of the device, e.g. `cpu`.
+      method: the lowering that was asked for; None for the fastest.
+      table: of the fastest, from `fastest_on`.
       only_integers: whether the table must do without `float32`.
 
     Raises:
-      ValueError: `float32` was asked for and would not be exact.
+      ValueError: the lowering that was asked for cannot compute the layer, or not exactly.
     """
     if method is None:
-        return _fastest(operation, layer, platform, only_integers)
+        return _fastest(operation, layer, table, only_integers)
     lowering = method.lower(operation, layer)
     if lowering is None:
-        raise ValueError(
-            "its sums can leave the integers that float32 holds, even in slices; use the lowering "
-            "`int8` or `dot`"
-        )
+        raise ValueError(f"{method.condition}; use the lowering `int8` or `dot`")
     return lowering
 
 
 def _fastest(
-    operation: Linear, layer: QuantizedLayer, platform: str, only_integers: bool
+    operation: Linear, layer: QuantizedLayer, table: Sequence[Row], only_integers: bool
 ) -> Lowering:
-    """The fastest lowering that is exact, and of integers alone where it has to be."""
-    method = _measured(operation, layer, platform)
-    if method is INT8 and platform != "cpu" and not operation.is_product:
-        method = INT8 if are_exact(operation.matrix_shape[0] > 1) else DOT
-    may = method.only_integers or not only_integers
-    lowering = method.lower(operation, layer) if may else None
-    if lowering is None:
-        return Lowering(DOT if operation.matrix_shape[0] == 1 else INT8)
-    return lowering
-
-
-@functools.cache
-def are_exact(are_grouped: bool) -> bool:
-    """Whether this device's convolutions of int8 give the right sums, on a small layer.
-
-    Grouped ones gave wrong values on a GPU (openxla/xla#49123). Each process asks once.
-
-    Args:
-      are_grouped: whether to try convolutions of several groups.
-    """
-    with jax.ensure_compile_time_eval():
-        rng = np.random.default_rng(0)
-        groups = 4 if are_grouped else 1
-        shapes = {"input": (2, 9, 9, 32), "kernel": (3, 3, 32 // groups, 32)}
-        x, kernel = (rng.integers(-127, 128, shape, np.int8) for shape in shapes.values())
-        exact = _convolved(x.astype(np.float32), kernel.astype(np.float32), groups, jnp.float32)
-        found = _convolved(x, kernel, groups, jnp.int32)
-        is_exact = bool(np.array_equal(np.asarray(exact).astype(np.int64), np.asarray(found)))
-    if not is_exact:
-        _logger.warning(
-            "convolutions of int8%s give wrong sums on this device; they are computed as products "
-            "of matrices.",
-            " in groups" if are_grouped else "",
+    """The first of the table that is exact, and of integers alone where it has to be."""
+    for row in table:
+        may = row.method.only_integers or not only_integers
+        lowering = (
+            row.method.lower(operation, layer) if may and row.holds(operation, layer) else None
         )
-    return is_exact
-
-
-def _convolved(x: Any, kernel: Any, groups: int, dtype: Any) -> jax.Array:
-    """A convolution whose sums, below 2^24, float32 holds."""
-    return lax.conv_general_dilated(
-        jnp.asarray(x),
-        jnp.asarray(kernel),
-        *((1, 1), "SAME"),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=dtype,
-    )
-
-
-def _measured(operation: Linear, layer: QuantizedLayer, platform: str) -> Method:
-    """The table: measured on Zen 3 with `scripts/benchmark.py lowerings`."""
-    assert layer.weights is not None and layer.inputs is not None
-    if platform != "cpu":
-        return INT8
-    groups, patch, channels = operation.matrix_shape
-    widest = max(layer.weights.bits, layer.inputs.bits)
-    if groups > 1 or widest > 8 or not layer.weights.is_signed:
-        return FLOAT32
-    if operation.is_product:
-        return INT8
-    if patch <= 32:
-        return DOT
-    axes = operation.reduced_axes
-    inputs = operation.kernel_shape[axes[1]] if axes is not None else 1
-    return INT8 if inputs % 32 == 0 and channels % 32 == 0 else FLOAT32
+        if lowering is not None:
+            return lowering
+    return Lowering(DOT if operation.matrix_shape[0] == 1 else INT8)
 
 
 def _lower_to_float(operation: Linear, layer: QuantizedLayer) -> Lowering | None:
@@ -275,14 +260,15 @@ def _relative_kernel(layer: QuantizedLayer) -> jax.Array:
     return layer.kernel.astype(wider) - layer.weights.zero_point.astype(wider)
 
 
-def folded_bias(layer: QuantizedLayer) -> jax.Array:
+def folded_bias(layer: QuantizedLayer, method: Method) -> jax.Array:
     """The bias with the zero-point correction, q_b − z_x·Σ q_w: int32[groups * channels].
 
-    z_x is that of the codes as they are stored, see `signed`.
+    z_x is that of the codes as the method takes them: as they are stored, see `signed`, and its
+    offset.
     """
     assert layer.grid is not None
     total = jnp.sum(_relative_kernel(layer), axis=1, dtype=jnp.int32).reshape(-1)
-    return layer.bias - signed(layer.grid).zero_point * total
+    return layer.bias - (signed(layer.grid).zero_point + method.offset) * total
 
 
 def operands(
@@ -293,7 +279,7 @@ def operands(
     Args:
       operation: its linear operation.
       layer: its parameters.
-      folded: from `folded_bias`.
+      folded: from `folded_bias`, of the lowering's method.
       lowering: how the accumulator is computed.
     """
     return lowering.method.operands(operation, layer, folded)
@@ -324,7 +310,7 @@ Product = Callable[[Linear, jax.Array, jax.Array], jax.Array]
 
 
 def _integer_method(
-    name: str, lay_out: Callable[[Linear, jax.Array], jax.Array], product: Product
+    name: str, lay_out: Callable[[Linear, jax.Array], jax.Array], product: Product, **fields: Any
 ) -> Method:
     """A method on integers: every layer, zero points folded into the bias.
 
@@ -332,6 +318,7 @@ def _integer_method(
       name: of the method.
       lay_out: of (operation, float[groups, patch, channels]): the kernel that `product` takes.
       product: of (operation without padding, input, kernel): the sums, int32[...].
+      **fields: of the method.
     """
 
     def lower(operation: Linear, layer: QuantizedLayer) -> Lowering:
@@ -348,7 +335,7 @@ def _integer_method(
         acc = product(unpadded, x, given.kernel.astype(common))
         return acc + along_channels(unpadded, given.bias, acc.ndim)
 
-    method = Method(name, True, lower, operands, accumulate)
+    method = Method(name, True, "", lower, operands, accumulate, **fields)
     return method
 
 
@@ -365,26 +352,70 @@ def _matrix(operation: Linear, kernel: jax.Array) -> jax.Array:
 
 
 def _multiply(operation: Linear, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The operation as one product of matrices per group."""
-    if operation.is_product:
-        return _apply(operation, x, operation.from_matrix(kernel))
-    shape = output_shape(operation, x, kernel)
+    """The operation as one product of matrices per group.
+
+    Args:
+      operation: without padding.
+      x: its input.
+      kernel: [groups, patch, channels].
+    """
+    patches = operation.unfold(x)
+    groups, patch, _ = kernel.shape
+    if groups == 1:
+        # Operands of two types stay as they are where the algorithm is given.
+        acc = lax.dot_general(
+            patches.reshape(*patches.shape[:-2], patch),
+            kernel[0],
+            (((patches.ndim - 2,), (0,)), ((), ())),
+            precision=lax.DotAlgorithmPreset.DEFAULT,
+            preferred_element_type=jnp.int32,
+        )
+        return from_positions(operation, jnp.expand_dims(acc, -2))
+    last = patches.ndim - 1
     acc = lax.dot_general(
-        operation.patches(x),
+        patches,
         kernel,
-        (((2,), (1,)), ((1,), (0,))),
+        (((last,), (1,)), ((last - 1,), (0,))),
+        precision=lax.DotAlgorithmPreset.DEFAULT,
         preferred_element_type=jnp.int32,
     )
-    return from_output_matrix(operation, acc.transpose(1, 0, 2), shape)
+    return from_positions(operation, jnp.moveaxis(acc, 0, -2))
 
 
-def output_shape(operation: Linear, x: jax.Array, kernel: jax.Array) -> tuple[int, ...]:
-    """The shape of an operation's output, of an input and a kernel [groups, patch, channels]."""
+# ---- Products of unsigned codes and signed ones
 
-    def apply(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return operation.apply(x, operation.from_matrix(kernel))
+_UNSIGNED = 128  # what makes stored codes of 8 bits unsigned
 
-    return jax.eval_shape(apply, x, kernel).shape
+
+def _lower_to_unsigned(operation: Linear, layer: QuantizedLayer) -> Lowering | None:
+    """The lowering to uint8; None also where the product would be transposed.
+
+    XLA rewrites the transposed product of two matrices to that of the transposed ones, which it
+    cannot compute where the first is signed and the second is not.
+    """
+    assert layer.weights is not None and layer.inputs is not None
+    are_bytes = max(layer.weights.bits, layer.inputs.bits) <= 8 and layer.weights.is_signed
+    is_cpu = jax.default_backend() == "cpu"
+    return Lowering(UINT8) if are_bytes and is_cpu and operation.ends_with_channels else None
+
+
+def _kernel_operands(operation: Linear, layer: QuantizedLayer, folded: jax.Array) -> Operands:
+    return Operands(layer.kernel, folded)
+
+
+def _accumulate_unsigned(
+    operation: Linear, given: Operands, x: jax.Array, zero_point: jax.Array, lowering: Lowering
+) -> jax.Array:
+    unsigned = lax.bitcast_convert_type(x, jnp.uint8) + jnp.uint8(_UNSIGNED)
+    unpadded, unsigned = operation.padded(unsigned, zero_point + _UNSIGNED)
+    acc = _multiply(unpadded, unsigned, given.kernel)
+    return acc + along_channels(unpadded, given.bias, acc.ndim)
+
+
+def output_shape(operation: Linear, x: jax.Array) -> tuple[int, ...]:
+    """The shape of an operation's output, of an input."""
+    given = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (x.shape, operation.kernel_shape))
+    return jax.eval_shape(operation.apply, *given).shape
 
 
 # ---- The operation itself, in float32
@@ -417,7 +448,53 @@ def _accumulate_float(
 
 
 INT8 = _integer_method("int8", _from_matrix, _apply)
-DOT = _integer_method("dot", _matrix, _multiply)
-FLOAT32 = Method("float32", False, _lower_to_float, _float_operands, _accumulate_float)
+DOT = _integer_method("dot", _matrix, _multiply, cuts_patches=True)
+UINT8 = Method(
+    "uint8",
+    True,
+    "it takes a CPU, outputs whose last axis is that of the channels, codes of at most 8 bits, and "
+    "signed ones of the weights",
+    _lower_to_unsigned,
+    _kernel_operands,
+    _accumulate_unsigned,
+    offset=_UNSIGNED,
+    cuts_patches=True,
+)
+FLOAT32 = Method(
+    "float32",
+    False,
+    "its sums can leave the integers that float32 holds, even in slices",
+    _lower_to_float,
+    _float_operands,
+    _accumulate_float,
+)
 
-LOWERINGS: dict[str, Method] = {method.name: method for method in (INT8, DOT, FLOAT32)}
+LOWERINGS: dict[str, Method] = {method.name: method for method in (INT8, DOT, UINT8, FLOAT32)}
+
+ALWAYS = (Row(INT8, is_tried=True), Row(DOT))
+
+# The fastest of a layer, the first row that holds. Measured with `scripts/benchmark.py lowerings`.
+FASTEST: dict[str, tuple[Row, ...]] = {
+    # Zen 4
+    "cpu with int8 dot instructions": (
+        Row(UINT8, groups=(1, 1)),
+        Row(INT8, groups=(1, 1), bits=8, multiple=32),
+        Row(FLOAT32),
+    ),
+    # Zen 3
+    "cpu": (
+        Row(INT8, groups=(1, 1), bits=8, products=True),
+        Row(DOT, groups=(1, 1), bits=8, patch=(1, 32)),
+        Row(INT8, groups=(1, 1), bits=8, multiple=32),
+        Row(FLOAT32),
+    ),
+}
+
+
+def fastest_on(platform: str) -> tuple[Row, ...]:
+    """The table of the fastest lowerings on a platform, e.g. `cpu`; `ALWAYS` on those not measured.
+
+    On a CPU it depends on the instructions of this machine.
+    """
+    kind = f"{platform} with int8 dot instructions" if has_dot_instructions() else platform
+    return FASTEST.get(kind, FASTEST.get(platform, ALWAYS))

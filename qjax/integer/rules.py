@@ -34,6 +34,7 @@ from qjax.graph.matmuls import Matmul
 from qjax.graph.operation import along_channels, from_output_matrix
 from qjax.integer import lowerings
 from qjax.integer.accumulator import Accumulator, fit, is_sum_enough, sum_term_by_term
+from qjax.integer.chunks import by_chunks, chunk_size
 from qjax.integer.codes import (
     WIDE,
     Codes,
@@ -41,12 +42,14 @@ from qjax.integer.codes import (
     for_sum,
     for_union,
     held,
+    on_grid,
     real_value,
     requantized,
     rescaled,
     to_grid,
     wide_scale,
 )
+from qjax.integer.constants import Constants
 from qjax.integer.lowerings import Lowering, signed
 from qjax.integer.matmul import MatmulPlan, multiply_codes
 from qjax.integer.requantize import Arithmetic
@@ -77,6 +80,12 @@ class LayerPlan(NamedTuple):
     limit: int
     accumulator: Accumulator | None
 
+    @property
+    def lowering_of_sum(self) -> Lowering | None:
+        """The lowering that computes the accumulator, also where a narrower one is simulated."""
+        is_given = self.accumulator is None or self.lowering is None
+        return self.lowering if is_given else Lowering(lowerings.INT8)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -104,13 +113,13 @@ class Plan:
 
 
 def integer_rules(
-    plan: Plan, biases: Mapping[str, jax.Array], record: Record = lambda name, acc: None
+    plan: Plan, constants: Mapping[str, Constants], record: Record | None = None
 ) -> Rules:
     """The rules that evaluate a network on integers.
 
     Args:
       plan: of the network.
-      biases: with the zero-point corrections, from `lowerings.folded_bias`, by layer.
+      constants: of the layers that have an integer accumulator, by name.
       record: called with (name, accumulator) of every layer that has an integer one: int32[...], or
         the same integers as float32, in the layout of the layer's operation.
     """
@@ -118,6 +127,10 @@ def integer_rules(
     matmuls = dict(plan.matmuls)
 
     def layer_rule(site: Site, layer: QuantizedLayer, value: Any) -> Codes | jax.Array:
+        with jax.named_scope(site.layer.name):  # as profiles show it
+            return in_scope(site, layer, value)
+
+    def in_scope(site: Site, layer: QuantizedLayer, value: Any) -> Codes | jax.Array:
         name = site.layer.name
         planned = plans[name]
         if planned.lowering is None:
@@ -127,13 +140,17 @@ def integer_rules(
         if layer.sums_dynamic_codes:
             y = _sum_dynamic_codes(site, layer, planned.lowering, real_value(value, site.input))
             return _real_output(site, layer, planned, y, arithmetic)
-        assert layer.grid is not None and planned.inputs is not None
-        dtype = jaxpr.dtype(site.input)
-        x = to_grid(value, layer.grid, planned.inputs, arithmetic, dtype)
-        acc = _accumulate(site, layer, planned, biases[name], x)
-        acc = acc.astype(jnp.int32) if arithmetic.only_integers else acc
-        record(name, acc)
-        return _output(site, layer, planned, acc, arithmetic)
+        assert planned.inputs is not None
+        found, dtype = constants[name], jaxpr.dtype(site.input)
+        x = to_grid(value, found.inputs, planned.inputs, arithmetic, dtype)
+
+        def accumulated(codes: jax.Array) -> jax.Array:
+            acc = _accumulate(site, layer, planned, found.bias, x.replace(codes))
+            return acc.astype(jnp.int32) if arithmetic.only_integers else acc
+
+        if record is not None:
+            record(name, accumulated(x.codes))
+        return _output(site, layer, planned, found, accumulated, x.codes, arithmetic)
 
     def activated_rule(site: Site, layer: QuantizedLayer, value: Any) -> Any:
         key = plans[site.layer.name].activated
@@ -192,7 +209,7 @@ def _sum_dynamic_codes(
         assert isinstance(at.inputs, QParams)
         inputs = signed(at.inputs)
         without_bias = dataclasses.replace(at, bias=jnp.zeros(at.bias.shape, jnp.int32))
-        folded = lowerings.folded_bias(without_bias)
+        folded = lowerings.folded_bias(without_bias, lowering.method)
         operands = lowerings.operands(operation, without_bias, folded, lowering)
         codes = quantize_array(x, inputs)
         acc = lowerings.accumulate(operation, operands, codes, inputs.zero_point, lowering)
@@ -206,12 +223,11 @@ def _accumulate(
     site: Site, layer: QuantizedLayer, plan: LayerPlan, bias: jax.Array, x: Codes
 ) -> jax.Array:
     """Computes a layer's accumulator, as wide as planned, in the layout of its operation."""
-    lowering, narrow = plan.lowering, plan.accumulator
+    lowering, narrow = plan.lowering_of_sum, plan.accumulator
     assert lowering is not None
     if narrow is not None and not is_sum_enough(narrow):
         return _accumulate_term_by_term(site, layer, bias, x, narrow)
     operation = site.layer.operation
-    lowering = lowering if narrow is None else Lowering(lowerings.INT8)
     operands = lowerings.operands(operation, layer, bias, lowering)
     acc = lowerings.accumulate(operation, operands, x.codes, x.zero_point, lowering)
     return acc if narrow is None else fit(acc, narrow)
@@ -226,20 +242,53 @@ def _accumulate_term_by_term(
     groups, _, channels = kernel.shape
     own_bias = layer.bias.reshape(groups, channels)
     acc = sum_term_by_term(operation.patches(x.centered), kernel, own_bias, narrow)
-    shape = lowerings.output_shape(operation, x.centered, kernel)
+    shape = lowerings.output_shape(operation, x.centered)
     return from_output_matrix(operation, acc, shape)
 
 
 def _output(
-    site: Site, layer: QuantizedLayer, plan: LayerPlan, acc: jax.Array, arithmetic: Arithmetic
+    site: Site,
+    layer: QuantizedLayer,
+    plan: LayerPlan,
+    constants: Constants,
+    accumulated: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    arithmetic: Arithmetic,
 ) -> Codes | jax.Array:
-    """Requantizes an accumulator to the layer's output: codes, or a sum."""
-    operation = site.layer.operation
-    unit = along_channels(operation, accumulator_scale(operation, layer), acc.ndim)
+    """Requantizes the accumulator of an input to the layer's output: codes, or a sum."""
+    operation, dtype = site.layer.operation, site.movement.dtype
+    assert plan.lowering_of_sum is not None
+    size = chunk_size(operation, plan.lowering_of_sum, x)
+
+    def along(vector: jax.Array, acc: jax.Array) -> jax.Array:
+        return along_channels(operation, vector, acc.ndim)
+
+    def scaled(acc: jax.Array) -> Codes | jax.Array:
+        multiplier = constants.multiplier
+        return requantized(
+            acc,
+            along(constants.unit, acc),
+            constants.outputs,
+            plan.outputs,
+            plan.limit,
+            dtype,
+            arithmetic,
+            None if multiplier is None else along(multiplier, acc),
+        )
+
+    def codes_of(x: jax.Array) -> jax.Array:
+        found = scaled(accumulated(x))
+        assert isinstance(found, Codes)
+        return found.codes
+
+    if constants.outputs is not None and plan.outputs is not None:
+        codes = by_chunks(codes_of, x, size)
+        return on_grid(site.movement.of_codes(codes), constants.outputs, plan.outputs)
+    acc = by_chunks(accumulated, x, size)
     if isinstance(layer.outputs, Dynamic):
-        return site.movement(layer.outputs.project(acc.astype(jnp.float32) * unit))
-    dtype = site.movement.dtype
-    found = requantized(acc, unit, layer.outputs, plan.outputs, plan.limit, dtype, arithmetic)
+        y = acc.astype(jnp.float32) * along(constants.unit, acc)
+        return site.movement(layer.outputs.project(y))
+    found = scaled(acc)
     if isinstance(found, Codes):
         return found.replace(site.movement.of_codes(found.codes))
     return site.movement(found)

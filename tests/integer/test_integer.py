@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ import qjax
 from qjax import QParams
 from qjax.graph.layers import find_layers, shapes_of
 from qjax.graph.operation import Linear
-from qjax.integer import lowerings
-from qjax.integer.lowerings import DOT, FLOAT32, INT8, LOWERINGS, Lowering
+from qjax.integer import chunks, lowerings
+from qjax.integer.lowerings import DOT, LOWERINGS, Lowering
 from qjax.integer.requantize import ARITHMETICS
 from qjax.run.layer import QuantizedLayer
 
@@ -70,9 +71,11 @@ def test_accumulators_equal_int64(case: operations.Case, seed: int, bits: tuple[
     zero_point = int(stored.zero_point)
     expected = in_int64(operation, layer, codes - zero_point)
     x = jnp.asarray(codes, stored.dtype)
-    slices = lowerings.choose(operation, layer, FLOAT32, "cpu")
-    for lowering in (Lowering(INT8), Lowering(DOT), slices):
-        folded = lowerings.folded_bias(layer)
+    found = [method.lower(operation, layer) for method in LOWERINGS.values()]
+    is_unsigned = max(bits) <= 8 and operation.ends_with_channels
+    assert [lowering is not None for lowering in found] == [True, True, is_unsigned, True]
+    for lowering in filter(None, found):
+        folded = lowerings.folded_bias(layer, lowering.method)
         given = lowerings.operands(operation, layer, folded, lowering)
         acc = lowerings.accumulate(operation, given, x, stored.zero_point, lowering)
         np.testing.assert_array_equal(operations.by_channel(operation, acc), expected)
@@ -187,10 +190,39 @@ def test_unsigned_codes_of_weights_meet_signed_ones_of_inputs():
     weights = qjax.QuantSpec(8, symmetric=False, granularity="per_channel")
     q = qjax.quantize(case.apply_fn, case.params, case.x, qjax.recipe(8, weights=weights).naive())
     fake = q.apply_fn.codes(q.params, case.x)
-    for lowering in LOWERINGS:
+    for lowering in ("int8", "dot", "float32"):
         found = qjax.integer(q, lowering=lowering).codes(q.params, case.x)
         for name, codes in fake.items():
             np.testing.assert_array_equal(found[name], codes)
+    with pytest.raises(
+        ValueError, match="layer '0': it takes a CPU, .* signed ones of the weights"
+    ):
+        qjax.integer(q, lowering="uint8")(q.params, case.x)
+
+
+@pytest.mark.parametrize("lowering", ["dot", "uint8"])
+@pytest.mark.parametrize("batch", [1, 6, 7])
+def test_chunks_of_a_batch_give_what_the_batch_gives(
+    lowering: str, batch: int, monkeypatch: pytest.MonkeyPatch
+):
+    q, x = quantized("linen_resnet"), CASES["linen_resnet"].x[:1]
+    x = jnp.concatenate([x + i for i in range(batch)])
+    expected = q.apply_fn.codes(q.params, x)
+    monkeypatch.setattr(chunks, "_BYTES", 2**14)
+    run = qjax.integer(q, lowering=lowering)
+    text = jax.jit(run.codes).lower(q.params, x).as_text()
+    assert ("while" in text) == (batch > 1)
+    chex.assert_trees_all_equal(jax.jit(run.codes)(q.params, x), expected, strict=True)
+
+
+def test_a_batch_of_any_size():
+    q, x = quantized("linen_resnet"), CASES["linen_resnet"].x
+    run = qjax.integer(q, lowering="uint8")
+    (batch,) = jax.export.symbolic_shape("batch")
+    shape = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+    exported = jax.export.export(jax.jit(lambda x: run(q.params, x)))(shape)
+    for n in (1, 3):
+        np.testing.assert_array_equal(exported.call(x[:n]), run(q.params, x[:n]))
 
 
 def test_layers_in_float_stay_in_float():
@@ -214,7 +246,7 @@ def test_layers_in_float_stay_in_float():
             {"arithmetic": "double"},
             "`arithmetic` must be one of float, fixed_point, .*; got 'double'",
         ),
-        ({"lowering": "fpga"}, "`lowering` must be one of int8, dot, float32; got 'fpga'"),
+        ({"lowering": "fpga"}, "`lowering` must be one of int8, dot, uint8, float32; got 'fpga'"),
         ({"lowering": {"nowhere": "int8"}}, "`lowering` names 'nowhere', which is no layer"),
     ],
 )
