@@ -61,7 +61,7 @@ def test_a_device_that_does_not_gets_products_of_matrices(monkeypatch: Any, capl
     [message] = caplog.messages
     assert "convolutions of int8 in groups give wrong sums on this device" in message
     assert lowerings.choose(operation, layer, lowerings.INT8, TABLE).method is lowerings.INT8
-    folded = lowerings.folded_bias(layer)
+    folded = lowerings.folded_bias(layer, lowerings.INT8)
     grid = lowerings.signed(layer.grid)
     codes = jnp.asarray(rng.integers(-128, 128, x.shape), jnp.int8)
     sums = [
