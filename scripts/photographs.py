@@ -41,7 +41,7 @@ TEXT = """\
 `python scripts/evaluate.py photographs --models {model} --dataset FOLDER
 --calibration-size {size}`:
 {size} images of `train` in FOLDER to calibrate on, all {tested} of `test` to test, where the float
-network has {top1:.1f} % top-1. One standard error of top-1 and of agreement is one to two points.
+network has {top1:.1f} % top-1. One standard error of a share of them is at most two points.
 
 * *agreement*: test images for which both networks find the same class, in percent.
 * *logits dB*: |f(x) - f̂(x)|² / |f(x)|² on the test images; less is better.

@@ -91,7 +91,10 @@ def measure(name: str) -> dict[str, Any]:
         floats = qjax.to_onnx(apply_fn, params, calibration[:1])
     except ValueError as error:
         return found | {"not_exported": str(error)}
-    run, _ = session(0, quantize_static(floats, calibration))
+    try:
+        run, _ = session(0, quantize_static(floats, calibration))
+    except Exception as error:  # of ONNX Runtime, which has its own each
+        return found | {"not_quantized": str(error).partition("\n")[0]}
     return found | {OWN: error_db(expected, run(others))}
 
 
@@ -150,10 +153,15 @@ def document(known: Mapping[str, Any]) -> str:
     rows = [row(name, found) for name, found in known.items()]
     rules = ("---", "---", *["---:"] * (len(HEADER) - 2))
     lines = [f"| {' | '.join(line)} |" for line in (HEADER, rules, *rows)]
+    failures = {
+        "not_exported": "Not exported",
+        "not_quantized": "Not quantized, or not loaded then, by ONNX Runtime itself",
+    }
     notes = [
-        f"Not exported: {zoo_networks.NETWORKS[name].family}: {found['not_exported']}\n"
+        f"{said}: {zoo_networks.NETWORKS[name].family}: {found[key]}\n"
+        for key, said in failures.items()
         for name, found in known.items()
-        if "not_exported" in found
+        if key in found
     ]
     return TEXT.format(
         count=len(rows),

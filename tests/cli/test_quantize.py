@@ -49,7 +49,7 @@ def test_quantize(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     kept, out = tmp_path / "kept", tmp_path / "artifact"
-    options = ["--bits", "3", "--tune", "40", "--tune-size", "36", "--checkpoint", str(kept)]
+    options = ["--bits", "4", "--tune", "40", "--tune-size", "36", "--checkpoint", str(kept)]
     assert quantize(*options, "--out", str(out), "--json") == 0
     *lines, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)["tuning"]

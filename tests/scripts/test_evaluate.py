@@ -42,7 +42,17 @@ def write(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ablation", "codebooks", "fixed-point", "mixed", "ranges", "tuning", "widths"]
+    "name",
+    [
+        "ablation",
+        "attention",
+        "codebooks",
+        "fixed-point",
+        "mixed",
+        "ranges",
+        "tuning",
+        "widths",
+    ],
 )
 def test_a_page_is_what_its_measurements_say(name: str, evaluate: Any):
     page = ROOT / "docs" / f"results-{name}.md"
@@ -95,6 +105,47 @@ def test_what_is_missing_is_measured_and_appended(
     assert asked == [(4, 1, "error")]
     assert evaluate.read(path)[:-1] == LINES
     assert evaluate.read(path)[-1]["column"] == "4 bits"
+
+
+def test_a_way_may_have_a_number_of_images_of_its_own(
+    tmp_path: Path, evaluate: Any, monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+
+    class Measuring:
+        used = 1024
+
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def of(self, way: Any, seed: int, error: str) -> dict[str, Any]:
+            asked.append(way.images)
+            return {"top1": 80.0, "error": 0.5, "calibration_images": way.images}
+
+    monkeypatch.setattr(evaluate, "Measuring", Measuring)
+    path = tmp_path / "kept.jsonl"
+    write(path, [FLOAT | {"test_images": 100}])
+    given = ["--models", "a", "--rows", "4 bits, default", "--columns", "16", "256"]
+    arguments = options(evaluate, *given, "--results", str(path))
+    evaluate.run("calibration", arguments)
+    assert asked == [16, 256]
+    evaluate.run("calibration", arguments)
+    assert asked == [16, 256]
+    assert "16 or 256 calibration images" in path.with_suffix(".md").read_text()
+
+
+def test_the_page_of_networks_is_what_was_measured(evaluate: Any):
+    zoo = evaluate.zoo
+    known = zoo.measured(zoo.RESULTS)
+    assert known and known.keys() <= zoo.zoo_networks.NETWORKS.keys()
+    assert zoo.PAGE.read_text(encoding="utf-8") == zoo.document(known)
+
+
+def test_the_page_of_photographs_is_what_was_measured(evaluate: Any):
+    photographs = evaluate.photographs
+    about, known = photographs.measured(photographs.RESULTS)
+    text = photographs.RESULTS.with_suffix(".md").read_text(encoding="utf-8")
+    assert text == photographs.document(*about.values(), known)
 
 
 def test_measurements_are_forgotten_by_model_draw_row_and_column(tmp_path: Path, evaluate: Any):
