@@ -56,6 +56,7 @@ def test_blocks_without_output_run(
             exec(compile(block, str(ALL[name]), "exec"), names)
 
 
+@pytest.mark.usefixtures("optimized")  # fitting takes longer than compiling
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_a_tutorial_finds_what_it_tells(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")

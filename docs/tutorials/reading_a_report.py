@@ -11,7 +11,7 @@ from pretrained import datasets
 
 model = pretrained.load("resnet20-digits")
 images = datasets.load("digits", "train").images
-calibration = model.preprocess(datasets.calibration_draw(images, 128, seed=0))
+calibration = model.preprocess(datasets.calibration_draw(images, 256, seed=0))
 test = datasets.load("digits", "test")
 
 q = qjax.quantize(model.apply_fn, model.params, calibration, bits=3)
