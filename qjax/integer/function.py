@@ -207,7 +207,7 @@ class IntegerFunction:
     narrow: Mapping[str, Accumulator]
     sums: tuple[tuple[str, GridKey], ...] = ()
     matmuls: Mapping[str, QuantizedMatmul] = dataclasses.field(default_factory=dict)
-    _plans: MutableMapping[Network, Plan] = dataclasses.field(
+    _plans: MutableMapping[Network, dict[bool, Plan]] = dataclasses.field(
         default_factory=weakref.WeakKeyDictionary, repr=False
     )
     _found: dict[tuple[Any, ...], Any] = dataclasses.field(default_factory=dict, repr=False)
@@ -271,27 +271,35 @@ class IntegerFunction:
 
     def _run(self, function: Callable[..., Any], params: Mapping[str, Any], x: Any) -> Any:
         network = self.function.network(x)
-        plan = self._plan(network)
+        is_traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, x)))
+        plan = self._plan(network, is_traced)
         program = network.program((function, plan), partial(function, network, plan))
         return program(params, self._constants(network, plan, params), x)
 
-    def _plan(self, network: Network) -> Plan:
-        """What the programs of a network depend on; remembered as long as the network is."""
-        if network not in self._plans:
-            layers = ((site.layer.name, self._layer_plan(site)) for site in network.first_sites)
+    def _plan(self, network: Network, is_traced: bool = False) -> Plan:
+        """What the programs of a network depend on; remembered as long as the network is.
+
+        Args:
+          network: the network.
+          is_traced: whether the call is traced from outside, maybe for an export.
+        """
+        plans = self._plans.setdefault(network, {})
+        if is_traced not in plans:
+            sites = network.first_sites
+            layers = ((site.layer.name, self._layer_plan(site, is_traced)) for site in sites)
             matmuls = tuple(
                 (step.name, plan_matmul(step, self.matmuls[step.name]))
                 for step in (find_matmuls(network) if self.matmuls else ())
                 if step.name in self.matmuls
             )
-            self._plans[network] = Plan(self.arithmetic, tuple(layers), self.sums, matmuls)
-        return self._plans[network]
+            plans[is_traced] = Plan(self.arithmetic, tuple(layers), self.sums, matmuls)
+        return plans[is_traced]
 
-    def _layer_plan(self, site: Site) -> LayerPlan:
+    def _layer_plan(self, site: Site, is_traced: bool) -> LayerPlan:
         layer = self.layers[site.layer.name]
         is_sum = layer.has_integer_accumulator and layer.outputs is None
         return LayerPlan(
-            self._lowering(site) if _sums_codes(layer) else None,
+            self._lowering(site, is_traced) if _sums_codes(layer) else None,
             grid_key(layer.grid),
             grid_key(layer.outputs),
             grid_key(layer.activated),
@@ -299,10 +307,10 @@ class IntegerFunction:
             self.narrow.get(site.layer.name),
         )
 
-    def _lowering(self, site: Site) -> Lowering:
+    def _lowering(self, site: Site, is_traced: bool) -> Lowering:
         name, only_integers = site.layer.name, self.arithmetic.only_integers
         layer, method = self.layers[name], self.methods.get(name)
-        table = lowerings.fastest_on(jax.default_backend())
+        table = lowerings.fastest_on(jax.default_backend(), only_portable=is_traced)
         try:
             return lowerings.choose(site.layer.operation, layer, method, table, only_integers)
         except ValueError as error:

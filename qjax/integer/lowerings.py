@@ -62,6 +62,7 @@ class Method(NamedTuple):
       accumulate: of (operation, operands, input codes, their code of 0, lowering).
       offset: what it adds to the stored codes of the input.
       cuts_patches: whether it holds the patches of an input.
+      is_portable: whether all that read StableHLO compute it as XLA does.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Method(NamedTuple):
     accumulate: Callable[[Linear, Operands, jax.Array, jax.Array, "Lowering"], jax.Array]
     offset: int = 0
     cuts_patches: bool = False
+    is_portable: bool = True
 
     def __repr__(self) -> str:
         return self.name
@@ -459,6 +461,7 @@ UINT8 = Method(
     _accumulate_unsigned,
     offset=_UNSIGNED,
     cuts_patches=True,
+    is_portable=False,  # IREE takes unsigned operands of products for signed ones
 )
 FLOAT32 = Method(
     "float32",
@@ -491,10 +494,15 @@ FASTEST: dict[str, tuple[Row, ...]] = {
 }
 
 
-def fastest_on(platform: str) -> tuple[Row, ...]:
+def fastest_on(platform: str, only_portable: bool = False) -> tuple[Row, ...]:
     """The table of the fastest lowerings on a platform, e.g. `cpu`; `ALWAYS` on those not measured.
 
     On a CPU it depends on the instructions of this machine.
+
+    Args:
+      platform: of the device.
+      only_portable: whether to leave out what other compilers than XLA may get wrong.
     """
     kind = f"{platform} with int8 dot instructions" if has_dot_instructions() else platform
-    return FASTEST.get(kind, FASTEST.get(platform, ALWAYS))
+    rows = FASTEST.get(kind, FASTEST.get(platform, ALWAYS))
+    return tuple(row for row in rows if row.method.is_portable or not only_portable)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 import qjax
 from qjax.integer import lowerings, trial
@@ -72,3 +73,16 @@ def test_a_device_that_does_not_gets_products_of_matrices(monkeypatch: Any, capl
         for each in (sound, chosen[0])
     ]
     np.testing.assert_array_equal(*sums)
+
+
+def test_a_trace_from_outside_has_no_products_of_two_types(monkeypatch: pytest.MonkeyPatch):
+    """Other compilers may take unsigned operands for signed ones: `uint8` has to be asked for."""
+    monkeypatch.setattr(lowerings, "has_dot_instructions", lambda: True)
+    q, x = small.quantized(), small.images(5)
+    found = {
+        name: str(jax.make_jaxpr(qjax.integer(q, lowering=given))(q.params, x))
+        for name, given in {"default": None, "asked": "uint8"}.items()
+    }
+    assert ":u8[" in found["asked"] and ":u8[" not in found["default"]
+    chosen = qjax.integer(q).lowerings(x).values()
+    assert lowerings.UINT8 in [lowering.method for lowering in chosen]
