@@ -175,9 +175,10 @@ class Shares:
         counts = gathered(own.total).ravel()
         self._own, self._count = own, own.total
         self._start = int(counts[: jax.process_index()].sum())
-        self.total, self.shapes = int(counts.sum()), own.shapes
-        self.is_in_memory = own.is_in_memory
-        self.digest = hashlib.sha256("".join(gathered_text(own.digest)).encode()).hexdigest()
+        self.total: int = int(counts.sum())
+        self.shapes: Any = own.shapes
+        self.is_in_memory: bool = own.is_in_memory
+        self.digest: str = hashlib.sha256("".join(gathered_text(own.digest)).encode()).hexdigest()
 
     def batches(self, sizes: Sequence[int]) -> Iterator[Any]:
         """Batches of all images, the own ones in place; see `Images`."""

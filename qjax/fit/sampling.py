@@ -5,6 +5,7 @@ Values are stacked by batch, [batches, examples, ...].
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +28,12 @@ def coprime_stride(size: int, limit: int) -> int:
     return stride
 
 
-def patch_stride(
-    operation: Linear,
-    values: jax.Array | jax.ShapeDtypeStruct,
-    limit: int,
-    batches: int | None = None,
-) -> int:
+def patch_stride(operation: Linear, values: Any, limit: int, batches: int | None = None) -> int:
     """The stride between positions that leaves about `limit` patches of all the batches.
 
     Args:
       operation: the linear operation.
-      values: its input, [batches, examples, ...].
+      values: its input, [batches, examples, ...], or the shape of it.
       limit: patches.
       batches: how many there are in all; by default those of `values`.
     """
