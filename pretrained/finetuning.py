@@ -9,10 +9,12 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import qjax
@@ -20,17 +22,51 @@ from pretrained import Pretrained, checkpoint, training
 from pretrained.datasets import Dataset, calibration_draw
 from pretrained.preprocessing import Preprocessing
 from pretrained.recipes import RECIPES, Recipe
+from qjax.formats.spec import check_choice
+from qjax.objectives.divergence import divergence_of_classes
 from qjax.qat import METHODS, TrainableFunction
 
 CALIBRATION_SIZE = 1024
 BATCH_SIZE = 64
 ENDS = 8  # bits of the first and of the last layer
+TEMPERATURE = 4.0  # of logits that a teacher gives
 
 # By dataset: how far images are shifted, whether they are mirrored.
 AUGMENTATION = {recipe.dataset: (recipe.shift, recipe.flip) for recipe in RECIPES.values()}
 # By method: the peak of the learning rate, the one of least training loss on mlp-mnist.
 LEARNING_RATE = {"xnor": 0.1}
 DEFAULT_LEARNING_RATE = 0.01
+
+
+class Batch(NamedTuple):
+    """What a loss sees of a step.
+
+    Attributes:
+      logits: of the network that is trained, float[N, K].
+      labels: int32[N].
+      teacher: computes the logits of the float network.
+    """
+
+    logits: jax.Array
+    labels: jax.Array
+    teacher: Callable[[], jax.Array]
+
+
+def from_labels(batch: Batch) -> jax.Array:
+    """The mean cross-entropy."""
+    return training.cross_entropy(batch.logits, batch.labels, 0.0)
+
+
+def from_teacher(batch: Batch) -> jax.Array:
+    """How far the classes' probabilities are from the float network's, at a temperature of 4.
+
+    References:
+      Hinton et al., 2015, arXiv:1503.02531, section 2.
+    """
+    return jnp.mean(divergence_of_classes(batch.teacher(), batch.logits, TEMPERATURE))
+
+
+LOSSES = {"labels": from_labels, "teacher": from_teacher}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +77,13 @@ class FineTuning(Recipe):
       init_from: the model that training starts from.
       method: a name in `qjax.qat.METHODS`.
       quantization: the JSON of the `qjax.Recipe`.
+      loss: a name in `LOSSES`.
     """
 
     init_from: str = ""
     method: str = "lsq"
     quantization: str = ""
+    loss: str = "labels"
 
     @property
     def identifier(self) -> str:
@@ -84,6 +122,7 @@ def fine_tuning(
     epochs: float,
     learning_rate: float | None = None,
     seed: int = 0,
+    loss: str = "labels",
 ) -> FineTuning:
     """Returns the recipe that trains a pretrained model further, quantized.
 
@@ -94,10 +133,13 @@ def fine_tuning(
       epochs: passes over the training split, or a part of one.
       learning_rate: the peak; by default the method's own.
       seed: of the draw of calibration images, the order and the augmentation.
+      loss: `labels`, or `teacher`: the classes' probabilities of the float network.
 
     Raises:
-      ValueError: the model is of the user's own, with a `preprocess` that is no `Preprocessing`.
+      ValueError: the model is of the user's own, with a `preprocess` that is no `Preprocessing`; or
+        the loss is unknown.
     """
+    check_choice("loss", loss, LOSSES)
     if not isinstance(loaded.preprocess, Preprocessing):
         raise ValueError(
             f"{loaded.name} can be trained only with a pretrained.preprocessing.Preprocessing as "
@@ -120,6 +162,7 @@ def fine_tuning(
         init_from=loaded.name,
         method=method,
         quantization=json.dumps(recipe.to_json()),
+        loss=loss,
     )
 
 
@@ -140,7 +183,10 @@ def prepare(
     function, params = qjax.qat.prepare(
         loaded.apply_fn, loaded.params, images, recipe.method, quantization, progress=progress
     )
-    return QuantizationAware(function, params, recipe.preprocessing, images)
+    teacher = partial(loaded.apply_fn, loaded.params)
+    return QuantizationAware(
+        function, params, recipe.preprocessing, images, teacher, LOSSES[recipe.loss]
+    )
 
 
 class Result(NamedTuple):
@@ -197,12 +243,16 @@ class QuantizationAware:
       params: its params before the first step.
       preprocess: from pixels to network input.
       images: the preprocessed calibration images.
+      teacher: the float network, a function of preprocessed images.
+      loss_fn: one of `LOSSES`.
     """
 
     function: TrainableFunction
     params: Any
     preprocess: Preprocessing
     images: Any
+    teacher: Callable[[jax.Array], jax.Array]
+    loss_fn: Callable[[Batch], jax.Array]
 
     scans: ClassVar[bool] = False
 
@@ -216,6 +266,10 @@ class QuantizationAware:
     ) -> tuple[jax.Array, Any]:
         """See `Trainee`."""
         return self.function(params, x, key), batch_stats
+
+    def loss(self, logits: jax.Array, x: jax.Array, labels: jax.Array) -> jax.Array:
+        """See `Trainee`."""
+        return self.loss_fn(Batch(logits, labels, partial(self.teacher, x)))
 
     def constrain(self, params: Any) -> Any:
         """See `Trainee`."""

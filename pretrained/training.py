@@ -59,6 +59,10 @@ class Trainee(Protocol):
         """The forward pass in training mode: (logits float[N, K], the updated `batch_stats`)."""
         ...
 
+    def loss(self, logits: jax.Array, x: jax.Array, labels: jax.Array) -> jax.Array:
+        """What is minimized, float[], at the preprocessed images x."""
+        ...
+
     def constrain(self, params: Any) -> Any:
         """Brings params back to where they must be, after an update."""
         ...
@@ -186,6 +190,11 @@ class FromScratch:
         variables = {"params": params, "batch_stats": batch_stats}
         return training_pass(self.recipe.model, variables, x)
 
+    def loss(self, logits: jax.Array, x: jax.Array, labels: jax.Array) -> jax.Array:
+        """See `Trainee`."""
+        del x
+        return cross_entropy(logits, labels, self.recipe.label_smoothing)
+
     def constrain(self, params: Any) -> Any:
         """See `Trainee`."""
         return params
@@ -306,8 +315,7 @@ def _step(
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
         draw = jax.random.fold_in(key, 1)
         logits, batch_stats = trainee.forward(params, state.batch_stats, x, draw)
-        labels = examples.labels[rows]
-        return cross_entropy(logits, labels, recipe.label_smoothing), batch_stats
+        return trainee.loss(logits, x, examples.labels[rows]), batch_stats
 
     (loss, batch_stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     rate = learning_rate(recipe, steps, state.step)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from markdown import markdown_table
 from measure import cpu_seconds, in_fresh_process, peak_bytes
 from zoo import error_db
 
@@ -34,6 +35,7 @@ RECIPES: dict[str, qjax.Recipe] = {
     ),
 }
 HEADER = ("recipe", "top-1", "agreement", "logits dB", "held-out dB", "CPU s", "GB")
+ALIGN = "<>>>>>>"
 
 TEXT = """\
 # A large network on photographs
@@ -69,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         work = partial(in_fresh_process, measure, model, dataset, size, name)
         known[name] = kept.of(name, work)
     rows = [row(name, found) for name, found in known.items()]
-    print(table(HEADER, rows, "<" + ">" * (len(HEADER) - 1)))
+    print(table(HEADER, rows, ALIGN))
     write(path.with_suffix(".md"), document(label, size, known))
 
 
@@ -126,8 +128,6 @@ def row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
 def document(model: str, size: int, known: Mapping[str, Any]) -> str:
     """The page."""
     rows = [row(name, found) for name, found in known.items()]
-    rules = ("---", *["---:"] * (len(HEADER) - 1))
-    lines = [f"| {' | '.join(line)} |" for line in (HEADER, rules, *rows)]
     first = next(iter(known.values()))
     return TEXT.format(
         model=model,
@@ -135,5 +135,5 @@ def document(model: str, size: int, known: Mapping[str, Any]) -> str:
         tested=first["test_images"],
         held_out=first["held_out_images"],
         top1=first["float_top1"],
-        table="\n".join(lines),
+        table=markdown_table(HEADER, rows, ALIGN),
     )

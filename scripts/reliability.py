@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import reliability_artifacts as artifacts
 import reliability_commands as commands
+from markdown import markdown_table
 from reliability_artifacts import Case
 
 from qjax import atomic
@@ -72,7 +73,7 @@ Nothing that is read is ever executed.
 `{command}`
 """
 HEADER = ("group", "cases", "refused", "survived", "lost or unclear", "seconds")
-RULES = ("---", *(5 * ("---:",)))
+ALIGN = "<>>>>>"
 
 
 def count(name: str, cases: int, minutes: float, seed: int) -> tuple[tuple[str, ...], list[str]]:
@@ -113,11 +114,11 @@ def main() -> int:
         )
         rows.append(row)
         failures += failed
-    print("", table(HEADER, rows, "<>>>>>"), *failures, sep="\n")
+    print("", table(HEADER, rows, ALIGN), *failures, sep="\n")
     if arguments.out is not None:
-        lines = [f"| {' | '.join(row)} |" for row in (HEADER, RULES, *rows)]
         command = shlex.join(["python", "scripts/reliability.py", *sys.argv[1:]])
-        atomic.write(arguments.out, TEXT.format(table="\n".join(lines), command=command))
+        text = TEXT.format(table=markdown_table(HEADER, rows, ALIGN), command=command)
+        atomic.write(arguments.out, text)
     return bool(failures)
 
 

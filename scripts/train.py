@@ -82,6 +82,14 @@ def _add_quantized(parser: argparse.ArgumentParser) -> None:
     add("--weights-only", action="store_true", help="leave inputs and outputs in float")
     add("--epochs", type=float, default=1.0, metavar="N", help="(%(default)s)")
     add("--learning-rate", type=float, metavar="RATE", help="peak learning rate (the method's own)")
+    add(
+        "--loss",
+        choices=finetuning.LOSSES,
+        default="labels",
+        metavar="NAME",
+        help="what is minimized: cross-entropy with the labels, or divergence from the float "
+        "network's logits (teacher); default: %(default)s",
+    )
     add("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
     add("--out", metavar="DIR", help="save the quantized model for qjax.load")
 
@@ -101,6 +109,7 @@ def train_quantized(arguments: argparse.Namespace) -> None:
         arguments.epochs,
         arguments.learning_rate,
         seed=arguments.seed,
+        loss=arguments.loss,
     )
     data, test = (
         datasets.load(loaded.dataset, split, arguments.data_dir) for split in ("train", "test")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from accuracy_pages import show
+from markdown import markdown_table
 
 import pretrained
 from pretrained import datasets
@@ -27,6 +28,7 @@ from qjax.table import table
 DOCS = Path(__file__).parent.parent / "docs"
 MODEL, IMAGES = "resnet20-cifar10", 64
 HEADER = ("calibration images", "images", "nats, median of the layers", "greatest", "warned of")
+ALIGN = "<>>><"
 
 TEXT = """\
 # Images unlike those in training
@@ -101,8 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
         median = statistics.median(found)
         said = "yes" if median > UNLIKE + 1 / len(images) else "no"
         rows.append((name, str(len(images)), f"{median:.3f}", f"{max(found):.3f}", said))
-    print(table(HEADER, rows, "<>>><"))
-    rules = ("---", "---:", "---:", "---:", "---")
-    text = "\n".join(f"| {' | '.join(line)} |" for line in (HEADER, rules, *rows))
+    print(table(HEADER, rows, ALIGN))
+    text = markdown_table(HEADER, rows, ALIGN)
     write(DOCS / "results-unlike.md", TEXT.format(model=MODEL, table=text))
     show(DOCS / "calibration-data.md", "unlike", text)

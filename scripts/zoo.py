@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import zoo_networks
+from markdown import markdown_table
 from measure import cpu_seconds, in_fresh_process, peak_bytes
 from onnx_sessions import quantize_static, session
 
@@ -31,6 +32,7 @@ EQUAL = 1e-5  # share of the largest output by which two results may differ and 
 OWN = "ONNX Runtime's own W8A8"
 HEADER = ("network", "framework", "layers", "in float", *RECIPES, OWN)
 HEADER += ("integers", "CPU s", "GB")
+ALIGN = "<<" + ">" * (len(HEADER) - 2)
 
 TEXT = """\
 # Networks
@@ -124,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(name, flush=True)
         known[name] = kept.of(name, partial(in_fresh_process, measure, name))
     rows = [row(name, found) for name, found in known.items()]
-    print(table(HEADER, rows, "<<" + ">" * (len(HEADER) - 2)))
+    print(table(HEADER, rows, ALIGN))
     write(results.with_name(PAGE.name), document(known))
 
 
@@ -151,8 +153,6 @@ def row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
 def document(known: Mapping[str, Any]) -> str:
     """The page."""
     rows = [row(name, found) for name, found in known.items()]
-    rules = ("---", "---", *["---:"] * (len(HEADER) - 2))
-    lines = [f"| {' | '.join(line)} |" for line in (HEADER, rules, *rows)]
     failures = {
         "not_exported": "Not exported",
         "not_quantized": "Not quantized, or not loaded then, by ONNX Runtime itself",
@@ -169,6 +169,6 @@ def document(known: Mapping[str, Any]) -> str:
         images=IMAGES,
         own=OWN,
         equal=EQUAL,
-        table="\n".join(lines),
+        table=markdown_table(HEADER, rows, ALIGN),
         notes="\n".join(notes),
     )

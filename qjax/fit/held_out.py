@@ -9,7 +9,7 @@ the fits D₋ₖ to the others leave the least error in all that were held out:
 
     e(δ) = Σₖ Eₖ‖r − r̄₋ₖ − D₋ₖᵀ(x̂ − x̄₋ₖ)‖².
 
-Both sides follow from the second moments of (x̂, r) in each fold: nothing is evaluated again. A
+Both sides follow from the moments of x̂ and r in each fold: nothing is evaluated again. A
 great δ leaves the kernel as it was but for the few directions of x̂ that carry most of its energy.
 """
 
@@ -44,15 +44,21 @@ class Shrinkage(NamedTuple):
 
 
 class JointMoments(NamedTuple):
-    """Moments of v = (x̂, r) by fold.
+    """Moments of x̂ and r by fold.
 
     Attributes:
-      mean: E[v], float32[folds, groups, patch + channels].
-      square: E[v vᵀ], float32[folds, groups, patch + channels, patch + channels].
+      input_mean: E[x̂], float32[folds, groups, patch].
+      residual_mean: E[r], float32[folds, groups, channels].
+      hessian: E[x̂ x̂ᵀ], float32[folds, groups, patch, patch].
+      cross: E[x̂ rᵀ], float32[folds, groups, patch, channels].
+      energy: E[r²], float32[folds, groups, channels].
     """
 
-    mean: jax.Array
-    square: jax.Array
+    input_mean: jax.Array
+    residual_mean: jax.Array
+    hessian: jax.Array
+    cross: jax.Array
+    energy: jax.Array
 
 
 def choose_shrinkage(
@@ -71,46 +77,43 @@ def choose_shrinkage(
     """
     stride = patch_stride(operation, inputs, MOMENT_PATCHES)
     of_batch = partial(joint_moments, operation, stride)
-    found = JointMoments(*(x.mean(0) for x in map_batches(of_batch, (inputs, residual))))
-    return shrinkage_of(operation, found, has_free_bias)
+    found = map_batches(of_batch, (inputs, residual))
+    return shrinkage_of(jax.tree.map(lambda each: each.mean(0), found), has_free_bias)
 
 
-def shrinkage_of(operation: Linear, moments: JointMoments, has_free_bias: bool) -> Shrinkage:
+def shrinkage_of(moments: JointMoments, has_free_bias: bool) -> Shrinkage:
     """What `choose_shrinkage` returns, from the mean of the moments over all batches."""
-    if len(moments.mean) < 2:
+    if len(moments.energy) < 2:
         return Shrinkage(jnp.float32(SHRINKAGES[-1]), jnp.float32(jnp.inf))
-    errors, before = held_out_errors(operation, moments, has_free_bias)
+    errors, before = held_out_errors(moments, has_free_bias)
     floor = jnp.finfo(jnp.float32).tiny
     extra = jnp.array(SHRINKAGES, jnp.float32)[jnp.argmin(errors)]
     return Shrinkage(extra, errors[0] / jnp.maximum(before, floor))
 
 
-def held_out_errors(
-    operation: Linear, joint: JointMoments, has_free_bias: bool
-) -> tuple[jax.Array, jax.Array]:
+def held_out_errors(moments: JointMoments, has_free_bias: bool) -> tuple[jax.Array, jax.Array]:
     """Judges least-squares fits on the fold that each leaves out.
 
     Args:
-      operation: the linear operation.
-      joint: the moments of two folds or more.
+      moments: those of two folds or more.
       has_free_bias: whether the bias takes up the means.
 
     Returns:
       e(δ) of every δ in `SHRINKAGES`, and the error without a change of the kernel.
     """
-    means, moments = joint
-    folds, shrinkages = len(means), jnp.array(SHRINKAGES, jnp.float32)
+    shrinkages = jnp.array(SHRINKAGES, jnp.float32)
+    totals = jax.tree.map(lambda each: each.sum(0), moments)
 
-    def errors_of_fold(own: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        mean, moment = own
-        mean_of_others = (means.sum(0) - mean) / (folds - 1)
-        center = mean_of_others if has_free_bias else jnp.zeros_like(mean)
-        fitted = _about(center, mean_of_others, (moments.sum(0) - moment) / (folds - 1))
-        judged = _about(center, mean, moment)
-        errors = lax.map(partial(_error, operation, fitted, judged), shrinkages)
-        return errors, _energy(operation, judged)
+    def errors_of_fold(own: JointMoments) -> tuple[jax.Array, jax.Array]:
+        count = len(moments.energy) - 1
+        others = jax.tree.map(lambda total, each: (total - each) / count, totals, own)
+        fitted, judged = others, own
+        if has_free_bias:
+            fitted, judged = _about_means(others, others), _about_means(others, own)
+        errors = lax.map(partial(_error, fitted, judged), shrinkages)
+        return errors, jnp.sum(judged.energy)
 
-    errors, before = lax.map(errors_of_fold, (means, moments))
+    errors, before = lax.map(errors_of_fold, moments)
     return errors.sum(0), before.sum(0)
 
 
@@ -127,31 +130,37 @@ def joint_moments(
     inputs, residual = batch
     patches = operation.patches(inputs.astype(jnp.float32), stride)
     missing = output_matrix(operation, residual)[::stride]
-    joint = jnp.concatenate([patches, missing], axis=2)
-    folds = min(FOLDS, len(joint))
-    count = len(joint) // folds
-    parts = joint[: folds * count].reshape(folds, count, *joint.shape[1:])
+    folds = min(FOLDS, len(patches))
+    count = len(patches) // folds
+    parts = [
+        array[: folds * count].reshape(folds, count, *array.shape[1:])
+        for array in (patches, missing)
+    ]
     product = partial(jnp.einsum, "pgk,pgl->gkl", precision=lax.Precision.HIGHEST)
-    return JointMoments(parts.mean(1), lax.map(lambda part: product(part, part) / count, parts))
+
+    def of_fold(part: list[jax.Array]) -> JointMoments:
+        seen, lacking = part
+        squares = product(seen, seen) / count, product(seen, lacking) / count
+        return JointMoments(seen.mean(0), lacking.mean(0), *squares, jnp.square(lacking).mean(0))
+
+    return lax.map(of_fold, parts)
 
 
-def _about(center: jax.Array, mean: jax.Array, moment: jax.Array) -> jax.Array:
-    """E[(v − c)(v − c)ᵀ] from E[v] and E[v vᵀ]."""
-    mixed = mean[:, :, None] * center[:, None]
-    return moment - mixed - jnp.matrix_transpose(mixed) + center[:, :, None] * center[:, None]
+def _about_means(center: JointMoments, moments: JointMoments) -> JointMoments:
+    """Moments of one fold about the means of another one in place of zero."""
+    c, m = center.input_mean[:, :, None], moments.input_mean[:, :, None]
+    c_r, m_r = center.residual_mean[:, None], moments.residual_mean[:, None]
+    return JointMoments(
+        moments.input_mean - center.input_mean,
+        moments.residual_mean - center.residual_mean,
+        moments.hessian - m * c.mT - c * m.mT + c * c.mT,
+        moments.cross - m * c_r - c * m_r + c * c_r,
+        moments.energy + (c_r * (c_r - 2 * m_r))[:, 0],
+    )
 
 
-def _error(operation: Linear, fitted: jax.Array, judged: jax.Array, extra: jax.Array) -> jax.Array:
-    """E‖r − Dᵀx̂‖² under the second moments of a fold, D fitted to those of the others."""
-    patch = operation.matrix_shape[1]
-    hessian, cross = fitted[:, :patch, :patch], fitted[:, :patch, patch:]
-    shift = least_squares_shift(damped(hessian, extra), cross)
-    own, own_cross = judged[:, :patch, :patch], judged[:, :patch, patch:]
-    explained = 2 * own_cross - jnp.matmul(own, shift, precision="highest")
-    return _energy(operation, judged) - jnp.sum(shift * explained)
-
-
-def _energy(operation: Linear, judged: jax.Array) -> jax.Array:
-    """E‖r‖² under second moments."""
-    patch = operation.matrix_shape[1]
-    return jnp.sum(jnp.trace(judged[:, patch:, patch:], axis1=1, axis2=2))
+def _error(fitted: JointMoments, judged: JointMoments, extra: jax.Array) -> jax.Array:
+    """E‖r − Dᵀx̂‖² in a fold, D fitted to the others."""
+    shift = least_squares_shift(damped(fitted.hessian, extra), fitted.cross)
+    explained = 2 * judged.cross - jnp.matmul(judged.hessian, shift, precision="highest")
+    return jnp.sum(judged.energy) - jnp.sum(shift * explained)

@@ -342,7 +342,7 @@ def _shrunk(
 ) -> tuple[m.Moments, jax.Array]:
     """Second moments with what is added to their diagonal, and the overfit."""
     mean = jax.tree.map(lambda total: total / batches, joint)
-    extra, overfit = shrinkage_of(task.operation, mean, task.recipe.bias_correction)
+    extra, overfit = shrinkage_of(mean, task.recipe.bias_correction)
     return moments._replace(hessian=damped(moments.hessian, extra)), overfit
 
 

@@ -54,7 +54,7 @@ def expected_error(x: np.ndarray, r: np.ndarray, extra: float | None, has_free_b
 def errors_of(x: Any, r: Any, has_free_bias: bool) -> tuple[jax.Array, jax.Array]:
     parts = [joint_moments(OPERATION, 1, batch) for batch in zip(x, r, strict=True)]
     joint = jax.tree.map(lambda *each: sum(each) / len(each), *parts)
-    return held_out_errors(OPERATION, joint, has_free_bias)
+    return held_out_errors(joint, has_free_bias)
 
 
 @pytest.mark.parametrize("has_free_bias", [True, False])

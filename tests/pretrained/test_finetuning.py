@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import chex
 import numpy as np
@@ -34,6 +35,29 @@ def recipe(method: str, epochs: float = 6) -> finetuning.FineTuning:
 
 class Killed(Exception):
     pass
+
+
+def test_a_teacher_needs_no_labels(tmp_path: Path):
+    unlabelled = DATA._replace(labels=np.zeros_like(DATA.labels))
+    quantization = finetuning.quantization("lsq", 2, ends=None, weights_only=True)
+    own = finetuning.fine_tuning(LOADED, "lsq", quantization, 4, 0.005, loss="teacher")
+    result = finetuning.train(LOADED, own, unlabelled, HELD_OUT, tmp_path / "state")
+    x = PIXELS(HELD_OUT.images)
+    expected = LOADED.apply_fn(LOADED.params, x)
+    trainee = finetuning.prepare(LOADED, own, DATA)
+
+    def divergence(logits: Any) -> float:
+        batch = finetuning.Batch(logits, HELD_OUT.labels, lambda: expected)
+        return float(finetuning.from_teacher(batch))
+
+    start = divergence(trainee.function(trainee.params, x))
+    assert divergence(result.q.apply_fn(result.q.params, x)) < 0.8 * start
+
+
+def test_an_unknown_loss_is_refused():
+    quantization = finetuning.quantization("lsq", 4)
+    with pytest.raises(ValueError, match="`loss` must be .*labels.*teacher.*; got 'students'"):
+        finetuning.fine_tuning(LOADED, "lsq", quantization, 1, loss="students")
 
 
 def test_training_learns_and_ends_alike_after_an_interruption(tmp_path: Path):
