@@ -9,6 +9,7 @@ without the option that check is left out, and the end of the run says so; with 
 there is no Chromium.
 """
 
+import gc
 import os
 import shutil
 import subprocess
@@ -31,8 +32,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 4)
 
-_OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-_UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+_LEVEL, _SPLIT = "xla_backend_optimization_level", "xla_cpu_parallel_codegen_split_count"
+_OPTIMIZED = {_LEVEL: 3, "xla_cpu_use_fusion_emitters": True}
+_OPTIMIZED_FITS = {_LEVEL: 2}
+_UNOPTIMIZED = f"--{_LEVEL}=0 --xla_cpu_use_fusion_emitters=false --{_SPLIT}=1"
 _LEAST_SECONDS = 0.1  # to compile a program, for its way through the folder to pay
 
 # The first example of a property compiles and the others do not, so no example has a deadline.
@@ -47,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[_PROGRAMS] = tempfile.mkdtemp(prefix="qjax-tests-")
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_UNOPTIMIZED}"
         _check_flags()
+    programs.FAST_TO_COMPILE.update({_LEVEL: 0, _SPLIT: 1})  # a worker has a core
     os.environ.update(KERAS_BACKEND="jax", KERAS_HOME=os.environ[_PROGRAMS])
     jax.config.update("jax_compilation_cache_dir", os.environ[_PROGRAMS])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
@@ -99,19 +103,25 @@ def room_for_programs() -> Iterator[None]:
     """Lets go of compiled programs before the process has all the memory maps that it may have.
 
     Hundreds of networks are compiled in one process here; a program takes some ten maps of 65,530.
+    Until then the garbage collector need not look at what the modules before have left.
     """
     yield
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 48_000:
         jax.clear_caches()
+        gc.unfreeze()
+        gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
 def optimized(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Compiles networks, and what fits them, as users do: the options that do it."""
-    for option, value in _OPTIMIZED.items():
-        monkeypatch.setitem(programs.FAST_TO_RUN, option, value)
-    level = "xla_backend_optimization_level"
-    monkeypatch.setitem(programs.FAST_TO_COMPILE, level, _OPTIMIZED[level])
+    for options, own in (
+        (programs.FAST_TO_RUN, _OPTIMIZED),
+        (programs.FAST_TO_COMPILE, _OPTIMIZED_FITS),
+    ):
+        for option, value in own.items():
+            monkeypatch.setitem(options, option, value)
     return _OPTIMIZED
 
 
