@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from markdown import markdown_table
+from markdown_tables import markdown_table
 from measure import cpu_seconds, in_fresh_process, peak_bytes
 from zoo import error_db
 

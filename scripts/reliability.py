@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import reliability_artifacts as artifacts
 import reliability_commands as commands
-from markdown import markdown_table
+from markdown_tables import markdown_table
 from reliability_artifacts import Case
 
 from qjax import atomic

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from accuracy_pages import show
-from markdown import markdown_table
+from markdown_tables import markdown_table
 
 import pretrained
 from pretrained import datasets

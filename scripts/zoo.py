@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import zoo_networks
-from markdown import markdown_table
+from markdown_tables import markdown_table
 from measure import cpu_seconds, in_fresh_process, peak_bytes
 from onnx_sessions import quantize_static, session
 
