@@ -43,16 +43,20 @@ FAST_TO_COMPILE: dict[str, Any] = not_set(
 FAST_TO_RUN: dict[str, Any] = {}
 
 
-@functools.cache
 def _known(options: Options) -> Options:
-    """The options, if they are ones that this device's compiler knows; else none."""
+    """Those of the options that this device's compiler knows."""
+    return tuple(option for option in options if _is_known(*option))
+
+
+@functools.cache
+def _is_known(option: str, value: Any) -> bool:
     if jax.default_backend() != "cpu":
-        return ()
+        return False
     try:
-        jax.jit(lambda x: x, compiler_options=dict(options)).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options={option: value}).lower(0.0).compile()
     except Exception:  # an option of another XLA: each version has its own error
-        return ()
-    return options
+        return False
+    return True
 
 
 def compiled(function: F, options: Mapping[str, Any], **static: Any) -> F:
@@ -73,7 +77,7 @@ def compiled(function: F, options: Mapping[str, Any], **static: Any) -> F:
         found = tuple(options.items())
         if found and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
             return function(*args, **kwargs)  # options are those of the program around it
-        return jitted(_known(found) if found else ())(*args, **kwargs)
+        return jitted(_known(found))(*args, **kwargs)
 
     return call  # pyright: ignore
 

@@ -35,7 +35,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 _LEVEL, _SPLIT = "xla_backend_optimization_level", "xla_cpu_parallel_codegen_split_count"
 _OPTIMIZED = {_LEVEL: 3, "xla_cpu_use_fusion_emitters": True}
 _OPTIMIZED_FITS = {_LEVEL: 2}
-_UNOPTIMIZED = f"--{_LEVEL}=0 --xla_cpu_use_fusion_emitters=false --{_SPLIT}=1"
+_UNOPTIMIZED = (f"--{_LEVEL}=0", "--xla_cpu_use_fusion_emitters=false", f"--{_SPLIT}=1")
 _LEAST_SECONDS = 0.1  # to compile a program, for its way through the folder to pay
 
 # The first example of a property compiles and the others do not, so no example has a deadline.
@@ -48,8 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Has XLA optimize nothing; keeps programs and Keras's settings in a folder of this run."""
     if not hasattr(config, "workerinput"):
         os.environ[_PROGRAMS] = tempfile.mkdtemp(prefix="qjax-tests-")
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_UNOPTIMIZED}"
-        _check_flags()
+        _set_flags()
     programs.FAST_TO_COMPILE.update({_LEVEL: 0, _SPLIT: 1})  # a worker has a core
     os.environ.update(KERAS_BACKEND="jax", KERAS_HOME=os.environ[_PROGRAMS])
     jax.config.update("jax_compilation_cache_dir", os.environ[_PROGRAMS])
@@ -57,13 +56,21 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _check_flags() -> None:
-    """Ends the run where XLA does not know the flags: it ends the process that has them."""
+def _set_flags() -> None:
+    """Adds the flags that XLA knows to those of the user: it ends a process that has another."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if not _starts(given):
+        pytest.exit(f"this XLA does not take XLA_FLAGS={given!r}", returncode=3)
+    known = _UNOPTIMIZED
+    if not _starts(" ".join([given, *known])):
+        known = [flag for flag in _UNOPTIMIZED if _starts(f"{given} {flag}")]
+    os.environ["XLA_FLAGS"] = " ".join([given, *known])
+
+
+def _starts(flags: str) -> bool:
     probe = [sys.executable, "-c", "import jax; jax.numpy.zeros(1) + 1"]
-    result = subprocess.run(probe, capture_output=True, text=True, check=False)
-    if result.returncode:
-        flags = os.environ["XLA_FLAGS"]
-        pytest.exit(f"this XLA does not take XLA_FLAGS={flags!r}: {result.stderr}", returncode=3)
+    environment = os.environ | {"XLA_FLAGS": flags}
+    return not subprocess.run(probe, env=environment, capture_output=True, check=False).returncode
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
