@@ -75,11 +75,20 @@ def _walk(equations: Sequence[core.JaxprEqn], env: Env) -> None:
         elif _is_identity(equation):
             results = operands
         else:
-            given = sorted(equation.params.items())
+            given = sorted(_params(equation).items())
             described = [f"{key}={_text(value)}" for key, value in given if _counts(key, value)]
             what = _hash(equation.primitive.name, *operands, *described)
             results = [_hash(what, str(i), _type(var)) for i, var in enumerate(equation.outvars)]
         env.update(zip(equation.outvars, results, strict=True))
+
+
+def _params(equation: core.JaxprEqn) -> dict[str, Any]:
+    """The parameters of an equation, under the names that they had in JAX 0.10."""
+    if "ft_in" not in equation.params:
+        return equation.params
+    constant, carried = jaxpr.scan_operands(equation)
+    rest = {name: value for name, value in equation.params.items() if name[:3] != "ft_"}
+    return rest | {"num_consts": constant, "num_carry": carried}
 
 
 def _results(closed: core.ClosedJaxpr, operands: Sequence[str]) -> list[str]:
@@ -109,11 +118,9 @@ def _counts(name: str, value: Any) -> bool:
 
 def _text(value: Any) -> str:
     """A parameter as a text without addresses."""
-    if isinstance(value, core.ClosedJaxpr):
+    if isinstance(value := jaxpr.closed(value), core.ClosedJaxpr):
         operands = [f"operand {i} {_type(var)}" for i, var in enumerate(value.jaxpr.invars)]
         return _hash(*_results(value, operands))
-    if isinstance(value, core.Jaxpr):
-        return _text(core.ClosedJaxpr(value, ()))
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, bool | int | float | complex | str | bytes | None):

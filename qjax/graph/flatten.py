@@ -25,6 +25,7 @@ from qjax.graph.jaxpr import (
     is_inlined,
     is_literal,
     joined,
+    scan_operands,
     shape,
     subjaxprs,
     variables,
@@ -172,7 +173,8 @@ class _Inliner:
         _check_size(equation)
         params = equation.params
         length, inner = params["length"], params["jaxpr"]
-        first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+        first, carried = scan_operands(equation)
+        last = first + carried
         consts, carry, stacked = given[:first], given[first:last], given[last:]
         later = _flow_of_scan(equation, [value.depends for value in given])
         carry = self._entered(carry, later[: len(carry)])
@@ -256,7 +258,7 @@ def _check_size(equation: core.JaxprEqn) -> None:
     count = _products(equation)
     if count <= LIMIT:
         return
-    is_map = not equation.params["num_carry"]
+    is_map = not scan_operands(equation).carried
     remedy = (
         "use `jax.vmap` in place of `lax.map`"
         if is_map
@@ -295,8 +297,8 @@ def _flow(closed: core.ClosedJaxpr, given: Sequence[Dependence]) -> list[Depende
 
 def _flow_of_scan(equation: core.JaxprEqn, given: Sequence[Dependence]) -> list[Dependence]:
     """What each result of a scan depends on, its carry in any step."""
-    first = equation.params["num_consts"]
-    last = first + equation.params["num_carry"]
+    first, carried = scan_operands(equation)
+    last = first + carried
     carry = list(given[first:last])
     while True:
         results = _flow(equation.params["jaxpr"], [*given[:first], *carry, *given[last:]])

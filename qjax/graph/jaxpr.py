@@ -80,20 +80,43 @@ def variables(atoms: Sequence[Atom]) -> list[core.Var]:
 
 def body(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
     """The jaxpr that an inlinable call stands for, or None for any other equation."""
-    jaxpr = equation.params.get(_INLINED.get(equation.primitive.name, ""))
-    if isinstance(jaxpr, core.Jaxpr):
-        return core.ClosedJaxpr(jaxpr, ())
-    return jaxpr
+    return closed(equation.params.get(_INLINED.get(equation.primitive.name, "")))
+
+
+def closed(jaxpr: Any) -> Any:
+    """A jaxpr with its constants; newer versions of JAX have no other. Anything else stays."""
+    is_open = isinstance(jaxpr, core.Jaxpr) and not isinstance(jaxpr, core.ClosedJaxpr)
+    return core.ClosedJaxpr(jaxpr, ()) if is_open else jaxpr
+
+
+class ScanOperands(NamedTuple):
+    """How many operands of a `lax.scan` are the same in every step, and how many it carries."""
+
+    constant: int
+    carried: int
+
+
+def scan_operands(equation: core.JaxprEqn) -> ScanOperands:
+    """Counts by ranks: what a step takes an element of, and adds one to, has an axis more.
+
+    Versions of JAX name the parameters that say so differently.
+    """
+    inner = equation.params["jaxpr"].jaxpr
+
+    def stacked(outside: Sequence[Atom], inside: Sequence[Atom]) -> int:
+        return sum(len(shape(a)) > len(shape(b)) for a, b in zip(outside, inside, strict=True))
+
+    carried = len(equation.outvars) - stacked(equation.outvars, inner.outvars)
+    elements = stacked(equation.invars, inner.invars)
+    return ScanOperands(len(equation.invars) - elements - carried, carried)
 
 
 def subjaxprs(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
     """The jaxprs among an equation's parameters: bodies of loops, branches, calls."""
     for value in equation.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
+            if isinstance(item := closed(item), core.ClosedJaxpr):
                 yield item.jaxpr
-            elif isinstance(item, core.Jaxpr):
-                yield item
 
 
 def contains_contraction(equation: core.JaxprEqn) -> bool:
@@ -294,13 +317,12 @@ def _described_atoms(atoms: Sequence[Atom], numbers: dict[core.Var, int]) -> tup
 
 def _described_value(value: Any) -> Any:
     """A parameter of an equation as a hashable value; one of unknown kind equals itself alone."""
-    if isinstance(value, core.ClosedJaxpr):
-        return _described_value(value.jaxpr), tuple(map(id, value.consts))
-    if isinstance(value, core.Jaxpr):
-        numbers: dict[core.Var, int] = {}
-        variables = _described_atoms([*value.constvars, *value.invars], numbers)
-        body = _described(value.eqns, numbers)
-        return variables, body, _described_atoms(value.outvars, numbers)
+    if isinstance(value := closed(value), core.ClosedJaxpr):
+        inner, numbers = value.jaxpr, dict[core.Var, int]()
+        variables = _described_atoms([*inner.constvars, *inner.invars], numbers)
+        body = _described(inner.eqns, numbers)
+        results = _described_atoms(inner.outvars, numbers)
+        return variables, body, results, tuple(map(id, value.consts))
     if isinstance(value, tuple | list):
         return type(value).__name__, tuple(map(_described_value, value))
     if isinstance(value, np.ndarray | np.generic):
