@@ -141,11 +141,25 @@ class _Inliner:
         inner = body(equation) if is_inlined(equation) else None
         if inner is not None:
             return self.evaluate(inner, given, place)
+        if equation.primitive.name == "unstack":
+            return [self._unstacked(equation, given, i) for i in range(len(equation.outvars))]
         if _is_unrolled(equation, given):
             return self._unrolled(equation, given, place)
         if not self._depth or equation.effects:
             return self._bound(equation, given, place)
         return self._once(place, given, lambda: self._bound(equation, given, place))
+
+    def _unstacked(self, equation: core.JaxprEqn, given: list[Value], i: int) -> Value:
+        """An element of what is iterated over: a slice, as in versions of JAX without `unstack`."""
+        [stacked], axis = given, equation.params["axis"]
+
+        def compute() -> list[Value]:
+            starts, stops = [0] * jnp.ndim(stacked.array), list(jnp.shape(stacked.array))
+            starts[axis], stops[axis] = i, i + 1
+            kept = lax.slice(stacked.array, starts, stops, [1] * len(starts))
+            return [Value(lax.squeeze(kept, [axis]), stacked.depends)]
+
+        return self._once(("unstack", axis, i), given, compute)[0]
 
     def _bound(self, equation: core.JaxprEqn, given: list[Value], place: Place) -> list[Value]:
         arrays = [value.array for value in given]
