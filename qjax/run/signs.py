@@ -35,8 +35,9 @@ def magnitudes(operation: Linear, centered: jax.Array) -> jax.Array:
     """
     single = operation.per_group
     groups, patch, _ = single.matrix_shape
-    kernel = single.from_matrix(jnp.full((groups, patch, 1), 1 / patch, jnp.float32))
-    means = single.evaluate(jnp.abs(centered), kernel)
+    # Products with ones are exact: sums of them are the same whether or not they are fused.
+    kernel = single.from_matrix(jnp.ones((groups, patch, 1), jnp.float32))
+    means = single.evaluate(jnp.abs(centered), kernel) * jnp.float32(1 / patch)
     for axis, size in zip(operation.channel_axes, operation.channel_sizes, strict=True):
         if means.shape[axis] not in (1, size):
             means = jnp.repeat(means, size // means.shape[axis], axis)
