@@ -25,11 +25,11 @@ from pretrained.recipes import RECIPES, Recipe
 from qjax.formats.spec import check_choice
 from qjax.objectives.divergence import divergence_of_classes
 from qjax.qat import METHODS, TrainableFunction
+from qjax.tuning.tune import TEMPERATURE
 
 CALIBRATION_SIZE = 1024
 BATCH_SIZE = 64
 ENDS = 8  # bits of the first and of the last layer
-TEMPERATURE = 4.0  # of logits that a teacher gives
 
 # By dataset: how far images are shifted, whether they are mirrored.
 AUGMENTATION = {recipe.dataset: (recipe.shift, recipe.flip) for recipe in RECIPES.values()}
@@ -58,7 +58,7 @@ def from_labels(batch: Batch) -> jax.Array:
 
 
 def from_teacher(batch: Batch) -> jax.Array:
-    """How far the classes' probabilities are from the float network's, at a temperature of 4.
+    """How far the classes' probabilities are from the float network's, as `qjax.tune` measures it.
 
     References:
       Hinton et al., 2015, arXiv:1503.02531, section 2.

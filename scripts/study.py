@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import jax.numpy as jnp
+from markdown_tables import markdown_table
 
 import pretrained
 import qjax
@@ -128,9 +129,8 @@ class Subject:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    rule = ["---"] * len(header)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+    """A Markdown table, all of it on the left."""
+    return markdown_table(header, rows, "<" * len(header))
 
 
 def _number(value: float) -> str:

@@ -9,6 +9,7 @@ network is mostly wrong and small causes change many predictions: there by 10 po
 import functools
 import re
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def disagreements(committed: str, fresh: str) -> list[str]:
     return found
 
 
+sys.path.append(str(ROOT / "scripts"))
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "study.py"))
 SECTIONS = {section.__name__.strip("_"): section for section in SCRIPT["SECTIONS"]}
 
