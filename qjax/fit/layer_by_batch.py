@@ -40,7 +40,7 @@ from qjax.fit.ranges import (
     project_batches,
     seen_by,
 )
-from qjax.fit.refit import lacking, shifted
+from qjax.fit.refit import lacking, patches_and_residual, shifted
 from qjax.fit.sampling import MOMENT_PATCHES, patch_stride, sampled_patches
 from qjax.formats.affine import QParams, magnitude
 from qjax.formats.dynamic import ActivationFormat, dynamic
@@ -187,7 +187,7 @@ def _fit_input(
     count = len(x)
     found = [settled(_sample_input(task, count, x[number])) for number in range(count)]
     extremes, patches = _joined([each[0] for each in found]), [each[1] for each in found]
-    return choose_input(task, limits, extremes, jnp.concatenate(patches), folded.kernel)
+    return choose_input(task, limits, extremes, jnp.concatenate(patches, axis=2), folded.kernel)
 
 
 @program(static_argnums=(0, 1))
@@ -234,7 +234,7 @@ def _with_moments(
             joint = settled(_add_joint(task, stride, folded, joint, inputs, unit, *values))
         shrunk, overfit = _shrunk(task, count, moments, joint)
     for _ in range(times):
-        state = m.cross_moments(operation, stride).init()
+        state = m.cross_moments(operation).init()
         for number in range(count):
             values = batch_of([x, *others], number)
             state = _add_residual(task, stride, folded, state, inputs, unit, *values)
@@ -299,8 +299,13 @@ def _add_residual(
     z: jax.Array,
     *shortcut: jax.Array,
 ) -> Any:
-    pair = _input_and_residual(task, folded, inputs, unit, x, z, shortcut)
-    return m.cross_moments(task.operation, stride).update(state, pair)
+    seen = _quantized(inputs, x)[0] / unit
+    target, shortcuts = _wanted(z, shortcut)
+    goal = goal_of(task, target, shortcuts)
+    added = None if goal.shortcut is None else goal.shortcut[0]
+    own = goal._replace(target=goal.target[0], shortcut=added)
+    pair = patches_and_residual(task.operation, folded, seen, own, stride)
+    return m.cross_moments(task.operation).update(state, pair)
 
 
 def _wanted(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.fit.observers import Observer
-from qjax.graph.operation import Linear, output_matrix
+from qjax.graph.operation import Linear
 from qjax.rounding.metric import DAMPING
 from qjax.sharing import shared
 
@@ -80,23 +80,22 @@ class CrossMoments(NamedTuple):
     cross: jax.Array
 
 
-def cross_moments(operation: Linear, stride: int = 1) -> Observer:
+def cross_moments(operation: Linear) -> Observer:
     """The moments that tell which change of a layer's kernel makes up for a residual best.
 
     Args:
       operation: the layer's linear operation.
-      stride: between the positions of a batch that are counted.
 
     Returns:
-      An observer whose batches are pairs (layer input, residual of the operation's output) and
-      whose statistic is a `CrossMoments`.
+      An observer whose batches are pairs (patches of the layer's input, residual of its output
+      there: float32[positions, groups, channels]) and whose statistic is a `CrossMoments`.
     """
     groups, patch, channels = operation.matrix_shape
 
     def update(
         state: tuple[jax.Array, CrossMoments], pair: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, CrossMoments]:
-        return _add_residual(state, *pair, operation, stride)
+        return _add_residual(state, *pair)
 
     zeros = CrossMoments(_zeros(groups, channels), _zeros(groups, patch, channels))
     return Observer(lambda: (_zeros(), zeros), update, mean_of)
@@ -115,28 +114,27 @@ def mean_of(state: tuple[jax.Array, Any]) -> Any:
 _product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
+def patches_of(operation: Linear, x: jax.Array, stride: int) -> jax.Array:
+    """Every `stride`-th patch of a batch of a layer's inputs, float32[positions, groups, patch]."""
+    return shared(operation.patches(x.astype(jnp.float32), stride), is_returned=False)
+
+
 @partial(jax.jit, static_argnames=("operation", "stride"))
 def _add_patches(
     state: tuple[jax.Array, Moments], x: jax.Array, operation: Linear, stride: int
 ) -> tuple[jax.Array, Moments]:
     count, sums = state
-    patches = shared(operation.patches(x.astype(jnp.float32), stride), is_returned=False)
+    patches = patches_of(operation, x, stride)
     chex.assert_shape(patches, (None, *sums.mean.shape))
     hessian = sums.hessian + _product("pgk,pgl->gkl", patches, patches)
     return count + patches.shape[0], Moments(sums.mean + patches.sum(0), hessian)
 
 
-@partial(jax.jit, static_argnames=("operation", "stride"))
+@jax.jit
 def _add_residual(
-    state: tuple[jax.Array, CrossMoments],
-    x: jax.Array,
-    residual: jax.Array,
-    operation: Linear,
-    stride: int,
+    state: tuple[jax.Array, CrossMoments], patches: jax.Array, residual: jax.Array
 ) -> tuple[jax.Array, CrossMoments]:
     count, sums = state
-    patches = shared(operation.patches(x.astype(jnp.float32), stride), is_returned=False)
-    missing = shared(output_matrix(operation, residual)[::stride], is_returned=False)
-    chex.assert_equal_shape_prefix([patches, missing], 2)
-    cross = sums.cross + _product("pgk,pgm->gkm", patches, missing)
-    return count + patches.shape[0], CrossMoments(sums.residual_mean + missing.sum(0), cross)
+    chex.assert_equal_shape_prefix([patches, residual], 2)
+    cross = sums.cross + _product("pgm,pgk->gmk", residual, patches).transpose(0, 2, 1)
+    return count + patches.shape[0], CrossMoments(sums.residual_mean + residual.sum(0), cross)

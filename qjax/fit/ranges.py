@@ -171,7 +171,7 @@ def choose_input(
       task: the layer.
       limits: of the input's width.
       extremes: of the input.
-      patches: a sample of its patches, float32[n, groups, patch].
+      patches: a sample of its patches, float32[groups, patch, n].
       kernel: float32[groups, patch, channels].
 
     Returns:

@@ -23,7 +23,7 @@ from qjax.fit.observers import observe_stacked
 from qjax.fit.streams import map_batches
 from qjax.graph.activation import Activation
 from qjax.graph.fold import Folded, apply_folded
-from qjax.graph.operation import Linear
+from qjax.graph.operation import Linear, output_matrix
 from qjax.rounding.metric import least_squares_shift
 from qjax.sharing import shared
 
@@ -66,6 +66,33 @@ def residuals(operation: Linear, folded: Folded, inputs: jax.Array, goal: Goal) 
     return map_batches(missing, (inputs, goal.target, goal.shortcut))
 
 
+def patches_and_residual(
+    operation: Linear, folded: Folded, x: jax.Array, goal: Goal, stride: int
+) -> tuple[jax.Array, jax.Array]:
+    """Patches of one batch, and what the layer lacks there.
+
+    Args:
+      operation: the linear operation.
+      folded: kernel and bias so far.
+      x: x̂, the batch.
+      goal: what the output is for, on this batch.
+      stride: between the positions.
+
+    Returns:
+      float32[positions, groups, patch] and float32[positions, groups, channels].
+    """
+
+    def there(values: jax.Array) -> jax.Array:
+        return shared(output_matrix(operation, values)[::stride], is_returned=False)
+
+    patches = m.patches_of(operation, x, stride)
+    output = jnp.einsum("pgk,gkm->pgm", patches, folded.kernel, precision=lax.Precision.HIGHEST)
+    groups, _, channels = operation.matrix_shape
+    output += folded.bias.reshape(1, groups, channels)
+    shortcut = None if goal.shortcut is None else there(goal.shortcut)
+    return patches, lacking(Goal(there(goal.target), shortcut, goal.activation), output)
+
+
 def refit(
     operation: Linear,
     folded: Folded,
@@ -91,14 +118,13 @@ def refit(
     Returns:
       The new kernel and bias.
     """
-    observer = m.cross_moments(operation, stride)
+    observer = m.cross_moments(operation)
 
     def update(_: int, folded: Folded) -> Folded:
         def missing(state: object, batch: tuple[jax.Array, ...]) -> object:
             x, target, shortcut = batch
             own = goal._replace(target=target, shortcut=shortcut)
-            residual = lacking(own, apply_folded(operation, folded, x))
-            return observer.update(state, (x, residual))
+            return observer.update(state, patches_and_residual(operation, folded, x, own, stride))
 
         batches = (inputs, goal.target, goal.shortcut)
         found = observe_stacked(observer._replace(update=missing), batches)

@@ -238,7 +238,7 @@ class InputSample(ActivationSample):
     """A layer's input.
 
     Attributes:
-      patches: a sample of the patches that the kernel meets, float32[n, groups, patch].
+      patches: a sample of the patches that the kernel meets, float32[groups, patch, n].
       kernel: float32[groups, patch, channels].
     """
 
@@ -263,7 +263,7 @@ class InputSample(ActivationSample):
     def output_error(self, values_hat: jax.Array) -> jax.Array:
         """E‖W·(x̂ − x)‖²."""
         kernel = self.kernel / magnitude(jnp.max(jnp.abs(self.kernel)))
-        error = jnp.einsum("pgk,gkm->pgm", (values_hat - self.patches) / self.unit, kernel)
+        error = jnp.einsum("gkm,gkp->gmp", kernel, (values_hat - self.patches) / self.unit)
         return jnp.mean(jnp.square(error))
 
 

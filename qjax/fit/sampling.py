@@ -80,8 +80,9 @@ def sampled_channels(axes: Sequence[int], values: jax.Array) -> jax.Array:
 
 
 def sampled_patches(operation: Linear, values: jax.Array, batches: int | None = None) -> jax.Array:
-    """Patches of a layer's input at positions at an even stride, float32[n, groups, patch]."""
+    """Patches of a layer's input at positions at an even stride, float32[groups, patch, n]."""
     stride = patch_stride(operation, values, SAMPLED_PATCHES, batches)
     floats = values.astype(jnp.float32)
     patches = jax.vmap(lambda batch: operation.patches(batch, stride))(floats)
-    return shared(patches.reshape(-1, *patches.shape[2:]), is_returned=batches is not None)
+    columns = patches.reshape(-1, *patches.shape[2:]).transpose(1, 2, 0)
+    return shared(columns, 2, is_returned=batches is not None)

@@ -19,7 +19,9 @@ from qjax.formats.spec import QuantSpec
 from qjax.graph.activation import Activation
 from qjax.objectives.base import Objective, Range
 
-CANDIDATE_BYTES = 2**27  # what the candidates evaluated at the same time may take
+# What the candidates evaluated at the same time may take; on a CPU they are to stay in its cache.
+CANDIDATE_BYTES = {"cpu": 2**24}
+OTHERWISE_BYTES = 2**27
 
 TURNS = 3  # of the search between the two ends of a range
 
@@ -250,7 +252,8 @@ def map_candidates(loss: Loss, candidates: jax.Array, candidate_bytes: int) -> j
       The losses, float[n, ...].
     """
     count = len(candidates)
-    fitting = max(1, CANDIDATE_BYTES // max(4 * candidate_bytes, 1))
+    bytes_together = CANDIDATE_BYTES.get(jax.default_backend(), OTHERWISE_BYTES)
+    fitting = max(1, bytes_together // max(4 * candidate_bytes, 1))
     together = max(d for d in range(1, count + 1) if count % d == 0 and d <= fitting)
     if together == count:
         return jax.vmap(loss)(candidates)

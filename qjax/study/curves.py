@@ -186,7 +186,7 @@ def _input_curves(operation: Linear, spec: QuantSpec, kernel: jax.Array, x: jax.
     sample = InputSample(x[None], *extremes_of(x), patches, kernel)
 
     def outputs(patches: jax.Array) -> jax.Array:
-        return jnp.einsum("pgk,gkm->pgm", patches, kernel)
+        return jnp.einsum("gkm,gkp->gmp", kernel, patches)
 
     def quality(format: Any) -> tuple[jax.Array, jax.Array]:
         patches_hat = format.project(patches)

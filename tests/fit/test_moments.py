@@ -14,8 +14,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from qjax.fit.moments import CrossMoments, Moments, centered, cross_moments, moments
+from qjax.fit.moments import CrossMoments, Moments, centered, cross_moments, moments, patches_of
 from qjax.fit.observers import Observer, observe, observe_stacked
+from qjax.graph.operation import output_matrix
 from qjax.rounding.metric import damped
 
 SHAPE = (8, 5)  # all the values of a property's example
@@ -46,7 +47,8 @@ def cross_moments_of_inputs() -> Observer:
     observer = cross_moments(MATRIX)
 
     def update(state: Any, x: jax.Array) -> Any:
-        return observer.update(state, (x, x[:, :CHANNELS].astype(jnp.float32)))
+        patches = x[:, None].astype(jnp.float32)
+        return observer.update(state, (patches, patches[..., :CHANNELS]))
 
     return observer._replace(update=update)
 
@@ -88,7 +90,8 @@ def test_moments_are_those_of_the_patches_and_of_the_residual(case: operations.C
     operation = case.operation
     residual = operations.apply(operation, case.x, case.kernel)
     mean, hessian = observe(moments(operation), [case.x])
-    residual_mean, cross = observe(cross_moments(operation), [(case.x, residual)])
+    pair = patches_of(operation, case.x, 1), output_matrix(operation, residual)
+    residual_mean, cross = observe(cross_moments(operation), [pair])
     x = np.asarray(operations.patches(operation, case.x), np.float64)
     r = operations.by_channel(operation, residual).astype(np.float64)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
@@ -110,7 +113,8 @@ def test_moments_of_every_third_patch(case: operations.Case):
     x = np.asarray(operations.patches(operation, case.x), np.float64)[::3]
     r = operations.by_channel(operation, residual).astype(np.float64)[::3]
     mean, hessian = observe(moments(operation, 3), [case.x])
-    _, cross = observe(cross_moments(operation, 3), [(case.x, residual)])
+    pair = patches_of(operation, case.x, 3), output_matrix(operation, residual)[::3]
+    _, cross = observe(cross_moments(operation), [pair])
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     close(mean, x.mean(0))
     close(hessian, np.einsum("pgk,pgl->gkl", x, x) / len(x))

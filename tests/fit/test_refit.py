@@ -10,9 +10,10 @@ import pytest
 
 from qjax.fit.moments import centered, moments
 from qjax.fit.observers import observe
-from qjax.fit.refit import Goal, lacking, refit
+from qjax.fit.refit import Goal, lacking, patches_and_residual, refit
 from qjax.graph.activation import NONE, RELU, RELU6, Activation
 from qjax.graph.fold import Folded, apply_folded
+from qjax.graph.operation import output_matrix
 
 RNG = np.random.default_rng(0)
 CASE = next(case for case in operations.CASES if case.id == "grouped")
@@ -43,6 +44,21 @@ def goal(activation: Activation, shortcut: Any = None) -> Goal:
 def refitted(wanted: Goal, steps: int, has_free_bias: bool = True) -> Folded:
     seen = MOMENTS if has_free_bias else PLAIN
     return refit(OPERATION, FOLDED, seen, X_HAT[None], wanted, 1, has_free_bias, steps)
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("case", operations.CASES, ids=lambda case: case.id)
+def test_the_residual_of_patches_is_that_of_the_whole_output(case: operations.Case, stride: int):
+    operation = case.operation
+    groups, _, channels = operation.matrix_shape
+    bias = jnp.linspace(-1, 1, groups * channels)
+    folded = Folded(operation.to_matrix(case.kernel).astype(jnp.float32), bias)
+    output = apply_folded(operation, folded, case.x)
+    wanted = Goal(output + 0.5, -output, RELU)
+    patches, found = patches_and_residual(operation, folded, case.x, wanted, stride)
+    expected = output_matrix(operation, lacking(wanted, output))[::stride]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(patches, operations.patches(operation, case.x)[::stride])
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ def search_weights(
 
 
 def input_sample(patches: Any, extremes: tuple[Any, Any]) -> InputSample:
-    return InputSample(patches[None], *extremes, patches, jnp.asarray(KERNEL))
+    columns = patches.transpose(1, 2, 0)
+    return InputSample(patches[None], *extremes, columns, jnp.asarray(KERNEL))
 
 
 def output_sample(z: Any, z_hat: Any, extremes: Any, activation: Activation = NONE) -> OutputSample:
@@ -319,7 +320,7 @@ def test_the_size_of_a_chunk_of_candidates_does_not_matter(
     candidates = jnp.arange(count, dtype=jnp.float32)
     expected = search.map_candidates(loss, candidates, 8)
     for together in (1, 5, 10):
-        monkeypatch.setattr(search, "CANDIDATE_BYTES", 32 * together)
+        monkeypatch.setitem(search.CANDIDATE_BYTES, "cpu", 32 * together)
         chex.assert_trees_all_equal(search.map_candidates(loss, candidates, 8), expected)
 
 
