@@ -47,6 +47,7 @@ GROUPS = {
     ),
     "signals": Group("Ctrl-C and SIGTERM in qjax quantize", commands.signals, 50),
     "manifest": Group("manifests with changed entries, hashes right", artifacts.damaged_manifests),
+    "guided": Group("manifests changed as coverage leads (Atheris)", artifacts.guided_manifests),
     "arrays": Group("arrays changed, hashes put right", artifacts.damaged_arrays),
     "recipes": Group("recipe files with changed entries or bytes", commands.damaged_recipes),
     "images": Group(".npz datasets with changed arrays or bytes", commands.damaged_images),

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -204,6 +205,30 @@ def damaged_manifests(count: int, seed: int) -> Iterator[Case]:
     return _damaged(change, count, seed)
 
 
+def guided_manifests(count: int, seed: int) -> Iterator[Case]:
+    """Changes entries of a manifest so that code is reached which no case before has reached.
+
+    Args:
+      count: of cases.
+      seed: of the changes.
+
+    Raises:
+      RuntimeError: Atheris is not installed.
+    """
+    if importlib.util.find_spec("atheris") is None:
+        raise RuntimeError("The group guided needs Atheris: pip install atheris (Linux on x86-64).")
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(__file__).with_name("reliability_guided.py")
+        command = [sys.executable, script, folder, str(count), str(seed)]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        cases = Path(folder, "cases.jsonl")
+        for line in cases.read_text().splitlines() if cases.exists() else ():
+            yield Case(*json.loads(line))
+        if process.returncode:
+            reason = f"{process.stdout[-1000:]}{process.stderr[-1000:]}"
+            yield Case(failure=f"the process ended with {process.returncode}: {reason}")
+
+
 def damaged_arrays(count: int, seed: int) -> Iterator[Case]:
     """Changes arrays, or the bytes of their file, and puts both hashes right."""
 
@@ -231,12 +256,12 @@ def _damaged(
         for number in range(count):
             shutil.copytree(saved, target)
             change(directory.read(target), rng)
-            case = _judged(target, Path(folder, "again"))
+            case = judged(target, Path(folder, "again"))
             yield case._replace(failure=case.failure and f"case {number}: {case.failure}")
             shutil.rmtree(target)
 
 
-def _judged(target: Path, again: Path) -> Case:
+def judged(target: Path, again: Path) -> Case:
     """Loads an artifact: it must be refused, or be of use and be saved as it was read."""
     try:
         q = qjax.load(target, mixed_network)

@@ -1,6 +1,7 @@
 """The script that tries to break qjax, for a few seconds: nothing is lost, nothing is unclear."""
 
 import math
+import platform
 import sys
 from pathlib import Path
 
@@ -18,6 +19,15 @@ def test_saves_that_are_killed_lose_nothing():
     cases = list(reliability_artifacts.killed_saves(2, seed=0, loads=20))
     assert len(cases) == 43
     assert not [case.failure for case in cases if case.failure]
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="Atheris has no other wheels"
+)
+def test_manifests_are_led_by_coverage():
+    cases = list(reliability_artifacts.guided_manifests(100, seed=0))
+    assert not [case.failure for case in cases if case.failure]
+    assert len(cases) == 100 and sum(case.was_refused for case in cases) > 50
 
 
 @pytest.mark.parametrize(
