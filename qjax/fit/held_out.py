@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qjax.fit.moments import map_groups
 from qjax.fit.sampling import MOMENT_PATCHES, patch_stride
 from qjax.fit.streams import map_batches
 from qjax.graph.operation import Linear, output_matrix
@@ -104,7 +105,7 @@ def held_out_errors(moments: JointMoments, has_free_bias: bool) -> tuple[jax.Arr
     shrinkages = jnp.array(SHRINKAGES, jnp.float32)
     totals = jax.tree.map(lambda each: each.sum(0), moments)
 
-    def errors_of_fold(own: JointMoments) -> tuple[jax.Array, jax.Array]:
+    def errors__of_fold(own: JointMoments) -> tuple[jax.Array, jax.Array]:
         count = len(moments.energy) - 1
         others = jax.tree.map(lambda total, each: (total - each) / count, totals, own)
         fitted, judged = others, own
@@ -113,7 +114,7 @@ def held_out_errors(moments: JointMoments, has_free_bias: bool) -> tuple[jax.Arr
         errors = lax.map(partial(_error, fitted, judged), shrinkages)
         return errors, jnp.sum(judged.energy)
 
-    errors, before = lax.map(errors_of_fold, moments)
+    errors, before = lax.map(errors__of_fold, moments)
     return errors.sum(0), before.sum(0)
 
 
@@ -128,22 +129,25 @@ def joint_moments(
       batch: x̂ and r, [examples, ...].
     """
     inputs, residual = batch
-    patches = operation.patches(inputs.astype(jnp.float32), stride)
-    missing = output_matrix(operation, residual)[::stride]
-    folds = min(FOLDS, len(patches))
-    count = len(patches) // folds
-    parts = [
-        array[: folds * count].reshape(folds, count, *array.shape[1:])
-        for array in (patches, missing)
-    ]
-    product = partial(jnp.einsum, "pgk,pgl->gkl", precision=lax.Precision.HIGHEST)
+    missing = jnp.moveaxis(output_matrix(operation, residual)[::stride], 1, 0)
 
-    def of_fold(part: list[jax.Array]) -> JointMoments:
-        seen, lacking = part
-        squares = product(seen, seen) / count, product(seen, lacking) / count
-        return JointMoments(seen.mean(0), lacking.mean(0), *squares, jnp.square(lacking).mean(0))
+    def of_group(patches: jax.Array, missing: jax.Array) -> JointMoments:
+        folds = min(FOLDS, len(patches))
+        count = len(patches) // folds
+        parts = [array[: folds * count].reshape(folds, count, -1) for array in (patches, missing)]
+        return lax.map(_of_fold, parts)
 
-    return lax.map(of_fold, parts)
+    _, found = map_groups(of_group, operation, inputs, (missing,), stride)
+    return jax.tree.map(lambda each: each.swapaxes(0, 1), found)
+
+
+def _of_fold(part: list[jax.Array]) -> JointMoments:
+    """The moments of one group in one fold."""
+    seen, lacking = part
+    count = len(seen)
+    product = partial(jnp.einsum, "pk,pl->kl", precision=lax.Precision.HIGHEST)
+    squares = product(seen, seen) / count, product(seen, lacking) / count
+    return JointMoments(seen.mean(0), lacking.mean(0), *squares, jnp.square(lacking).mean(0))
 
 
 def _about_means(center: JointMoments, moments: JointMoments) -> JointMoments:

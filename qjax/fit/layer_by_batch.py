@@ -40,7 +40,7 @@ from qjax.fit.ranges import (
     project_batches,
     seen_by,
 )
-from qjax.fit.refit import lacking, patches_and_residual, shifted
+from qjax.fit.refit import by_group, lacking, residual_moments, shifted
 from qjax.fit.sampling import MOMENT_PATCHES, patch_stride, sampled_patches
 from qjax.formats.affine import QParams, magnitude
 from qjax.formats.dynamic import ActivationFormat, dynamic
@@ -222,8 +222,8 @@ def _with_moments(
     for number in range(count):
         state = settled(_add_moments(task, stride, state, inputs, unit, x[number]))
     moments = _final_moments(recipe.bias_correction, state)
-    is_linear = goal_of(task, jnp.zeros(()), _shortcut_of(others)).activation == NONE
-    times = min(recipe.reconstructions, 1) if is_linear else recipe.reconstructions
+    activation = goal_of(task, jnp.zeros(()), _shortcut_of(others)).activation
+    times = min(recipe.reconstructions, 1) if activation == NONE else recipe.reconstructions
     if not times:
         return folded, moments.hessian, None
     folded, shrunk, overfit = folded._replace(kernel=folded.kernel * unit), moments, None
@@ -234,7 +234,7 @@ def _with_moments(
             joint = settled(_add_joint(task, stride, folded, joint, inputs, unit, *values))
         shrunk, overfit = _shrunk(task, count, moments, joint)
     for _ in range(times):
-        state = m.cross_moments(operation).init()
+        state = residual_moments(operation, stride, activation).init()
         for number in range(count):
             values = batch_of([x, *others], number)
             state = _add_residual(task, stride, folded, state, inputs, unit, *values)
@@ -304,8 +304,8 @@ def _add_residual(
     goal = goal_of(task, target, shortcuts)
     added = None if goal.shortcut is None else goal.shortcut[0]
     own = goal._replace(target=goal.target[0], shortcut=added)
-    pair = patches_and_residual(task.operation, folded, seen, own, stride)
-    return m.cross_moments(task.operation).update(state, pair)
+    observer = residual_moments(task.operation, stride, own.activation)
+    return observer.update(state, (seen, by_group(task.operation, folded, own, stride)))
 
 
 def _wanted(

@@ -1,11 +1,13 @@
 """Moments of the patches that a layer's kernel meets."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from qjax.fit.observers import Observer
 from qjax.graph.operation import Linear
@@ -80,25 +82,64 @@ class CrossMoments(NamedTuple):
     cross: jax.Array
 
 
-def cross_moments(operation: Linear) -> Observer:
+def cross_moments(operation: Linear, stride: int, residual: Callable[..., jax.Array]) -> Observer:
     """The moments that tell which change of a layer's kernel makes up for a residual best.
 
     Args:
       operation: the layer's linear operation.
+      stride: between the positions of a batch that are counted.
+      residual: (patches of a group, *parts of that group) -> what its output lacks there,
+        float32[positions, channels].
 
     Returns:
-      An observer whose batches are pairs (patches of the layer's input, residual of its output
-      there: float32[positions, groups, channels]) and whose statistic is a `CrossMoments`.
+      An observer whose batches are pairs (layer input, parts, each [groups, ...]) and whose
+      statistic is a `CrossMoments`.
     """
     groups, patch, channels = operation.matrix_shape
 
+    def of_group(patches: jax.Array, *parts: Any) -> CrossMoments:
+        missing = shared(residual(patches, *parts), is_returned=False)
+        chex.assert_shape(missing, (len(patches), channels))
+        return CrossMoments(missing.sum(0), _product("pm,pk->mk", missing, patches).T)
+
     def update(
-        state: tuple[jax.Array, CrossMoments], pair: tuple[jax.Array, jax.Array]
+        state: tuple[jax.Array, CrossMoments], batch: tuple[jax.Array, Any]
     ) -> tuple[jax.Array, CrossMoments]:
-        return _add_residual(state, *pair)
+        return _added(state, *map_groups(of_group, operation, *batch, stride))
 
     zeros = CrossMoments(_zeros(groups, channels), _zeros(groups, patch, channels))
     return Observer(lambda: (_zeros(), zeros), update, mean_of)
+
+
+def map_groups(
+    function: Callable[..., Any], operation: Linear, x: jax.Array, parts: Any, stride: int
+) -> tuple[int, Any]:
+    """Applies a function to the patches of every group, one group after the other.
+
+    All patches of a depthwise convolution take many times the room of its input, those of one
+    channel stay in the cache of a CPU.
+
+    Args:
+      function: (float32[positions, patch], *parts of the group) -> arrays.
+      operation: the linear operation.
+      x: a batch of its inputs.
+      parts: further arguments, each [groups, ...].
+      stride: between the positions.
+
+    Returns:
+      How many positions there are, and what the function returns, each [groups, ...].
+    """
+    count = jax.eval_shape(partial(operation.patches, stride=stride), x).shape[0]
+
+    def of_group(one: Linear, x: jax.Array, parts: Any) -> Any:
+        patches = one.patches(x.astype(jnp.float32), stride)[:, 0]
+        return function(shared(patches, is_returned=False), *parts)
+
+    if operation.matrix_shape[0] == 1:
+        found = of_group(operation, x, jax.tree.map(lambda part: part[0], parts))
+        return count, jax.tree.map(lambda each: each[None], found)
+    one, inputs = operation.by_group(x)
+    return count, lax.map(lambda given: of_group(one, *given), (inputs, parts))
 
 
 def _zeros(*shape: int) -> jax.Array:
@@ -111,30 +152,18 @@ def mean_of(state: tuple[jax.Array, Any]) -> Any:
     return jax.tree.map(lambda total: total / count, sums)
 
 
-_product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+_product = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
-def patches_of(operation: Linear, x: jax.Array, stride: int) -> jax.Array:
-    """Every `stride`-th patch of a batch of a layer's inputs, float32[positions, groups, patch]."""
-    return shared(operation.patches(x.astype(jnp.float32), stride), is_returned=False)
+def _added(state: tuple[jax.Array, Any], count: int, sums: Any) -> tuple[jax.Array, Any]:
+    return state[0] + count, jax.tree.map(jnp.add, state[1], sums)
 
 
 @partial(jax.jit, static_argnames=("operation", "stride"))
 def _add_patches(
     state: tuple[jax.Array, Moments], x: jax.Array, operation: Linear, stride: int
 ) -> tuple[jax.Array, Moments]:
-    count, sums = state
-    patches = patches_of(operation, x, stride)
-    chex.assert_shape(patches, (None, *sums.mean.shape))
-    hessian = sums.hessian + _product("pgk,pgl->gkl", patches, patches)
-    return count + patches.shape[0], Moments(sums.mean + patches.sum(0), hessian)
+    def of_group(patches: jax.Array) -> Moments:
+        return Moments(patches.sum(0), _product("pk,pl->kl", patches, patches))
 
-
-@jax.jit
-def _add_residual(
-    state: tuple[jax.Array, CrossMoments], patches: jax.Array, residual: jax.Array
-) -> tuple[jax.Array, CrossMoments]:
-    count, sums = state
-    chex.assert_equal_shape_prefix([patches, residual], 2)
-    cross = sums.cross + _product("pgm,pgk->gmk", residual, patches).transpose(0, 2, 1)
-    return count + patches.shape[0], CrossMoments(sums.residual_mean + residual.sum(0), cross)
+    return _added(state, *map_groups(of_group, operation, x, (), stride))

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qjax.fit.samples import InputSample, OutputSample
+from qjax.fit.samples import InputSample, OutputSample, narrowed
 from qjax.fit.sampling import sampled, sampled_channels, sampled_patches
 from qjax.fit.search import Candidates, least, least_by_channel, widest
 from qjax.fit.streams import map_batches
@@ -150,7 +150,8 @@ def fit_input(
         width = along_axes(axes, by_input, x[0])
         x = x / width[None]
     patches = x if objective.loss is None else sampled_patches(task.operation, x)
-    chosen, clip = _chosen(task, limits, InputSample(x, *extremes_of(x), patches, kernel))
+    sample = InputSample(x, *extremes_of(x), patches, narrowed(kernel))
+    chosen, clip = _chosen(task, limits, sample)
     return chosen.scaled(width), clip
 
 
@@ -177,7 +178,7 @@ def choose_input(
     Returns:
       Scalar qparams, and their scale's share of the scale that the extremes need.
     """
-    return _chosen(task, limits, InputSample(None, *extremes, patches, kernel))
+    return _chosen(task, limits, InputSample(None, *extremes, patches, narrowed(kernel)))
 
 
 def _channel_widths(

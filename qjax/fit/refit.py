@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax.fit import moments as m
-from qjax.fit.observers import observe_stacked
+from qjax.fit.observers import Observer, observe_stacked
 from qjax.fit.streams import map_batches
 from qjax.graph.activation import Activation
 from qjax.graph.fold import Folded, apply_folded
@@ -66,31 +66,38 @@ def residuals(operation: Linear, folded: Folded, inputs: jax.Array, goal: Goal) 
     return map_batches(missing, (inputs, goal.target, goal.shortcut))
 
 
-def patches_and_residual(
-    operation: Linear, folded: Folded, x: jax.Array, goal: Goal, stride: int
-) -> tuple[jax.Array, jax.Array]:
-    """Patches of one batch, and what the layer lacks there.
+def residual_moments(operation: Linear, stride: int, activation: Activation) -> Observer:
+    """The `CrossMoments` of what a layer lacks.
 
     Args:
       operation: the linear operation.
-      folded: kernel and bias so far.
-      x: x̂, the batch.
-      goal: what the output is for, on this batch.
-      stride: between the positions.
+      stride: between the patches of a batch that count.
+      activation: of the goal.
 
     Returns:
-      float32[positions, groups, patch] and float32[positions, groups, channels].
+      An observer whose batches are pairs (x̂, what `by_group` returns).
     """
 
-    def there(values: jax.Array) -> jax.Array:
-        return shared(output_matrix(operation, values)[::stride], is_returned=False)
+    def residual(
+        patches: jax.Array, folded: Folded, target: jax.Array, shortcut: jax.Array | None
+    ) -> jax.Array:
+        output = jnp.matmul(patches, folded.kernel, precision=lax.Precision.HIGHEST) + folded.bias
+        return lacking(Goal(target, shortcut, activation), output)
 
-    patches = m.patches_of(operation, x, stride)
-    output = jnp.einsum("pgk,gkm->pgm", patches, folded.kernel, precision=lax.Precision.HIGHEST)
+    return m.cross_moments(operation, stride, residual)
+
+
+def by_group(
+    operation: Linear, folded: Folded, goal: Goal, stride: int
+) -> tuple[Folded, jax.Array, jax.Array | None]:
+    """Kernel and bias, target and shortcut of a batch at the positions that count, by group."""
     groups, _, channels = operation.matrix_shape
-    output += folded.bias.reshape(1, groups, channels)
-    shortcut = None if goal.shortcut is None else there(goal.shortcut)
-    return patches, lacking(Goal(there(goal.target), shortcut, goal.activation), output)
+
+    def there(values: jax.Array) -> jax.Array:
+        return jnp.moveaxis(output_matrix(operation, values)[::stride], 1, 0)
+
+    parts = Folded(folded.kernel, folded.bias.reshape(groups, 1, channels))
+    return parts, there(goal.target), None if goal.shortcut is None else there(goal.shortcut)
 
 
 def refit(
@@ -118,13 +125,13 @@ def refit(
     Returns:
       The new kernel and bias.
     """
-    observer = m.cross_moments(operation)
+    observer = residual_moments(operation, stride, goal.activation)
 
     def update(_: int, folded: Folded) -> Folded:
         def missing(state: object, batch: tuple[jax.Array, ...]) -> object:
             x, target, shortcut = batch
             own = goal._replace(target=target, shortcut=shortcut)
-            return observer.update(state, patches_and_residual(operation, folded, x, own, stride))
+            return observer.update(state, (x, by_group(operation, folded, own, stride)))
 
         batches = (inputs, goal.target, goal.shortcut)
         found = observe_stacked(observer._replace(update=missing), batches)

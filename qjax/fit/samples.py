@@ -239,7 +239,7 @@ class InputSample(ActivationSample):
 
     Attributes:
       patches: a sample of the patches that the kernel meets, float32[groups, patch, n].
-      kernel: float32[groups, patch, channels].
+      kernel: float32[groups, patch, channels], or a narrower one of the same norms, see `narrowed`.
     """
 
     patches: jax.Array
@@ -265,6 +265,21 @@ class InputSample(ActivationSample):
         kernel = self.kernel / magnitude(jnp.max(jnp.abs(self.kernel)))
         error = jnp.einsum("gkm,gkp->gmp", kernel, (values_hat - self.patches) / self.unit)
         return jnp.mean(jnp.square(error))
+
+
+def narrowed(kernel: jax.Array) -> jax.Array:
+    """A kernel of no more channels than a patch has elements, and as large an output.
+
+    With Wᵀ = QR, Q of orthonormal columns, ‖Wᵀx‖ = ‖Rx‖ for every x.
+
+    Args:
+      kernel: W, float32[groups, patch, channels].
+
+    Returns:
+      Rᵀ, float32[groups, patch, patch], where that is smaller; else W.
+    """
+    _, patch, channels = kernel.shape
+    return jnp.linalg.qr(kernel.mT, mode="r").mT if channels > patch else kernel
 
 
 @dataclasses.dataclass(frozen=True)

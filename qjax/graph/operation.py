@@ -128,6 +128,17 @@ class Linear(Protocol):
         """The same operation with one output channel to a group."""
         ...
 
+    def by_group(self, x: jax.Array) -> tuple["Linear", jax.Array]:
+        """Takes the groups apart.
+
+        Args:
+          x: the input.
+
+        Returns:
+          The operation of any one group, and the inputs of all, [groups, ...].
+        """
+        ...
+
 
 _TAPS = 49  # of a kernel per channel that is summed over: 7 by 7
 _WIDE = 64  # bytes of a row that XLA concatenates fast
@@ -288,6 +299,15 @@ class Convolution:
         shape = list(self.kernel_shape)
         shape[self.dimension_numbers.rhs_spec[0]] = self.groups
         return dataclasses.replace(self, kernel_shape=tuple(shape))
+
+    def by_group(self, x: jax.Array) -> tuple["Convolution", jax.Array]:
+        """Takes the groups apart: (the operation of one, the inputs of all, [groups, ...])."""
+        shape, out = list(self.kernel_shape), self.dimension_numbers.rhs_spec[0]
+        shape[out] //= self.groups
+        axis = self.dimension_numbers.lhs_spec[1]
+        inputs = x.reshape(*x.shape[:axis], self.groups, -1, *x.shape[axis + 1 :])
+        one = dataclasses.replace(self, groups=1, kernel_shape=tuple(shape))
+        return one, jnp.moveaxis(inputs, axis, 0)
 
     def output_order(self, rank: int) -> list[int]:
         """The axes of an output: positions as in `patches`, then channels."""
@@ -464,6 +484,17 @@ class DotProduct:
         """The same operation with one output channel to a group."""
         shape = [1 if axis in self._free else n for axis, n in enumerate(self.kernel_shape)]
         return dataclasses.replace(self, kernel_shape=tuple(shape))
+
+    def by_group(self, x: jax.Array) -> tuple["DotProduct", jax.Array]:
+        """Takes the groups apart: (the operation of one, the inputs of all, [groups, ...])."""
+        contracting = tuple(
+            tuple(axis - sum(each < axis for each in batch) for axis in axes)
+            for axes, batch in zip(self.contracting, self.batch, strict=True)
+        )
+        kept = [n for axis, n in enumerate(self.kernel_shape) if axis not in self.batch[1]]
+        one = DotProduct(self.kernel_is_lhs, (contracting[0], contracting[1]), ((), ()), (*kept,))
+        inputs = jnp.moveaxis(x, self.batch[0], range(len(self.batch[0])))
+        return one, inputs.reshape(-1, *inputs.shape[len(self.batch[0]) :])
 
     def padded(self, x: jax.Array, zero: jax.Array) -> tuple["DotProduct", jax.Array]:
         """Nothing is padded."""

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from qjax.fit.moments import CrossMoments, Moments, centered, cross_moments, moments, patches_of
+from qjax.fit.moments import CrossMoments, Moments, centered, cross_moments, moments
 from qjax.fit.observers import Observer, observe, observe_stacked
 from qjax.graph.operation import output_matrix
 from qjax.rounding.metric import damped
@@ -44,11 +44,10 @@ def cross_moments_of(x: np.ndarray) -> CrossMoments:
 
 def cross_moments_of_inputs() -> Observer:
     """`cross_moments` as an observer of the input alone."""
-    observer = cross_moments(MATRIX)
+    observer = cross_moments(MATRIX, 1, lambda patches: patches[:, :CHANNELS])
 
     def update(state: Any, x: jax.Array) -> Any:
-        patches = x[:, None].astype(jnp.float32)
-        return observer.update(state, (patches, patches[..., :CHANNELS]))
+        return observer.update(state, (x, ()))
 
     return observer._replace(update=update)
 
@@ -85,13 +84,22 @@ def test_stacked_batches_equal_a_list_of_them(case: Case, x: np.ndarray):
         )
 
 
+def given_moments(operation: Any, stride: int) -> Observer:
+    """`cross_moments` of a residual that is known."""
+    return cross_moments(operation, stride, lambda _, residual: residual)
+
+
+def given(case: operations.Case, residual: jax.Array, stride: int) -> Any:
+    by_group = output_matrix(case.operation, residual)[::stride].swapaxes(0, 1)
+    return case.x, (by_group,)
+
+
 @pytest.mark.parametrize("case", operations.CASES, ids=lambda case: case.id)
 def test_moments_are_those_of_the_patches_and_of_the_residual(case: operations.Case):
     operation = case.operation
     residual = operations.apply(operation, case.x, case.kernel)
     mean, hessian = observe(moments(operation), [case.x])
-    pair = patches_of(operation, case.x, 1), output_matrix(operation, residual)
-    residual_mean, cross = observe(cross_moments(operation), [pair])
+    residual_mean, cross = observe(given_moments(operation, 1), [given(case, residual, 1)])
     x = np.asarray(operations.patches(operation, case.x), np.float64)
     r = operations.by_channel(operation, residual).astype(np.float64)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
@@ -113,8 +121,7 @@ def test_moments_of_every_third_patch(case: operations.Case):
     x = np.asarray(operations.patches(operation, case.x), np.float64)[::3]
     r = operations.by_channel(operation, residual).astype(np.float64)[::3]
     mean, hessian = observe(moments(operation, 3), [case.x])
-    pair = patches_of(operation, case.x, 3), output_matrix(operation, residual)[::3]
-    _, cross = observe(cross_moments(operation), [pair])
+    _, cross = observe(given_moments(operation, 3), [given(case, residual, 3)])
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     close(mean, x.mean(0))
     close(hessian, np.einsum("pgk,pgl->gkl", x, x) / len(x))

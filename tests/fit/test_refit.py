@@ -10,7 +10,7 @@ import pytest
 
 from qjax.fit.moments import centered, moments
 from qjax.fit.observers import observe
-from qjax.fit.refit import Goal, lacking, patches_and_residual, refit
+from qjax.fit.refit import Goal, by_group, lacking, refit, residual_moments
 from qjax.graph.activation import NONE, RELU, RELU6, Activation
 from qjax.graph.fold import Folded, apply_folded
 from qjax.graph.operation import output_matrix
@@ -47,18 +47,22 @@ def refitted(wanted: Goal, steps: int, has_free_bias: bool = True) -> Folded:
 
 
 @pytest.mark.parametrize("stride", [1, 3])
-@pytest.mark.parametrize("case", operations.CASES, ids=lambda case: case.id)
-def test_the_residual_of_patches_is_that_of_the_whole_output(case: operations.Case, stride: int):
+@pytest.mark.parametrize("name", ["grouped", "mixed_layout", "dot_two_axes"])
+def test_the_residual_is_that_of_the_whole_output(name: str, stride: int):
+    [case] = [case for case in operations.CASES if case.id == name]
     operation = case.operation
     groups, _, channels = operation.matrix_shape
     bias = jnp.linspace(-1, 1, groups * channels)
     folded = Folded(operation.to_matrix(case.kernel).astype(jnp.float32), bias)
     output = apply_folded(operation, folded, case.x)
     wanted = Goal(output + 0.5, -output, RELU)
-    patches, found = patches_and_residual(operation, folded, case.x, wanted, stride)
+    parts = by_group(operation, folded, wanted, stride)
+    found = observe(residual_moments(operation, stride, RELU), [(case.x, parts)])
     expected = output_matrix(operation, lacking(wanted, output))[::stride]
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(patches, operations.patches(operation, case.x)[::stride])
+    patches = operations.patches(operation, case.x)[::stride]
+    cross = np.einsum("pgk,pgm->gkm", patches, expected) / len(patches)
+    np.testing.assert_allclose(found.residual_mean, expected.mean(0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.cross, cross, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

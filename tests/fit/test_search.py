@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as st_numpy
 from qjax import QParams, QuantSpec
 from qjax.fit import search
 from qjax.fit.ranges import values_between
-from qjax.fit.samples import InputSample, KernelSample, OutputSample
+from qjax.fit.samples import InputSample, KernelSample, OutputSample, narrowed
 from qjax.fit.search import CANDIDATES, Candidates, least
 from qjax.formats.affine import affine_qparams, fake_quant
 from qjax.graph.activation import NONE, RELU, Activation
@@ -361,3 +361,15 @@ def test_of_an_activation_every_exponent_is_tried_with_a_sign_and_without(least_
     best = min(losses, key=losses.__getitem__)
     assert (float(found.scale), int(found.zero_point)) == best
     assert best[1] == (8 if least_value == -2.0 else 0), "a little below 0 is worth no sign bit"
+
+
+@pytest.mark.parametrize("channels", [3, 17])
+def test_a_narrowed_kernel_has_outputs_as_large(channels: int):
+    rng = np.random.default_rng(0)
+    kernel, x = rng.normal(size=(2, 5, channels)), rng.normal(size=(2, 5, 40))
+    kernel[0, 2] = 0  # a row, and so the rank, is missing
+    kernel, x = np.float32(kernel), np.float32(x)
+    found = narrowed(jnp.asarray(kernel))
+    assert found.shape == (2, 5, min(channels, 5))
+    norms = [np.sum(np.square(np.einsum("gkm,gkp->gmp", w, x)), axis=1) for w in (kernel, found)]
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-5)
