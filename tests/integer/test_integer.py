@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
@@ -56,6 +57,11 @@ def in_int64(operation: Linear, layer: QuantizedLayer, centered: np.ndarray) -> 
     return acc + np.asarray(layer.bias, np.int64).reshape(acc.shape[1:])
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def accumulated(operation: Linear, lowering: Any, given: Any, x: Any, zero_point: Any) -> jax.Array:
+    return lowerings.accumulate(operation, given, x, zero_point, lowering)
+
+
 @pytest.mark.parametrize("case", operations.CASES, ids=lambda case: case.id)
 @hypothesis.settings(max_examples=5)
 @hypothesis.given(
@@ -77,7 +83,7 @@ def test_accumulators_equal_int64(case: operations.Case, seed: int, bits: tuple[
     for lowering in filter(None, found):
         folded = lowerings.folded_bias(layer, lowering.method)
         given = lowerings.operands(operation, layer, folded, lowering)
-        acc = lowerings.accumulate(operation, given, x, stored.zero_point, lowering)
+        acc = accumulated(operation, lowering, given, x, stored.zero_point)
         np.testing.assert_array_equal(operations.by_channel(operation, acc), expected)
     assert np.abs(expected).max() <= lowerings.largest(layer)
 
