@@ -75,8 +75,7 @@ class LayerRecipe:
         in_table("range_method", self.range_method, OBJECTIVES)
         in_table("rounding", self.rounding, ROUNDINGS)
         for argument in _COUNTS:
-            if getattr(self, argument) < 0:
-                raise ValueError(f"`{argument}` must be at least 0; got {getattr(self, argument)}.")
+            _check_count(argument, getattr(self, argument))
         if self.weights is not None and self.weights.is_dynamic:
             raise ValueError(
                 "`weights` must have static ranges, which are known; got dynamic, which is for "
@@ -165,6 +164,16 @@ class LayerRecipe:
 
 
 _COUNTS = ("reconstructions", "sweeps")
+_MOST = 10_000  # of any count: what would run for days is a slip
+
+
+def _check_count(argument: str, value: int, least: int = 0, unit: str = "") -> None:
+    if value < least:
+        raise ValueError(f"`{argument}` must be at least {least}{unit}; got {value}.")
+    if value > _MOST:
+        raise ValueError(f"`{argument}` must be at most {_MOST}{unit}; got {value}.")
+
+
 _WIDTHS = {"weight_bits": "weights", "input_bits": "inputs", "output_bits": "outputs"}
 _WIDTHS_OF_WEIGHTS = {"bits", "weight_bits"}
 _LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerRecipe))
@@ -221,11 +230,9 @@ class Recipe(LayerRecipe):
         super().__post_init__()
         names = ("equalize", "logits", "sequential", "end_search", "grid_size", "refinements")
         check_fields(self, names)
-        if self.grid_size < 2:
-            raise ValueError(f"`grid_size` must be at least 2 candidates; got {self.grid_size}.")
+        _check_count("grid_size", self.grid_size, 2, " candidates")
         for argument in ("end_search", "refinements"):
-            if getattr(self, argument) < 0:
-                raise ValueError(f"`{argument}` must be at least 0; got {getattr(self, argument)}.")
+            _check_count(argument, getattr(self, argument))
         if self.end_search and not self.sequential:
             raise ValueError(
                 "`end_search` looks at the output of the quantized network, for which layers are "

@@ -28,6 +28,8 @@ def test_width_out_of_range_is_refused(bits: Any):
         ({"rounding": "up"}, "`rounding` must be one of nearest"),
         ({"output_position": "after"}, "`output_position` must be one of pre_activation, post_"),
         ({"grid_size": 1}, "`grid_size` must be at least 2 candidates; got 1"),
+        ({"grid_size": 10**6}, "`grid_size` must be at most 10000 candidates; got 1000000"),
+        ({"sweeps": 10**9}, "`sweeps` must be at most 10000; got 1000000000"),
         (
             {"inputs": QuantSpec(granularity="per_group")},
             "`inputs` must have granularity per_tensor or per_channel; got per_group",
