@@ -114,10 +114,10 @@ def cross_moments(operation: Linear, stride: int, residual: Callable[..., jax.Ar
 def map_groups(
     function: Callable[..., Any], operation: Linear, x: jax.Array, parts: Any, stride: int
 ) -> tuple[int, Any]:
-    """Applies a function to the patches of every group, one group after the other.
+    """Applies a function to the patches of every group.
 
     All patches of a depthwise convolution take many times the room of its input, those of one
-    channel stay in the cache of a CPU.
+    channel stay in the cache of a CPU: there it takes one group after the other.
 
     Args:
       function: (float32[positions, patch], *parts of the group) -> arrays.
@@ -139,6 +139,8 @@ def map_groups(
         found = of_group(operation, x, jax.tree.map(lambda part: part[0], parts))
         return count, jax.tree.map(lambda each: each[None], found)
     one, inputs = operation.by_group(x)
+    if jax.default_backend() != "cpu":
+        return count, jax.vmap(partial(of_group, one))(inputs, parts)
     return count, lax.map(lambda given: of_group(one, *given), (inputs, parts))
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from qjax.fit.moments import CrossMoments, Moments, centered, cross_moments, moments
+from qjax.fit.moments import CrossMoments, Moments, centered, cross_moments, map_groups, moments
 from qjax.fit.observers import Observer, observe, observe_stacked
 from qjax.graph.operation import output_matrix
 from qjax.rounding.metric import damped
@@ -126,6 +126,20 @@ def test_moments_of_every_third_patch(case: operations.Case):
     close(mean, x.mean(0))
     close(hessian, np.einsum("pgk,pgl->gkl", x, x) / len(x))
     close(cross, np.einsum("pgk,pgm->gkm", x, r) / len(x))
+
+
+def test_other_devices_take_all_groups_together(monkeypatch: pytest.MonkeyPatch):
+    [case] = [case for case in operations.CASES if case.id == "grouped"]
+
+    def squares(patches: jax.Array, factor: jax.Array) -> jax.Array:
+        return factor * patches.T @ patches
+
+    groups = case.operation.matrix_shape[0]
+    given = (squares, case.operation, case.x, (jnp.arange(1.0, groups + 1),), 2)
+    count, expected = map_groups(*given)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert map_groups(*given)[0] == count
+    chex.assert_trees_all_close(map_groups(*given)[1], expected, rtol=1e-5, atol=1e-5)
 
 
 @hypothesis.given(values, st.permutations(range(SHAPE[1])))
