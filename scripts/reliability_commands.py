@@ -236,7 +236,9 @@ def _resnet() -> dict[str, np.ndarray]:
 def signals(count: int, seed: int) -> Iterator[Case]:
     """Ends `qjax quantize` by Ctrl-C or SIGTERM at random instants."""
     rng = random.Random(seed)
-    code = "import sys; from qjax.cli.main import main; sys.exit(main())"
+    code = (
+        "import sys; from qjax.cli.main import main; print('ready', flush=True); sys.exit(main())"
+    )
     with _folder() as folder:
         argv = ["quantize", "--model", MODEL, *IMAGES, "--out", "out"]
         command = [sys.executable, "-c", code, *argv, "--no-compilation-cache", "--quiet"]
@@ -250,7 +252,9 @@ def signals(count: int, seed: int) -> Iterator[Case]:
                 text=True,
                 env={**os.environ, "PYTHONPATH": f"{script}:{os.environ.get('PYTHONPATH', '')}"},
             )
-            time.sleep(3 + rng.uniform(0, 6))  # Python handles signals once it has imported
+            assert process.stdout is not None
+            process.stdout.readline()  # signals are handled once all is imported
+            time.sleep(rng.uniform(0.2, 6))
             process.send_signal(kind)
             _, line = process.communicate()
             yield _numbered(number, _ended(process.returncode, line, 128 + kind, folder))
