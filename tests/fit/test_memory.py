@@ -93,7 +93,6 @@ def assert_same(q: qjax.Quantized, expected: qjax.Quantized) -> None:
         np.testing.assert_allclose(record.output_sqnr_db, wanted.output_sqnr_db, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("network", "recipe"), CASES)
 def test_every_memory_gives_the_same_codes(network: str, recipe: str):
     expected = quantized(network, recipe, memory="device")
