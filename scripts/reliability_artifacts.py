@@ -27,6 +27,7 @@ import qjax
 from qjax import directory, kept_arrays
 from qjax.directory import Files
 
+CASES = "cases.jsonl"  # of the process that Atheris ends
 WIDTHS = {"a": 3, "b": 5}  # of the weights of two artifacts
 
 
@@ -221,7 +222,7 @@ def guided_manifests(count: int, seed: int) -> Iterator[Case]:
         script = Path(__file__).with_name("reliability_guided.py")
         command = [sys.executable, script, folder, str(count), str(seed)]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
-        cases = Path(folder, "cases.jsonl")
+        cases = Path(folder, CASES)
         for line in cases.read_text().splitlines() if cases.exists() else ():
             yield Case(*json.loads(line))
         if process.returncode:

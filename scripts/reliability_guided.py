@@ -11,7 +11,6 @@ from pathlib import Path
 
 import atheris
 
-CASES = "cases.jsonl"
 MOST_BYTES = 2**16
 
 
@@ -19,7 +18,7 @@ def main(folder: str, count: int, seed: int) -> None:
     """Tries cases and writes what came of each.
 
     Args:
-      folder: an empty folder, which gets the file `CASES`.
+      folder: an empty folder, which gets the file `reliability_artifacts.CASES`.
       count: of cases.
       seed: of the changes.
     """
@@ -35,7 +34,7 @@ def main(folder: str, count: int, seed: int) -> None:
     corpus = Path(folder, "corpus")
     corpus.mkdir()
     Path(corpus, "manifest").write_text(text)
-    cases = Path(folder, CASES).open("w", buffering=1)
+    cases = Path(folder, artifacts.CASES).open("w", buffering=1)
 
     def try_manifest(data: bytes) -> None:
         shutil.rmtree(target, ignore_errors=True)

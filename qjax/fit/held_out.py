@@ -105,7 +105,7 @@ def held_out_errors(moments: JointMoments, has_free_bias: bool) -> tuple[jax.Arr
     shrinkages = jnp.array(SHRINKAGES, jnp.float32)
     totals = jax.tree.map(lambda each: each.sum(0), moments)
 
-    def errors__of_fold(own: JointMoments) -> tuple[jax.Array, jax.Array]:
+    def errors_of_fold(own: JointMoments) -> tuple[jax.Array, jax.Array]:
         count = len(moments.energy) - 1
         others = jax.tree.map(lambda total, each: (total - each) / count, totals, own)
         fitted, judged = others, own
@@ -114,7 +114,7 @@ def held_out_errors(moments: JointMoments, has_free_bias: bool) -> tuple[jax.Arr
         errors = lax.map(partial(_error, fitted, judged), shrinkages)
         return errors, jnp.sum(judged.energy)
 
-    errors, before = lax.map(errors__of_fold, moments)
+    errors, before = lax.map(errors_of_fold, moments)
     return errors.sum(0), before.sum(0)
 
 

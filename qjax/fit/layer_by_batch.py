@@ -272,21 +272,6 @@ def _final_moments(is_centered: bool, state: Any) -> m.Moments:
     return m.centered(found) if is_centered else found
 
 
-def _input_and_residual(
-    task: Task,
-    folded: Folded,
-    inputs: Any,
-    unit: jax.Array,
-    x: jax.Array,
-    z: jax.Array,
-    shortcut: Sequence[jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-    """The quantized input of one batch in units of `unit`, and what the output lacks there."""
-    seen = _quantized(inputs, x)[0] / unit
-    output = apply_folded(task.operation, folded, seen)[None]
-    return seen, _lacking(task, z, shortcut, output)[0]
-
-
 @program(static_argnums=(0, 1))
 def _add_residual(
     task: Task,
@@ -336,8 +321,10 @@ def _add_joint(
     z: jax.Array,
     *shortcut: jax.Array,
 ) -> JointMoments:
-    pair = _input_and_residual(task, folded, inputs, unit, x, z, shortcut)
-    found = joint_moments(task.operation, stride, pair)
+    seen = _quantized(inputs, x)[0] / unit
+    output = apply_folded(task.operation, folded, seen)[None]
+    residual = _lacking(task, z, shortcut, output)[0]
+    found = joint_moments(task.operation, stride, (seen, residual))
     return found if joint is None else jax.tree.map(jnp.add, joint, found)
 
 

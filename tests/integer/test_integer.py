@@ -3,7 +3,6 @@
 import functools
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import chex
@@ -57,7 +56,7 @@ def in_int64(operation: Linear, layer: QuantizedLayer, centered: np.ndarray) -> 
     return acc + np.asarray(layer.bias, np.int64).reshape(acc.shape[1:])
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def accumulated(operation: Linear, lowering: Any, given: Any, x: Any, zero_point: Any) -> jax.Array:
     return lowerings.accumulate(operation, given, x, zero_point, lowering)
 
