@@ -5,6 +5,7 @@ Atheris instruments qjax while it is imported, and ends the process when it has 
 
 import json
 import random
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import atheris
 
 MOST_BYTES = 2**16
+MEMORY_OF_CASES = 2**30
+"""Bytes of addresses that cases may take beyond what importing and compiling took."""
 
 
 def main(folder: str, count: int, seed: int) -> None:
@@ -57,9 +60,18 @@ def main(folder: str, count: int, seed: int) -> None:
         artifacts.edit(entries, rng)
         return json.dumps(entries).encode()[:most_bytes]
 
+    _limit_memory()
     options = [f"-runs={count}", f"-seed={seed + 1}", f"-max_len={MOST_BYTES}", "-len_control=0"]
+    options += ["-rss_limit_mb=0", f"-artifact_prefix={folder}/"]
     atheris.Setup([sys.argv[0], *options, str(corpus)], try_manifest, custom_mutator=change)
     atheris.Fuzz()
+
+
+def _limit_memory() -> None:
+    # libFuzzer's own limit is on the peak of the process, which starts at the peak of its parent
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = taken + MEMORY_OF_CASES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 if __name__ == "__main__":
