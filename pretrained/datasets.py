@@ -8,8 +8,10 @@ import contextlib
 import importlib.util
 import io
 import os
+from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,28 +62,30 @@ def load(
       ImportError: if TFDS, or TensorFlow to prepare a dataset for the first time, is missing.
       RuntimeError: if the dataset is neither prepared nor can be prepared.
     """
-    if name == "digits":
-        return _load_digits(split)
     if own_images.is_own(name):
         return Dataset(*own_images.load(name, split), name)
-    builder = _builder(name, data_dir)
-    if split not in builder.info.splits:
-        raise ValueError(
-            f"`split` must be one of {sorted(builder.info.splits)} for {name!r}, got {split!r}."
-        )
-    folder = cache_dir() / "datasets" / name / str(builder.version)
+    if name == "digits":
+        version, splits = _version_of_scikit_learn(), ("train", "test")
+        decode, is_transposed = _split_digits, False
+    else:
+        builder = _builder(name, data_dir)
+        version, splits = str(builder.version), sorted(builder.info.splits)
+        decode, is_transposed = partial(_decode, builder, name), builder.name in TRANSPOSED
+    if split not in splits:
+        raise ValueError(f"`split` must be one of {list(splits)} for {name!r}, got {split!r}.")
+    folder = cache_dir() / "datasets" / name / version
     files = [folder / f"{split}_{part}.npy" for part in ("images", "labels")]
     cached = _cached(*files) if cache else None
     if cached is not None:
         images, labels = cached
     else:
-        images, labels = _decode(builder, name, split)
+        images, labels = decode(split)
         if cache:
             # A cache folder that cannot be written costs time at the next call, nothing else.
             with contextlib.suppress(OSError):
                 for file, array in zip(files, (images, labels), strict=True):
                     _save(file, array)
-    if builder.name in TRANSPOSED:
+    if is_transposed:
         images = np.ascontiguousarray(images.swapaxes(1, 2))
     return Dataset(images, labels, name)
 
@@ -107,23 +111,24 @@ def calibration_draw(images: np.ndarray, size: int, seed: int) -> np.ndarray:
     return images[np.random.default_rng(seed).choice(len(images), size, replace=False)]
 
 
-def _load_digits(split: str) -> Dataset:
-    """The 1,797 embedded digits, split once and for all: 500 stratified images are `test`."""
-    if split not in ("train", "test"):
-        raise ValueError(f"`split` must be 'train' or 'test' for 'digits', got {split!r}.")
+def _version_of_scikit_learn() -> str:
     try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
+        return metadata.version("scikit-learn")
+    except metadata.PackageNotFoundError as error:
         raise ImportError("`digits` needs scikit-learn: pip install 'qjax[all]'.") from error
+
+
+def _split_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The 1,797 embedded digits, split once and for all: 500 stratified images are `test`."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     train, test = train_test_split(
         np.arange(len(labels)), test_size=500, stratify=labels, random_state=0
     )
     rows = np.sort(train if split == "train" else test)
-    return Dataset(
-        images[rows].reshape(-1, 8, 8, 1).astype(np.uint8), labels[rows].astype(np.int32), "digits"
-    )
+    return images[rows].reshape(-1, 8, 8, 1).astype(np.uint8), labels[rows].astype(np.int32)
 
 
 def _builder(name: str, data_dir: str | os.PathLike | None):
@@ -175,7 +180,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200].rstrip(".") or repr(error)
 
 
-def _decode(builder, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _decode(builder: Any, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Decodes all images and labels of a split, ordered by id where records have one."""
     features = builder.info.features
     if not {"image", "label"} <= set(features):

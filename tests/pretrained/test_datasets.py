@@ -36,7 +36,9 @@ def test_digits_split_is_fixed_disjoint_and_stratified():
 
 
 def test_digits_has_two_splits():
-    with pytest.raises(ValueError, match="`split` must be 'train' or 'test'.*'validation'"):
+    with pytest.raises(
+        ValueError, match=r"`split` must be one of \['train', 'test'\].*'validation'"
+    ):
         datasets.load("digits", "validation")
 
 
@@ -189,6 +191,14 @@ def test_names_that_are_none(data_dir: pathlib.Path, name: str):
     with pytest.raises(ValueError, match=f"`name` must be 'digits' or a TFDS .*{name}") as caught:
         datasets.load(name, "test", data_dir)
     assert "\n" not in str(caught.value)
+
+
+def test_digits_are_kept_too(data_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    decoded = datasets.load("digits", "test")
+    monkeypatch.setattr(datasets, "_split_digits", None)
+    kept = datasets.load("digits", "test")
+    np.testing.assert_array_equal(kept.images, decoded.images)
+    np.testing.assert_array_equal(kept.labels, decoded.labels)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", b"PK", None])
