@@ -43,7 +43,7 @@ FAST_TO_COMPILE: dict[str, Any] = not_set(
 FAST_TO_RUN: dict[str, Any] = {}
 
 
-def _known(options: Options) -> Options:
+def known(options: Options) -> Options:
     """Those of the options that this device's compiler knows."""
     return tuple(option for option in options if _is_known(*option))
 
@@ -77,7 +77,7 @@ def compiled(function: F, options: Mapping[str, Any], **static: Any) -> F:
         found = tuple(options.items())
         if found and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
             return function(*args, **kwargs)  # options are those of the program around it
-        return jitted(_known(found))(*args, **kwargs)
+        return jitted(known(found))(*args, **kwargs)
 
     return call  # pyright: ignore
 

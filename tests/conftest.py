@@ -129,7 +129,7 @@ def optimized(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     ):
         for option, value in own.items():
             monkeypatch.setitem(options, option, value)
-    return _OPTIMIZED
+    return dict(programs.known(tuple(_OPTIMIZED.items())))
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ def _network_from_float_to_onnx(names: dict[str, Any]) -> None:
 
 
 def _reading_a_report(names: dict[str, Any]) -> None:
-    assert names["with_3_bits"] < names["in_float"]
+    assert names["with_3_bits"] <= names["in_float"]  # of 500 images
     assert [record.weight_bits for record in names["q"].report] == [3] * 20
 
 

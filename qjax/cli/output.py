@@ -27,6 +27,9 @@ class _Patient(io.TextIOBase):
         with self._patience():
             self._stream.flush()
 
+    def close(self) -> None:
+        """Closes nothing: the stream is another's."""
+
     def isatty(self) -> bool:
         return self._stream.isatty()
 

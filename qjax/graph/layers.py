@@ -278,8 +278,10 @@ def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> tuple[Lay
 
 
 def shapes_of(tree: Any) -> Any:
-    """The shapes and types of a pytree's arrays, as `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), tree)
+    """The shapes of a pytree's arrays and the types that JAX gives them: `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree
+    )
 
 
 _remembered: collections.OrderedDict[Any, Network] = collections.OrderedDict()
