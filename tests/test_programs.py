@@ -13,6 +13,7 @@ import pytest
 import small
 
 import qjax
+from qjax.study.sensitivity import logits_sqnr_alone
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 MAPS = Path("/proc/self/maps")
@@ -66,6 +67,19 @@ def deep(params: Any, x: jax.Array) -> jax.Array:
     for kernel in params:
         x = jax.nn.relu(x @ kernel)
     return x
+
+
+def test_each_layer_alone_is_measured_by_one_program(programs: list[str]):
+    x = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)
+    counts = []
+    for depth in (2, 6):
+        kernels = [np.eye(6, dtype=np.float32) + i / 10 for i in range(depth)]
+        q = qjax.quantize(deep, kernels, x, RECIPE)
+        jax.block_until_ready(q.apply_fn(q.params, x))
+        programs.clear()
+        assert len(logits_sqnr_alone(q, kernels, x)) == depth
+        counts.append(len(programs))
+    assert counts[1] <= counts[0]  # the first one compiles what measures noise, too
 
 
 def test_layers_of_equal_shape_share_programs(programs: list[str]):

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qjax.progress import Progress
@@ -42,8 +41,7 @@ def top1(
       ValueError: there is no image, or not one label per image.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> top1(lambda params, x: x * params, jnp.ones(()), np.eye(3), np.array([0, 1, 1]))
+      >>>       >>> top1(lambda params, x: x * params, jnp.ones(()), np.eye(3), np.array([0, 1, 1]))
       66.66666666666667
     """
     total = len(images)
@@ -54,8 +52,8 @@ def top1(
         )
     right, done = 0, 0
     for rows, batch in _batches(images, preprocess, batch_size):
-        classes = np.asarray(_classify(_with_hash(apply_fn), params, batch))[: len(rows)]
-        right += np.sum(classes == labels[rows])
+        logits = np.asarray(_evaluate(_with_hash(apply_fn), params, batch))[: len(rows)]
+        right += np.sum(logits.argmax(-1) == labels[rows])
         done += len(rows)
         if progress is not None:
             progress("", done, total)
@@ -124,11 +122,6 @@ def _with_hash(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
     except TypeError:
         return _Identified(function)
     return function
-
-
-@partial(jax.jit, static_argnums=0)
-def _classify(apply_fn: Callable[[Any, Any], jax.Array], params: Any, x: Any) -> jax.Array:
-    return jnp.argmax(apply_fn(params, x), -1)
 
 
 @partial(jax.jit, static_argnums=0)

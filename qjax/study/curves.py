@@ -149,12 +149,14 @@ def _measured(sample: Any, spec: QuantSpec, quality: Quality, units: Any) -> _Me
 
     values = jax.lax.map(at, jnp.asarray(SHARES))
     losses = dict(zip((MSE.name, OUTPUT_MSE.name, KL.name), values, strict=True))
-    choices = {}
-    for name, objective in OBJECTIVES.items():
-        chosen = least(objective, sample, spec, SEARCH)
-        share = jnp.mean(chosen.step / widest(sample, spec).step)
-        choices[name] = (share, *quality(chosen))
-    return _Measured(losses, choices)
+    chosen = [least(objective, sample, spec, SEARCH) for objective in OBJECTIVES.values()]
+    covering = widest(sample, spec)
+
+    def judged(format: Any) -> tuple[jax.Array, ...]:
+        return jnp.mean(format.step / covering.step), *quality(format)
+
+    choices = jax.lax.map(judged, jax.tree.map(lambda *leaves: jnp.stack(leaves), *chosen))
+    return _Measured(losses, dict(zip(OBJECTIVES, zip(*choices, strict=True), strict=True)))
 
 
 def _shrunk(sample: Any, spec: QuantSpec, share: jax.Array) -> Any:

@@ -11,7 +11,10 @@ from qjax.formats.affine import sqnr_db
 from qjax.formats.base import expand_groups
 from qjax.formats.binary import Signs
 from qjax.formats.dynamic import ActivationFormat
+from qjax.graph.activation import Activation
 from qjax.graph.layers import Network, Site, find_layers, shapes_of
+from qjax.graph.operation import Linear
+from qjax.programs import program
 from qjax.quantize import Quantized
 from qjax.run.layer import QuantizedLayer, fold_input_scales, scaled_kernel
 from qjax.run.tap import Tap, float_layers, tapped
@@ -104,46 +107,63 @@ def quality(q: Quantized, params: Any, x: Any) -> Quality:
 def _layer_quality(
     site: Site, layer: QuantizedLayer, exact: QuantizedLayer, given: Tap, taken: Tap
 ) -> LayerQuality:
-    kernel = exact.kernel
-    if layer.grid is not None and layer.folds_input_scales:
-        kernel = fold_input_scales(site.layer.operation, layer.grid, kernel)
-    weights, kernel_histogram = _kernel_quality(layer, kernel)
-    y, y_hat = _rounded_output(site, layer, given)
-    outputs = layer.activated or layer.outputs
-    inputs = None if isinstance(layer.inputs, Signs) else layer.inputs
+    static = site.layer.operation, site.activation.shown, site.activation.is_pointwise
+    measured = _measure(*static, layer, exact, given, taken)
     histograms = {
-        "weights": kernel_histogram,
-        "input": _histogram(given.input, inputs),
-        "output": _histogram(y, outputs),
+        "weights": _kernel_histogram(layer, measured.kernel),
+        "input": _histogram(given.input, None if isinstance(layer.inputs, Signs) else layer.inputs),
+        "output": _histogram(measured.activated, layer.activated or layer.outputs),
     }
-    x = given.input
-    rounded = math.inf if inputs is None else sqnr_db(x, inputs.project(x))
-    return LayerQuality(
-        site.layer.name,
-        weights,
-        float(rounded),
-        float(sqnr_db(y, y_hat)),
-        float(sqnr_db(given.activated, taken.activated)),
-        histograms,
+    weights, inputs, outputs, accumulated = map(float, measured.decibels)
+    return LayerQuality(site.layer.name, weights, inputs, outputs, accumulated, histograms)
+
+
+class _Measured(NamedTuple):
+    """A layer as arrays.
+
+    Attributes:
+      decibels: of its kernel, input and output alone, and of its output in the network.
+      kernel: in float, in the units of the kernel that was rounded.
+      activated: its float output after the activation (before, if its form is unknown).
+    """
+
+    decibels: tuple[Any, Any, Any, Any]
+    kernel: jax.Array
+    activated: jax.Array
+
+
+@program(static_argnums=(0, 1, 2))
+def _measure(
+    operation: Linear,
+    activation: Activation,
+    is_pointwise: bool,
+    layer: QuantizedLayer,
+    exact: QuantizedLayer,
+    given: Tap,
+    taken: Tap,
+) -> _Measured:
+    kernel, x = exact.kernel, given.input
+    if layer.grid is not None and layer.folds_input_scales:
+        kernel = fold_input_scales(operation, layer.grid, kernel)
+    x_hat = (
+        x if layer.inputs is None or isinstance(layer.inputs, Signs) else layer.inputs.project(x)
     )
+    z_hat = given.output if layer.outputs is None else layer.outputs.project(given.output)
+    y, y_hat = (activation.function(z) for z in (given.output, z_hat))
+    if layer.activated is not None and is_pointwise:
+        y_hat = layer.activated.project(y_hat)
+    decibels = (
+        math.inf if layer.weights is None else sqnr_db(kernel, scaled_kernel(layer)),
+        sqnr_db(x, x_hat),
+        sqnr_db(y, y_hat),
+        sqnr_db(given.activated, taken.activated),
+    )
+    return _Measured(decibels, kernel, y)
 
 
-def _rounded_output(site: Site, layer: QuantizedLayer, given: Tap) -> tuple[jax.Array, jax.Array]:
-    """The float output after the activation (before, if its form is unknown), exact and rounded."""
-    activate = site.activation.shown.function
-    y_hat = given.output if layer.outputs is None else layer.outputs.project(given.output)
-    y, y_hat = activate(given.output), activate(y_hat)
-    if layer.activated is None or not site.activation.is_pointwise:
-        return y, y_hat
-    return y, layer.activated.project(y_hat)
-
-
-def _kernel_quality(layer: QuantizedLayer, kernel: jax.Array) -> tuple[float, Histogram]:
-    if layer.weights is None:
-        return math.inf, _histogram(kernel, None)
-    sqnr = float(sqnr_db(kernel, scaled_kernel(layer)))
-    if not layer.weights.is_uniform:
-        return sqnr, _histogram(kernel, None)
+def _kernel_histogram(layer: QuantizedLayer, kernel: jax.Array) -> Histogram:
+    if layer.weights is None or not layer.weights.is_uniform:
+        return _histogram(kernel, None)
     scale, zero_point = (
         np.asarray(expand_groups(leaf, kernel.shape[1]))
         for leaf in (layer.weights.scale, layer.weights.zero_point)
@@ -151,7 +171,7 @@ def _kernel_quality(layer: QuantizedLayer, kernel: jax.Array) -> tuple[float, Hi
     qmin, qmax = int(layer.weights.qmin), int(layer.weights.qmax)
     largest = max(abs(qmin), qmax)
     low, high = (float(np.mean(limit - zero_point) / largest) for limit in (qmin, qmax))
-    return sqnr, _counts(np.asarray(kernel) / scale / largest, (low, high))
+    return _counts(np.asarray(kernel) / scale / largest, (low, high))
 
 
 def _histogram(values: jax.Array, format: ActivationFormat | None) -> Histogram:

@@ -2,23 +2,27 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qjax.formats.affine import QParams, sqnr_db
 from qjax.formats.dynamic import ActivationFormat, Dynamic
-from qjax.graph.layers import Site, find_layers, shapes_of
+from qjax.graph.layers import Network, Site, find_layers, shapes_of
 from qjax.graph.operation import along_channels
+from qjax.programs import FAST_TO_COMPILE
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
 from qjax.recipe import Recipe
-from qjax.run.fake import real_value
-from qjax.run.interpreter import Rules
+from qjax.run.fake import FAKE, real_value
+from qjax.run.function import bind, outputs_of, steps_of
+from qjax.run.interpreter import Rules, evaluate
 from qjax.run.layer import QuantizedLayer, scaled_kernel
-from qjax.run.tap import float_layers, tapped
+from qjax.run.tap import float_layers
 
 Part = Literal["weights", "activations"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -225,10 +229,32 @@ def _stored_alike(format: ActivationFormat | None) -> ActivationFormat | None:
 _STORED = np.dtype(np.int32)
 
 
+class _Either(NamedTuple):
+    """A layer in float and as it was quantized, and which of the two counts."""
+
+    is_quantized: jax.Array
+    exact: QuantizedLayer
+    quantized: QuantizedLayer
+
+
+def _either(rule: Callable[[Site, QuantizedLayer, jax.Array], jax.Array]) -> Callable[..., Any]:
+    def evaluate_one(site: Site, layer: _Either, x: jax.Array) -> jax.Array:
+        return lax.cond(
+            layer.is_quantized,
+            lambda: rule(site, layer.quantized, x),
+            lambda: rule(site, layer.exact, x),
+        )
+
+    return evaluate_one
+
+
+EITHER = Rules(_either(FAKE.layer), _either(FAKE.activated), {}, real_value)
+
+
 def logits_sqnr_alone(q: Quantized, params: Any, x: Any) -> dict[str, float]:
     """Measures each layer alone: the SQNR of the logits with all other layers in float, in dB.
 
-    The layers are taken as they were fitted in the quantized network.
+    The layers are taken as they were fitted in the quantized network. One program serves all.
 
     Args:
       q: the quantized network.
@@ -241,10 +267,22 @@ def logits_sqnr_alone(q: Quantized, params: Any, x: Any) -> dict[str, float]:
     function = q.apply_fn
     network = find_layers(function.apply_fn, function.params, shapes_of(x))
     floats = float_layers(network, params)
-    run = tapped(function.apply_fn, function.params, x, [])
-    expected = run(floats, x)[0]
-    found = {}
-    for name, layer in q.params["layers"].items():
-        alone = {**floats, "layers": {**floats["layers"], name: layer}}
-        found[name] = float(sqnr_db(expected, run(alone, x)[0]))
-    return found
+    exact, quantized = floats["layers"], q.params["layers"]
+    run = network.program("one layer", partial(_outputs_of_either, network), FAST_TO_COMPILE)
+
+    def outputs(alone: str | None) -> Any:
+        layers = {
+            name: _Either(jnp.asarray(name == alone), exact[name], layer)
+            for name, layer in quantized.items()
+        }
+        return run({**floats, "layers": layers}, x)
+
+    expected = outputs(None)
+    return {name: float(sqnr_db(expected, outputs(name))) for name in quantized}
+
+
+def _outputs_of_either(network: Network, params: Mapping[str, Any], x: Any) -> Any:
+    env = bind(network, params, x)
+    steps, read = steps_of(network, params)
+    evaluate(steps, env, read, EITHER)
+    return outputs_of(network, env, EITHER)
