@@ -99,7 +99,7 @@ class Measuring:
         }
         if error == "plain":
             found = HeldOut(self.model.apply_fn, self.model.params, held_out)
-            line |= found.divergences(q)._asdict()
+            line |= found.divergences(q).means._asdict()
         if run is not q:
             line["other_logits"] = differing(q, run, self.model.preprocess, self._test.images)
         return self._tested(line)

@@ -103,16 +103,20 @@ def long_rows(table: Table, lines: Sequence[dict[str, Any]]) -> str:
 
 
 def cell(lines: Sequence[dict[str, Any]], row: str, column: str, error: str | None) -> str:
-    """Means over the draws; in brackets those of a field of the measurements, if one is named."""
+    """Means over the draws; in brackets those of a field of the measurements, if one is named.
+
+    A cell that lacks some of the draws says how many it has.
+    """
     found = [line for line in lines if (line["row"], line["column"]) == (row, column)]
     if not found:
         return ""
     if found[0]["top1"] is None:
         return "–"
-    top1 = f"{statistics.mean(line['top1'] for line in found):.2f}"
-    if error is None:
-        return top1
-    return f"{top1} ({statistics.mean(line[error] for line in found):.1e})"
+    text = f"{statistics.mean(line['top1'] for line in found):.2f}"
+    if error is not None:
+        text += f" ({statistics.mean(line[error] for line in found):.1e})"
+    draws = len({line["seed"] for line in lines if line["row"] != FLOAT})
+    return text if len(found) == draws else f"{text}, {len(found)} of {draws} draws"
 
 
 def show(page: Path, name: str, text: str) -> None:

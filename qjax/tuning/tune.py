@@ -7,7 +7,8 @@ quantizer and the biases of its layers (see `qjax.fit.scales`), by the divergenc
 
 of the quantized network's output f̂ from the float one's, on views of unlabeled images (see
 `qjax.tuning.views`). A quarter of the images, at most 512, is held out: what was learned is kept
-only if the divergence does not rise there, neither on the images nor on blends of them.
+only if the divergence does not rise there by more than its standard error, neither on the images
+nor on blends of them.
 """
 
 import logging
@@ -37,7 +38,7 @@ from qjax.run.function import outputs
 from qjax.run.tap import float_layers
 from qjax.tuning import adam, views
 from qjax.tuning.checkpoint import Checkpoint
-from qjax.tuning.held_out import EVALUATED, Divergences, HeldOut
+from qjax.tuning.held_out import EVALUATED, Divergences, HeldOut, rises
 from qjax.versions import versions
 
 _logger = logging.getLogger(__name__)
@@ -211,10 +212,10 @@ def run_tuning(
         finish = network.program(("moved", frame.key), partial(moved, frame, is_final=True))
         found = q._replace(params=finish(q.params, learned))
         after = measured(found)
-        is_kept = all(new <= old for new, old in zip(after, before, strict=True))
+        is_kept = not any(map(rises, before, after))
         if is_kept:
             q = found._replace(report=_report(q, found, params, held_out))
-    return Tuned(q, before, after, is_kept)
+    return Tuned(q, before.means, after.means, is_kept)
 
 
 # ---- A step

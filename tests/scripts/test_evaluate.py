@@ -67,6 +67,12 @@ def test_cells_are_means_over_the_draws(evaluate: Any):
     assert "| a | 91.00 | 2 | weights | 90.50 (2.0e-03) |  |" in text
 
 
+def test_a_cell_that_lacks_draws_says_so(evaluate: Any):
+    lines = [*LINES, measured("weights", "4 bits", 0, 80.0, 1e-3)]
+    text = evaluate.rows_of_markdown(evaluate.tables()["widths"], lines, with_error=False)
+    assert "| 90.50 |" in text and "| 80.00, 1 of 2 draws |" in text
+
+
 def test_what_is_kept_is_not_measured_again(
     tmp_path: Path, evaluate: Any, monkeypatch: pytest.MonkeyPatch
 ):
