@@ -41,7 +41,8 @@ def top1(
       ValueError: there is no image, or not one label per image.
 
     Examples:
-      >>>       >>> top1(lambda params, x: x * params, jnp.ones(()), np.eye(3), np.array([0, 1, 1]))
+      >>> import jax.numpy as jnp
+      >>> top1(lambda params, x: x * params, jnp.ones(()), np.eye(3), np.array([0, 1, 1]))
       66.66666666666667
     """
     total = len(images)
