@@ -13,7 +13,7 @@ from qjax.graph.schedule import rest_of_params
 from qjax.programs import FAST_TO_COMPILE
 from qjax.run.fake import FAKE
 from qjax.run.function import bind, outputs_of, steps_of
-from qjax.run.interpreter import evaluate
+from qjax.run.interpreter import Rules, evaluate
 from qjax.run.layer import QuantizedLayer
 
 
@@ -69,7 +69,9 @@ def float_layers(
     return {"layers": layers, "rest": rest_of_params(network, params)}
 
 
-def tapped(apply_fn: Any, params: Any, x: Any, names: Sequence[str] | None = None) -> Tapped:
+def tapped(
+    apply_fn: Any, params: Any, x: Any, names: Sequence[str] | None = None, rules: Rules = FAKE
+) -> Tapped:
     """Makes a function that evaluates a network and keeps what its layers read and write.
 
     Args:
@@ -77,6 +79,7 @@ def tapped(apply_fn: Any, params: Any, x: Any, names: Sequence[str] | None = Non
       params: the shapes of its params.
       x: an input, or its shape.
       names: the layers and the products of two activations to keep; by default all layers.
+      rules: how layers are evaluated.
 
     Returns:
       A compiled function of (params in the form of `Quantized.params` or `float_layers`, x of that
@@ -85,15 +88,20 @@ def tapped(apply_fn: Any, params: Any, x: Any, names: Sequence[str] | None = Non
     """
     network = find_layers(apply_fn, params, shapes_of(x))
     kept = None if names is None else tuple(names)
-    return network.program(f"tap of {kept}", partial(_run, network, kept), FAST_TO_COMPILE)
+    key = f"tap of {kept}", rules.key
+    return network.program(key, partial(_run, network, kept, rules), FAST_TO_COMPILE)
 
 
 def _run(
-    network: Network, names: Sequence[str] | None, params: Mapping[str, Any], x: Any
+    network: Network,
+    names: Sequence[str] | None,
+    rules: Rules,
+    params: Mapping[str, Any],
+    x: Any,
 ) -> tuple[Any, dict[str, Any]]:
     env = bind(network, params, x)
     steps, read = steps_of(network, params)
-    evaluate(steps, env, read, FAKE)
+    evaluate(steps, env, read, rules)
     taps: dict[str, Any] = {}
     for site in network.first_sites:
         name = site.layer.name
@@ -109,4 +117,4 @@ def _run(
             if matmul.name in names:
                 values = [env[var] for var in (*matmul.operands, matmul.output)]
                 taps[matmul.name] = MatmulTap(*values)
-    return outputs_of(network, env, FAKE), taps
+    return outputs_of(network, env, rules), taps

@@ -111,7 +111,7 @@ def _layer_quality(
     measured = _measure(*static, layer, exact, given, taken)
     histograms = {
         "weights": _kernel_histogram(layer, measured.kernel),
-        "input": _histogram(given.input, None if isinstance(layer.inputs, Signs) else layer.inputs),
+        "input": _histogram(given.input, _input_format(layer)),
         "output": _histogram(measured.activated, layer.activated or layer.outputs),
     }
     weights, inputs, outputs, accumulated = map(float, measured.decibels)
@@ -145,9 +145,8 @@ def _measure(
     kernel, x = exact.kernel, given.input
     if layer.grid is not None and layer.folds_input_scales:
         kernel = fold_input_scales(operation, layer.grid, kernel)
-    x_hat = (
-        x if layer.inputs is None or isinstance(layer.inputs, Signs) else layer.inputs.project(x)
-    )
+    inputs = _input_format(layer)
+    x_hat = x if inputs is None else inputs.project(x)
     z_hat = given.output if layer.outputs is None else layer.outputs.project(given.output)
     y, y_hat = (activation.function(z) for z in (given.output, z_hat))
     if layer.activated is not None and is_pointwise:
@@ -159,6 +158,10 @@ def _measure(
         sqnr_db(given.activated, taken.activated),
     )
     return _Measured(decibels, kernel, y)
+
+
+def _input_format(layer: QuantizedLayer) -> ActivationFormat | None:
+    return None if isinstance(layer.inputs, Signs) else layer.inputs
 
 
 def _kernel_histogram(layer: QuantizedLayer, kernel: jax.Array) -> Histogram:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -12,17 +11,15 @@ from jax import lax
 
 from qjax.formats.affine import QParams, sqnr_db
 from qjax.formats.dynamic import ActivationFormat, Dynamic
-from qjax.graph.layers import Network, Site, find_layers, shapes_of
+from qjax.graph.layers import Site, find_layers, shapes_of
 from qjax.graph.operation import along_channels
-from qjax.programs import FAST_TO_COMPILE
 from qjax.progress import Progress
 from qjax.quantize import Quantized, quantize
 from qjax.recipe import Recipe
 from qjax.run.fake import FAKE, real_value
-from qjax.run.function import bind, outputs_of, steps_of
-from qjax.run.interpreter import Rules, evaluate
+from qjax.run.interpreter import Rules
 from qjax.run.layer import QuantizedLayer, scaled_kernel
-from qjax.run.tap import float_layers
+from qjax.run.tap import float_layers, tapped
 
 Part = Literal["weights", "activations"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -268,21 +265,14 @@ def logits_sqnr_alone(q: Quantized, params: Any, x: Any) -> dict[str, float]:
     network = find_layers(function.apply_fn, function.params, shapes_of(x))
     floats = float_layers(network, params)
     exact, quantized = floats["layers"], q.params["layers"]
-    run = network.program("one layer", partial(_outputs_of_either, network), FAST_TO_COMPILE)
+    run = tapped(function.apply_fn, function.params, x, [], EITHER)
 
     def outputs(alone: str | None) -> Any:
         layers = {
             name: _Either(jnp.asarray(name == alone), exact[name], layer)
             for name, layer in quantized.items()
         }
-        return run({**floats, "layers": layers}, x)
+        return run({**floats, "layers": layers}, x)[0]
 
     expected = outputs(None)
     return {name: float(sqnr_db(expected, outputs(name))) for name in quantized}
-
-
-def _outputs_of_either(network: Network, params: Mapping[str, Any], x: Any) -> Any:
-    env = bind(network, params, x)
-    steps, read = steps_of(network, params)
-    evaluate(steps, env, read, EITHER)
-    return outputs_of(network, env, EITHER)
