@@ -2,7 +2,9 @@
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import jax
@@ -10,6 +12,13 @@ from jax.core import Tracer
 
 F = TypeVar("F", bound=Callable[..., Any])
 Options = tuple[tuple[str, Any], ...]
+Calling = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
+
+# How compiled functions are called, with their positional and other arguments; see
+# `qjax.rehearsal`.
+CALLING: ContextVar[Calling] = ContextVar(
+    "calling", default=lambda jitted, args, kwargs: jitted(*args, **kwargs)
+)
 
 
 def not_set(options: Mapping[str, Any], flags: str) -> dict[str, Any]:
@@ -39,13 +48,16 @@ FAST_TO_COMPILE: dict[str, Any] = not_set(
     os.environ.get("XLA_FLAGS", ""),
 )
 
+_PROBING = threading.Lock()
+
 # What users call again and again is compiled as they set up XLA.
 FAST_TO_RUN: dict[str, Any] = {}
 
 
 def known(options: Options) -> Options:
     """Those of the options that this device's compiler knows."""
-    return tuple(option for option in options if _is_known(*option))
+    with _PROBING:  # each is tried once, by whichever thread needs it first
+        return tuple(option for option in options if _is_known(*option))
 
 
 @functools.cache
@@ -77,7 +89,7 @@ def compiled(function: F, options: Mapping[str, Any], **static: Any) -> F:
         found = tuple(options.items())
         if found and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
             return function(*args, **kwargs)  # options are those of the program around it
-        return jitted(known(found))(*args, **kwargs)
+        return CALLING.get()(jitted(known(found)), args, kwargs)
 
     return call  # pyright: ignore
 

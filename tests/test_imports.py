@@ -21,6 +21,7 @@ ORDER = (
         "programs",
         "progress",
         "pytree",
+        "rehearsal",
         "sharing",
         "table",
         "versions",

@@ -16,7 +16,7 @@ from qjax.fit.batch_streams import BatchStreams
 from qjax.fit.junction import FittedJunction, FittedMatmul, float_or_quantized
 from qjax.fit.layer import Fit, in_units_of_codes
 from qjax.fit.ranges import project_batches
-from qjax.fit.streams import Segment, Streams, map_batches
+from qjax.fit.streams import Segment, Streams, cast, map_batches
 from qjax.formats.dynamic import ActivationFormat
 from qjax.graph import jaxpr
 from qjax.graph.activation import follow_codes
@@ -80,7 +80,7 @@ class Ahead:
 
     def _read(self, var: core.Var) -> Values:
         floats, values = self._streams.read(var)
-        return floats.astype(jnp.float32), values.astype(jnp.float32)
+        return cast(floats, jnp.float32), cast(values, jnp.float32)
 
     def _evaluate(self, step: SpecialStep | None) -> None:
         match step:
@@ -103,12 +103,12 @@ class Ahead:
                 pairs = [self._read(var) for var in matmul.operands]
                 results = float_or_quantized(matmul.product, known, *pairs)
                 own = jaxpr.dtype(matmul.output)
-                self._streams.write(matmul.output, *(value.astype(own) for value in results))
+                self._streams.write(matmul.output, *(cast(value, own) for value in results))
 
     def _project(self, var: core.Var, grid: ActivationFormat | None) -> None:
         assert grid is not None
         floats, values = self._streams.read(var)
-        rounded = projected(grid, values.astype(jnp.float32)).astype(values.dtype)
+        rounded = cast(projected(grid, cast(values, jnp.float32)), values.dtype)
         self._streams.write(var, floats, rounded)
 
 
@@ -132,10 +132,17 @@ def outputs_of_step(
     return floats, float_outputs(*static, folded, inputs[1])
 
 
+@program()
 def joined(values: Sequence[Values]) -> Values:
     """The values of all steps as more batches."""
     floats, quantized = zip(*values, strict=True)
     return jnp.concatenate(floats), jnp.concatenate(quantized)
+
+
+@program(static_argnums=1)
+def first_of(values: Values, count: int) -> Values:
+    """Of values that are joined, the batches of the first step."""
+    return values[0][:count], values[1][:count]
 
 
 @program(static_argnums=(0, 1))

@@ -7,6 +7,7 @@ unless `Recipe.sequential`) toward the output that the float network has there.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jax.extend import core
 
 from qjax.fit.ahead import (
     Ahead,
+    first_of,
     fitted_outputs,
     float_outputs,
     joined,
@@ -44,7 +46,7 @@ from qjax.fit.ranges import (
 )
 from qjax.fit.samples import NeedsAllValuesError
 from qjax.fit.search import Candidates
-from qjax.fit.streams import Segment, Streams, cut, fixed_values
+from qjax.fit.streams import Segment, Streams, cast, cut, fixed_values
 from qjax.formats.affine import QParams
 from qjax.formats.dynamic import ActivationFormat
 from qjax.formats.spec import QuantSpec
@@ -61,6 +63,7 @@ from qjax.graph.tables import names_of_others
 from qjax.programs import program
 from qjax.progress import Progress
 from qjax.recipe import LayerRecipe, Recipe
+from qjax.rehearsal import compiled_from_both_ends, cores, is_shape
 
 
 class Grid(NamedTuple):
@@ -76,8 +79,8 @@ class Grid(NamedTuple):
 
     @property
     def greatest(self) -> float:
-        """The greatest value."""
-        return float(self.qparams.range[1])
+        """The greatest value; 0 where it is not known yet."""
+        return 0.0 if is_shape(self.qparams.scale) else float(self.qparams.range[1])
 
 
 class State(NamedTuple):
@@ -244,27 +247,48 @@ def calibrate(
         started += [unit.name] if unit.name else []
     if kept is not None and isinstance(streams, Streams):
         streams.restore(*kept)
-    for number, unit in enumerate(todo[done:], done + 1):
-        if unit.name is not None:
-            if len(started) > 1:  # one layer may still be computed while the next is compiled
-                jax.block_until_ready(state.fits[started[-2]].energies)
-            progress(unit.name, len(started), len(names))
-            started.append(unit.name)
-        streams.advance(unit.segment)
-        _follow(unit.segment, state)
-        unit.fit(state)
-        if whole is not None:
-            _bring(unit.segment, state, whole)
-        unit.note(state)
-        if checkpoint is not None:
-            is_last = number == len(todo)
-            live = None
-            if isinstance(streams, Streams) and whole is None:
-                live = ({}, {}) if is_last else streams.values
-            checkpoint.write(number, state.fits, state.sums, network, live, is_last)
+    with _compiled_ahead(state, todo[done:]):
+        for number, unit in enumerate(todo[done:], done + 1):
+            if unit.name is not None:
+                if len(started) > 1:  # one layer may still be computed while the next is compiled
+                    jax.block_until_ready(state.fits[started[-2]].energies)
+                progress(unit.name, len(started), len(names))
+                started.append(unit.name)
+            _fit_unit(unit, state, whole)
+            if checkpoint is not None:
+                is_last = number == len(todo)
+                live = None
+                if isinstance(streams, Streams) and whole is None:
+                    live = ({}, {}) if is_last else streams.values
+                checkpoint.write(number, state.fits, state.sums, network, live, is_last)
     jax.block_until_ready([fit.energies for fit in state.fits.values()])
     progress("", len(names), len(names))
     return state.fits, state.sums
+
+
+def _compiled_ahead(state: State, todo: Sequence[Unit]) -> AbstractContextManager[None]:
+    """Has a second core, if there is one, compile what the last units take."""
+    streams = state.streams
+    if cores() < 2 or not isinstance(streams, Streams) or not streams.is_on_default_device:
+        return contextlib.nullcontext()
+    shapes = State(
+        streams.of_shapes(), state.folded, dict(state.grids), dict(state.fits), dict(state.sums)
+    )
+
+    def rehearse() -> None:
+        for unit in todo:
+            _fit_unit(unit, shapes, None)
+
+    return compiled_from_both_ends(rehearse)
+
+
+def _fit_unit(unit: Unit, state: State, whole: Callable[[Any], Any] | None) -> None:
+    state.streams.advance(unit.segment)
+    _follow(unit.segment, state)
+    unit.fit(state)
+    if whole is not None:
+        _bring(unit.segment, state, whole)
+    unit.note(state)
 
 
 def _bring(segment: Segment, state: State, whole: Callable[[Any], Any]) -> None:
@@ -375,8 +399,8 @@ def _fit_step(
     divides = known is None and divides_channels(recipe.inputs, task.operation, values.x)
     found = fit_layer(task, divides, recipe.limits, values, folded, known)
     state.fits[name] = found.fit
-    count = len(inputs[0][0])
-    _write_outputs(site, found.float_output[:count], found.output[:count], state)
+    outputs = first_of((found.float_output, found.output), inputs[0][0].shape[0])
+    _write_outputs(site, *outputs, state)
 
 
 def _look_ahead(state: State) -> Ahead:
@@ -398,7 +422,7 @@ def _read(state: State, var: core.Var) -> tuple[jax.Array, jax.Array]:
 
 
 def _real(values: jax.Array) -> jax.Array:
-    return values.astype(jnp.float32)
+    return cast(values, jnp.float32)
 
 
 def _round(
@@ -408,9 +432,9 @@ def _round(
     own = jaxpr.dtype(var)
 
     def rounding(values: jax.Array) -> jax.Array:
-        return projected(format, values.astype(jnp.float32)).astype(own)
+        return cast(projected(format, _real(values)), own)
 
-    state.streams.round(var, rounding, floats.astype(own), values.astype(own))
+    state.streams.round(var, rounding, cast(floats, own), cast(values, own))
 
 
 def kind_of(spec: QuantSpec) -> tuple[int, bool, str]:
@@ -426,8 +450,9 @@ def known_grid(spec: QuantSpec | None, grid: Grid | None) -> QParams | None:
 
 def divides_channels(spec: QuantSpec | None, operation: Linear, x: jax.Array) -> bool:
     """Whether the channels of an input get scales of their own."""
-    is_wanted = spec is not None and spec.granularity == "per_channel"
-    return is_wanted and bool(operation.input_axes) and float(_least_value(x)) >= 0
+    if spec is None or spec.granularity != "per_channel" or not operation.input_axes:
+        return False
+    return is_shape(x) or float(_least_value(x)) >= 0  # most inputs follow a ReLU
 
 
 @program()
@@ -522,7 +547,7 @@ def _fit_matmul(matmul: Matmul, recipe: LayerRecipe, candidates: Candidates, sta
     state.sums.update(fitted.by_name(matmul.name))
     if isinstance(state.streams, Streams):
         own = jaxpr.dtype(matmul.output)
-        state.streams.write(matmul.output, *(values.astype(own) for values in results))
+        state.streams.write(matmul.output, *(cast(values, own) for values in results))
     else:
         _replay_matmul(matmul, state)
 
@@ -534,10 +559,10 @@ def _replay_matmul(matmul: Matmul, state: State) -> None:
     quantized = fitted.quantized
 
     def on_floats(*operands: jax.Array) -> jax.Array:
-        return float_product(matmul.product, *map(_real, operands)).astype(own)
+        return cast(float_product(matmul.product, *map(_real, operands)), own)
 
     def on_values(*operands: jax.Array) -> jax.Array:
-        return quantized_product(matmul.product, quantized, *map(_real, operands)).astype(own)
+        return cast(quantized_product(matmul.product, quantized, *map(_real, operands)), own)
 
     state.streams.apply(matmul.output, on_floats, on_values, *matmul.operands)
 

@@ -108,7 +108,7 @@ class Streams:
     def of_values(
         cls,
         fixed: Sequence[dict[core.Var, Any]],
-        streams: Sequence[dict[core.Var, jax.Array]],
+        streams: Sequence[dict[core.Var, Any]],
         count: int,
     ) -> "Streams":
         """Streams in the midst of a network.
@@ -125,6 +125,20 @@ class Streams:
     def on_device(self) -> "Streams":
         """The same values; what happens to one does not change the other."""
         return Streams.of_values(self._fixed, self._streams, self._count)
+
+    def of_shapes(self) -> "Streams":
+        """Streams of shapes, for what is only to be compiled."""
+        shapes = [
+            {var: jax.ShapeDtypeStruct(value.shape, value.dtype) for var, value in stream.items()}
+            for stream in self._streams
+        ]
+        return Streams.of_values(self._fixed, shapes, self._count)
+
+    @property
+    def is_on_default_device(self) -> bool:
+        """Whether nobody has placed the values on other devices than the default one."""
+        values = (value for stream in self._streams for value in stream.values())
+        return not any(isinstance(value, jax.Array) and value.committed for value in values)
 
     def advance(self, segment: Segment) -> None:
         """Evaluates the equations of a segment on every batch."""
@@ -173,9 +187,8 @@ class Streams:
     def read(self, var: core.Var) -> tuple[jax.Array, jax.Array]:
         """A variable's values on all batches in the float and in the quantized stream."""
         if var in self._fixed[0]:  # what a loop starts with
-            floats, values = (jnp.asarray(self._fixed[number][var]) for number in (0, -1))
-            shape = self._count, *floats.shape
-            return jnp.broadcast_to(floats, shape), jnp.broadcast_to(values, shape)
+            floats, values = (self._fixed[number][var] for number in (0, -1))
+            return _repeated(floats, self._count), _repeated(values, self._count)
         return self._floats[var], self._quantized[var]
 
     def stored(self, var: core.Var) -> tuple[jax.Array, jax.Array]:
@@ -233,6 +246,11 @@ def _goes_batch_by_batch(equation: core.JaxprEqn) -> bool:
     return is_grouped or jaxpr.contains_contraction(equation)
 
 
+@program(static_argnums=1)
+def _repeated(values: jax.Array, count: int) -> jax.Array:
+    return jnp.broadcast_to(values, (count, *values.shape))
+
+
 @program(static_argnums=0)
 def _evaluate_once(function: Equations, *values: jax.Array) -> list[jax.Array]:
     return function(*values)
@@ -255,6 +273,16 @@ def _evaluate_stacked(
         return function(*batch)
 
     return map_batches(evaluate, stacked)
+
+
+def cast(values: jax.Array, dtype: Any) -> jax.Array:
+    """Values of another type."""
+    return values if values.dtype == dtype else _cast(values, dtype)
+
+
+@program(static_argnums=1)
+def _cast(values: jax.Array, dtype: Any) -> jax.Array:
+    return values.astype(dtype)
 
 
 def map_batches(function: Callable[[Any], Any], batches: Any) -> Any:

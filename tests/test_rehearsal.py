@@ -1,0 +1,101 @@
+"""Programs compiled in two threads, from both ends: each once, and with the same results."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+import qjax
+from qjax.fit import layerwise
+from qjax.programs import program
+from qjax.rehearsal import compiled_from_both_ends
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture
+def threads() -> Iterator[list[str]]:
+    """The names of the threads that compiled something, one by program."""
+    found: list[str] = []
+
+    def note(event: str, _duration: float, **_: Any) -> None:
+        if event == COMPILED:
+            found.append(threading.current_thread().name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    jax.monitoring.clear_event_listeners()
+
+
+@program(static_argnums=0)
+def _power(exponent: int, x: jax.Array) -> jax.Array:
+    return x**exponent
+
+
+def powers(x: Any) -> Any:
+    for exponent in range(2, 8):
+        x = _power(exponent, x)
+    return x
+
+
+def test_each_program_is_compiled_once_whichever_thread_does_it(threads: list[str]):
+    powers(jnp.ones(3))  # tries the options of the compiler
+    x = jnp.ones(17)
+    threads.clear()
+    rehearsed = threading.Event()
+
+    def rehearse() -> None:
+        powers(jax.ShapeDtypeStruct(x.shape, x.dtype))
+        rehearsed.set()
+
+    with compiled_from_both_ends(rehearse):
+        rehearsed.wait()
+        found = powers(x)
+    assert len(threads) == 6
+    np.testing.assert_array_equal(found, np.ones(17))
+
+
+def test_what_is_wrong_while_compiling_ahead_is_told_and_changes_nothing():
+    def rehearse() -> None:
+        raise OSError("no compiler")
+
+    with pytest.warns(RuntimeWarning, match="no compiler"):
+        with compiled_from_both_ends(rehearse):
+            found = powers(jnp.ones(18))
+    np.testing.assert_array_equal(found, np.ones(18))
+
+
+def test_an_error_ends_the_other_thread():
+    def rehearse() -> None:
+        for size in range(10**6):
+            powers(jax.ShapeDtypeStruct((size,), np.float32))
+
+    with pytest.raises(KeyError, match="stop"):
+        with compiled_from_both_ends(rehearse):
+            raise KeyError("stop")
+    for thread in threading.enumerate():
+        if thread.name == "compiling":
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def test_one_core_and_two_give_the_same_codes_by_the_same_programs(
+    threads: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    found = {}
+    for cores in (1, 2):
+        jax.clear_caches()
+        monkeypatch.setattr(layerwise, "cores", lambda cores=cores: cores)
+        threads.clear()
+        q = qjax.quantize(small.apply_fn, small.make_params(), small.images(), bits=4)
+        found[cores] = q, Counter(threads)
+    (alone, by_one), (helped, by_two) = found[1], found[2]
+    assert by_one.keys() == {"MainThread"} and by_two["compiling"] > 0
+    assert by_one.total() == by_two.total()
+    jax.tree.map(np.testing.assert_array_equal, alone.params, helped.params)
