@@ -23,6 +23,7 @@ from qjax.integer.processor import name_of_processor
 from qjax.integer.requantize import FLOAT
 from qjax.quantize import Quantized
 from qjax.run.layer import QuantizedLayer
+from qjax.threads import cores
 
 _FILE = "lowerings.json"  # in the cache folder: seconds by machine, layer and method
 _SECONDS = 0.05  # that each lowering of a layer is measured for
@@ -136,5 +137,4 @@ def _seconds(run: Callable[[], jax.Array]) -> float:
 def _machine() -> str:
     """What the time of a program depends on, apart from the program."""
     device = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{device.device_kind}, {name_of_processor()}, {cores} cores, jax {jax.__version__}"
+    return f"{device.device_kind}, {name_of_processor()}, {cores()} cores, jax {jax.__version__}"

@@ -15,7 +15,7 @@ Options = tuple[tuple[str, Any], ...]
 Calling = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
 
 # How compiled functions are called, with their positional and other arguments; see
-# `qjax.rehearsal`.
+# `qjax.threads`.
 CALLING: ContextVar[Calling] = ContextVar(
     "calling", default=lambda jitted, args, kwargs: jitted(*args, **kwargs)
 )

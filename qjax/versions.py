@@ -1,12 +1,13 @@
 """What is running: versions of packages, and on what."""
 
 import importlib.metadata
-import os
 import platform
 from typing import Any
 
 import jax
 import numpy as np
+
+from qjax.threads import cores
 
 
 def _own_version() -> str:
@@ -31,6 +32,5 @@ def versions() -> dict[str, str]:
 
 def environment() -> dict[str, Any]:
     """What sums in float32 depend on in addition to versions: cores, kind of device, machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kind = jax.devices()[0].device_kind
-    return {"cores": cores, "device": kind, "machine": platform.machine()}
+    return {"cores": cores(), "device": kind, "machine": platform.machine()}

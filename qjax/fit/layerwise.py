@@ -63,7 +63,7 @@ from qjax.graph.tables import names_of_others
 from qjax.programs import program
 from qjax.progress import Progress
 from qjax.recipe import LayerRecipe, Recipe
-from qjax.rehearsal import compiled_from_both_ends, cores, is_shape
+from qjax.threads import compiled_from_both_ends, cores, is_shape
 
 
 class Grid(NamedTuple):

@@ -28,6 +28,7 @@ from qjax.study.cost import cost
 from qjax.study.curves import Curves, layer_curves
 from qjax.study.quality import Histogram, LayerQuality, quality
 from qjax.study.sensitivity import logits_sqnr_alone
+from qjax.threads import side_by_side
 
 SAMPLE = 128  # calibration images that the layers are measured on
 CURVES = 3  # layers whose cost functions are drawn: the most sensitive ones
@@ -96,29 +97,39 @@ def gather(
 
     def step(name: str, done: int) -> None:
         if progress is not None:
-            progress(name, done, 4)
+            progress(name, done, 2)
 
-    step("layers", 0)
     x = jnp.asarray(calibration[:SAMPLE])
-    measured = quality(q, model.params, x)
-    step("sensitivity", 1)
-    alone = logits_sqnr_alone(q, model.params, x)
-    step("predictions", 2)
-    before, after = (
-        predict(apply_fn, params, test.images, model.preprocess)
-        for apply_fn, params in ((model.apply_fn, model.params), (q.apply_fn, q.params))
+    step("layers, sensitivity, predictions", 0)
+    measured, alone, before, after = side_by_side(
+        [
+            partial(quality, q, model.params, x),
+            partial(logits_sqnr_alone, q, model.params, x),
+            *(
+                partial(predict, apply_fn, params, test.images, model.preprocess)
+                for apply_fn, params in ((model.apply_fn, model.params), (q.apply_fn, q.params))
+            ),
+        ]
     )
+    step("cost functions", 1)
     comparison = compare(before, after, test.labels)
-    step("cost functions", 3)
     recipes = q.report.recipe.by_layer([record.name for record in q.report])
     sites = {site.layer.name: site for site in measured.network.sites}
-    curves = {
-        name: layer_curves(
-            sites[name], measured.floats["layers"][name], measured.taps[name].input, recipes[name]
-        )
-        for name in sorted(alone, key=alone.__getitem__)[:CURVES]
-    }
-    step("", 4)
+    names = sorted(alone, key=alone.__getitem__)[:CURVES]
+    found = side_by_side(
+        [
+            partial(
+                layer_curves,
+                sites[name],
+                measured.floats["layers"][name],
+                measured.taps[name].input,
+                recipes[name],
+            )
+            for name in names
+        ]
+    )
+    curves = dict(zip(names, found, strict=True))
+    step("", 2)
     total = cost(q).total
     return Facts(
         model.name,

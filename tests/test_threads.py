@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import small
 import qjax
 from qjax.fit import layerwise
 from qjax.programs import program
-from qjax.rehearsal import compiled_from_both_ends
+from qjax.threads import compiled_from_both_ends, side_by_side
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -99,3 +100,18 @@ def test_one_core_and_two_give_the_same_codes_by_the_same_programs(
     assert by_one.keys() == {"MainThread"} and by_two["compiling"] > 0
     assert by_one.total() == by_two.total()
     jax.tree.map(np.testing.assert_array_equal, alone.params, helped.params)
+
+
+def test_functions_side_by_side_compile_no_program_twice(threads: list[str]):
+    powers(jnp.ones(3))  # tries the options of the compiler
+    x = jnp.ones(19)
+    threads.clear()
+    found = side_by_side([partial(powers, x)] * 4)
+    assert len(threads) == 6
+    for each in found:
+        np.testing.assert_array_equal(each, np.ones(19))
+
+
+def test_an_error_in_one_of_several_functions_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        side_by_side([lambda: 1, lambda: 1 // 0])
