@@ -51,7 +51,7 @@ def test_a_sensitivity_is_the_error_of_the_network_with_one_part_quantized(posit
             q = qjax.quantize(network, PARAMS, IMAGES, alone)
             error = jnp.sum((q.apply_fn(q.params, IMAGES) - reference) ** 2)
             expected = float(error / jnp.sum(reference**2))
-            np.testing.assert_allclose(item.errors[width], expected, rtol=2e-2)
+            np.testing.assert_allclose(item.errors[width], expected, rtol=1e-3)
 
 
 def test_more_bits_are_less_sensitive():
