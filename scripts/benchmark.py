@@ -3,6 +3,7 @@
 python scripts/benchmark.py search
 python scripts/benchmark.py ablation --models lenet5-mnist
 python scripts/benchmark.py integer
+python scripts/benchmark.py zoo
 python scripts/benchmark.py growth
 python scripts/benchmark.py scaling --devices 1 2 4 8
 python scripts/benchmark.py device
@@ -20,6 +21,7 @@ import benchmark_integer
 import benchmark_layers
 import benchmark_search
 import benchmark_startup
+import benchmark_zoo
 import evaluate
 
 
@@ -37,6 +39,7 @@ def main() -> None:
     benchmark_integer.add_lowerings(commands)
     benchmark_integer.add_agreement(commands)
     benchmark_layers.add_layers(commands)
+    benchmark_zoo.add_zoo(commands)
     benchmark_startup.add_startup(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)

@@ -486,7 +486,7 @@ FASTEST: dict[str, tuple[Row, ...]] = {
     ),
     # Zen 3
     "cpu": (
-        Row(INT8, groups=(1, 1), bits=8, products=True),
+        Row(DOT, groups=(1, 1), bits=8, products=True),
         Row(DOT, groups=(1, 1), bits=8, patch=(1, 32)),
         Row(INT8, groups=(1, 1), bits=8, multiple=32),
         Row(FLOAT32),
