@@ -157,12 +157,15 @@ def document(known: Mapping[str, Any]) -> str:
         "not_exported": "Not exported",
         "not_quantized": "Not quantized, or not loaded then, by ONNX Runtime itself",
     }
-    notes = [
-        f"{said}: {zoo_networks.NETWORKS[name].family}: {found[key]}\n"
-        for key, said in failures.items()
-        for name, found in known.items()
-        if key in found
-    ]
+    families: dict[str, list[str]] = {}
+    for key, said in failures.items():
+        for name, found in known.items():
+            if key in found:
+                reason = found[key].rpartition(" : ")[2]
+                families.setdefault(f"{said} ({reason})", []).append(
+                    zoo_networks.NETWORKS[name].family
+                )
+    notes = [f"{failure}: {', '.join(names)}.\n" for failure, names in families.items()]
     return TEXT.format(
         count=len(rows),
         frameworks=len({line[1] for line in rows}),
