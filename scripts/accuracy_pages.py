@@ -23,7 +23,8 @@ def document(table: Table, lines: Sequence[dict[str, Any]], command: str) -> str
     """The table as a page."""
     calibrated = [line for line in lines if line["row"] != FLOAT]
     images = sorted({line["calibration_images"] for line in calibrated})
-    counts = " or ".join(f"{n:,}" for n in images)
+    *first, last = (f"{n:,}" for n in images)
+    counts = f"{', '.join(first)} or {last}" if first else last
     shown = (
         LONG if table.is_long else "top-1 in percent on all test images, and in brackets the error"
     )

@@ -102,6 +102,7 @@ class Row(NamedTuple):
       patch: the least and the greatest number of elements of a patch.
       multiple: what the numbers of input and output channels are multiples of.
       products: whether it is for products of matrices alone.
+      is_pointwise: whether it is for layers that read one position at a time alone.
       bits: the greatest width of the factors, codes of the input and weights less zero points.
       is_tried: whether it is for convolutions that this device computes right, see `are_exact`.
     """
@@ -111,6 +112,7 @@ class Row(NamedTuple):
     patch: tuple[float, float] = (1, math.inf)
     multiple: int = 1
     products: bool = False
+    is_pointwise: bool = False
     bits: float = math.inf
     is_tried: bool = False
 
@@ -124,6 +126,7 @@ class Row(NamedTuple):
         return (
             self.groups[0] <= groups <= self.groups[1]
             and self.patch[0] <= patch <= self.patch[1]
+            and (patch == inputs or not self.is_pointwise)
             and inputs % self.multiple == channels % self.multiple == 0
             and (operation.is_product or not self.products)
             and bits <= self.bits
@@ -488,6 +491,7 @@ FASTEST: dict[str, tuple[Row, ...]] = {
     "cpu": (
         Row(DOT, groups=(1, 1), bits=8, products=True),
         Row(DOT, groups=(1, 1), bits=8, patch=(1, 32)),
+        Row(DOT, groups=(1, 1), bits=8, is_pointwise=True),
         Row(INT8, groups=(1, 1), bits=8, multiple=32),
         Row(FLOAT32),
     ),

@@ -46,6 +46,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> None:
     [
         "ablation",
         "attention",
+        "calibration",
         "codebooks",
         "fixed-point",
         "mixed",
