@@ -1,9 +1,10 @@
 """How functions are compiled: to run a few times, or to run fast."""
 
+import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -14,11 +15,26 @@ F = TypeVar("F", bound=Callable[..., Any])
 Options = tuple[tuple[str, Any], ...]
 Calling = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
 
-# How compiled functions are called, with their positional and other arguments; see
-# `qjax.threads`.
-CALLING: ContextVar[Calling] = ContextVar(
-    "calling", default=lambda jitted, args, kwargs: jitted(*args, **kwargs)
-)
+
+def _call(jitted: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return jitted(*args, **kwargs)
+
+
+_calling: ContextVar[Calling] = ContextVar("calling", default=_call)
+
+
+@contextlib.contextmanager
+def calling(how: Calling = _call) -> Iterator[None]:
+    """Within, compiled functions are called in a way of its own; see `qjax.threads`.
+
+    Args:
+      how: of (function, positional arguments, keyword arguments); by default a plain call.
+    """
+    token = _calling.set(how)
+    try:
+        yield
+    finally:
+        _calling.reset(token)
 
 
 def not_set(options: Mapping[str, Any], flags: str) -> dict[str, Any]:
@@ -89,7 +105,7 @@ def compiled(function: F, options: Mapping[str, Any], **static: Any) -> F:
         found = tuple(options.items())
         if found and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
             return function(*args, **kwargs)  # options are those of the program around it
-        return CALLING.get()(jitted(known(found)), args, kwargs)
+        return _calling.get()(jitted(known(found)), args, kwargs)
 
     return call  # pyright: ignore
 

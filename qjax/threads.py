@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from qjax.programs import CALLING
+from qjax.programs import calling
 
 
 def is_shape(value: Any) -> bool:
@@ -40,15 +40,14 @@ def compiled_from_both_ends(rehearse: Callable[[], object]) -> Iterator[None]:
       rehearse: calls, on shapes, the programs that will be called within, in their order.
     """
     claims = _Claims()
-    rehearsal = _Rehearsal(claims)
+    rehearsal = _Rehearsal(claims, _settings())
     context = contextvars.copy_context()
     thread = threading.Thread(target=context.run, args=(rehearsal.run, rehearse), name="compiling")
     thread.start()
-    token = CALLING.set(claims.call)
     try:
-        yield
+        with calling(claims.call):
+            yield
     finally:
-        CALLING.reset(token)
         rehearsal.is_stopped = True
     if rehearsal.failure is not None:
         warnings.warn(
@@ -66,12 +65,23 @@ def side_by_side(functions: Sequence[Callable[[], Any]]) -> list[Any]:
     claims = _Claims()
 
     def call(function: Callable[[], Any]) -> Any:
-        CALLING.set(claims.call)
-        return function()
+        with calling(claims.call):
+            return function()
 
     with ThreadPoolExecutor(cores()) as pool:
         contexts = [contextvars.copy_context() for _ in functions]
         return list(pool.map(lambda context, each: context.run(call, each), contexts, functions))
+
+
+Settings = tuple[Any, ...]
+
+
+def _settings() -> Settings:
+    """What a context of JAX can change of the programs in this thread."""
+    names = ("enable_x64", "default_matmul_precision", "default_device", "numpy_dtype_promotion")
+    return tuple(
+        getattr(jax.config, f"jax_{name}") for name in (*names, "disable_jit", "debug_nans")
+    )
 
 
 class _Claims:
@@ -101,7 +111,7 @@ class _Claims:
 
     def call(self, jitted: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Calls a program."""
-        with self.claim(_key(jitted, args, kwargs), waits=True):
+        with self.claim(_key(jitted, args, kwargs), waits=True), calling():
             return jitted(*args, **kwargs)
 
 
@@ -116,22 +126,24 @@ class _Rehearsal:
     failure: Exception | None = None
     is_stopped = False
 
-    def __init__(self, claims: _Claims) -> None:
-        self._claims = claims
+    def __init__(self, claims: _Claims, settings: Settings) -> None:
+        self._claims, self._settings = claims, settings
         self._traced: dict[Hashable, Any] = {}
 
     def run(self, rehearse: Callable[[], object]) -> None:
         """Traces all programs, then compiles them from the last one on."""
-        CALLING.set(self._trace)
+        if _settings() != self._settings:  # contexts of JAX are those of one thread
+            return
         try:
-            rehearse()
+            with calling(self._trace):
+                rehearse()
             for key, traced in reversed(self._traced.items()):
                 if self.is_stopped:
                     break
                 with self._claims.claim(key, waits=False) as is_first:
                     if is_first:
                         traced.lower().compile()
-        except _StoppedError:
+        except (_StoppedError, Warning):  # warnings may be errors; the first thread warns too
             pass
         except Exception as error:  # what is wrong with the network the first thread will find
             self.failure = error
@@ -139,7 +151,8 @@ class _Rehearsal:
     def _trace(self, jitted: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if self.is_stopped:
             raise _StoppedError
-        traced = jitted.trace(*args, **kwargs)
+        with calling():  # what is called on constants while tracing has values
+            traced = jitted.trace(*args, **kwargs)
         self._traced.setdefault(_key(jitted, args, kwargs), traced)
         return traced.out_info
 

@@ -115,3 +115,24 @@ def test_functions_side_by_side_compile_no_program_twice(threads: list[str]):
 def test_an_error_in_one_of_several_functions_is_raised():
     with pytest.raises(ZeroDivisionError):
         side_by_side([lambda: 1, lambda: 1 // 0])
+
+
+@program()
+def _with_a_program_of_constants(x: jax.Array) -> jax.Array:
+    return x + _power(2, jnp.arange(3.0))
+
+
+def test_a_program_that_calls_another_on_constants_is_compiled_ahead():
+    shape = jax.ShapeDtypeStruct((3,), np.float32)
+    with compiled_from_both_ends(lambda: _with_a_program_of_constants(shape)):
+        found = _with_a_program_of_constants(jnp.zeros(3))
+    np.testing.assert_array_equal(found, [0, 1, 4])
+
+
+def test_contexts_of_the_first_thread_leave_the_second_idle(threads: list[str]):
+    with jax.enable_x64(True):
+        x = jnp.ones(20, jnp.float64)
+        threads.clear()
+        with compiled_from_both_ends(lambda: powers(jax.ShapeDtypeStruct(x.shape, x.dtype))):
+            found = powers(x)
+    assert found.dtype == np.float64 and set(threads) == {"MainThread"}
