@@ -123,7 +123,7 @@ def _with_a_program_of_constants(x: jax.Array) -> jax.Array:
 
 
 def test_a_program_that_calls_another_on_constants_is_compiled_ahead():
-    shape = jax.ShapeDtypeStruct((3,), np.float32)
+    shape: Any = jax.ShapeDtypeStruct((3,), np.float32)
     with compiled_from_both_ends(lambda: _with_a_program_of_constants(shape)):
         found = _with_a_program_of_constants(jnp.zeros(3))
     np.testing.assert_array_equal(found, [0, 1, 4])
@@ -132,7 +132,8 @@ def test_a_program_that_calls_another_on_constants_is_compiled_ahead():
 def test_contexts_of_the_first_thread_leave_the_second_idle(threads: list[str]):
     with jax.enable_x64(True):
         x = jnp.ones(20, jnp.float64)
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
         threads.clear()
-        with compiled_from_both_ends(lambda: powers(jax.ShapeDtypeStruct(x.shape, x.dtype))):
+        with compiled_from_both_ends(lambda: powers(shape)):
             found = powers(x)
     assert found.dtype == np.float64 and set(threads) == {"MainThread"}
