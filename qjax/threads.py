@@ -73,15 +73,19 @@ def side_by_side(functions: Sequence[Callable[[], Any]]) -> list[Any]:
         return list(pool.map(lambda context, each: context.run(call, each), contexts, functions))
 
 
-Settings = tuple[Any, ...]
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_device",
+    "jax_numpy_dtype_promotion",
+    "jax_disable_jit",
+    "jax_debug_nans",
+)
 
 
-def _settings() -> Settings:
+def _settings() -> list[Any]:
     """What a context of JAX can change of the programs in this thread."""
-    names = ("enable_x64", "default_matmul_precision", "default_device", "numpy_dtype_promotion")
-    return tuple(
-        getattr(jax.config, f"jax_{name}") for name in (*names, "disable_jit", "debug_nans")
-    )
+    return [getattr(jax.config, name) for name in _SETTINGS]
 
 
 class _Claims:
@@ -126,7 +130,7 @@ class _Rehearsal:
     failure: Exception | None = None
     is_stopped = False
 
-    def __init__(self, claims: _Claims, settings: Settings) -> None:
+    def __init__(self, claims: _Claims, settings: list[Any]) -> None:
         self._claims, self._settings = claims, settings
         self._traced: dict[Hashable, Any] = {}
 

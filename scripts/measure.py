@@ -4,7 +4,6 @@ import argparse
 import concurrent.futures
 import math
 import multiprocessing
-import os
 import platform
 import resource
 import statistics
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+
+from qjax.threads import cores
 
 
 class Measured(NamedTuple):
@@ -125,5 +126,4 @@ def device() -> str:
     except OSError:
         return f"cpu ({platform.machine()})"
     has_dot = "avx512_vnni" in flags or "avx_vnni" in flags
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores} cores of a CPU {'with' if has_dot else 'without'} int8 dot instructions"
+    return f"{cores()} cores of a CPU {'with' if has_dot else 'without'} int8 dot instructions"
