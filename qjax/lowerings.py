@@ -13,10 +13,11 @@ import numpy as np
 
 from qjax import atomic
 from qjax.cache import cache_dir
+from qjax.formats.affine import QParams
 from qjax.graph.layers import Site
 from qjax.graph.operation import along_channels
 from qjax.integer.chunks import by_chunks, chunk_size
-from qjax.integer.codes import grid_key, requantized
+from qjax.integer.codes import grid_key, requantized, stored
 from qjax.integer.constants import Constants, Spec, constants_of
 from qjax.integer.lowerings import LOWERINGS, Lowering, accumulate, operands, signed
 from qjax.integer.processor import name_of_processor
@@ -112,15 +113,19 @@ def _run(
     operation = site.layer.operation
     spec = Spec(site.layer.name, operation, lowering.method)
     found = constants_of((spec,), {site.layer.name: layer})[site.layer.name]
-    key = grid_key(layer.outputs)
+    inputs_key, key = grid_key(layer.grid), grid_key(layer.outputs)
 
     @jax.jit
     def run(layer: QuantizedLayer, found: Constants, x: jax.Array) -> jax.Array:
+        assert layer.grid is not None and inputs_key is not None
+        zero_point = stored(layer.grid, inputs_key).zero_point
+        outputs = layer.outputs if isinstance(layer.outputs, QParams) else None
+
         def output(x: jax.Array) -> jax.Array:
             given = operands(operation, layer, found.bias, lowering)
-            acc = accumulate(operation, given, x, found.inputs.zero_point, lowering)
+            acc = accumulate(operation, given, x, zero_point, lowering)
             unit = along_channels(operation, found.unit, acc.ndim)
-            y = requantized(acc, unit, found.outputs, key, 0, jnp.float32, FLOAT)
+            y = requantized(acc, unit, outputs, key, 0, jnp.float32, FLOAT)
             return y if isinstance(y, jax.Array) else y.codes
 
         return by_chunks(output, x, chunk_size(operation, lowering, x))

@@ -101,12 +101,26 @@ def real_value(value: Any, atom: jaxpr.Atom) -> Any:
     return cast(value.real, jaxpr.dtype(atom)) if isinstance(value, Codes) else value
 
 
+def stored(qparams: QParams, key: GridKey) -> QParams:
+    """A grid as its codes are stored, see `signed`, its integers known to the compiler.
+
+    Its scales are not: a compiler joins factors that it knows, and rounds the product otherwise.
+
+    Args:
+      qparams: the grid.
+      key: of it.
+    """
+    zero_point = np.reshape(np.asarray(key.zero_points, np.int32), qparams.zero_point.shape)
+    limits = np.int32(key.qmin), np.int32(key.qmax)
+    return signed(QParams(qparams.scale, jnp.asarray(zero_point), *limits, qparams.dtype))
+
+
 def on_grid(codes: jax.Array, qparams: QParams, key: GridKey) -> Codes:
     """Codes of a layer's input or output.
 
     Args:
-      codes: as they are stored, see `signed`.
-      qparams: their grid, with limits as they are stored.
+      codes: as they are stored, see `stored`.
+      qparams: their grid as they are stored.
       key: of that grid.
     """
     return Codes(codes, qparams.scale, qparams.zero_point, key.qmax - key.qmin, key)
@@ -138,9 +152,9 @@ def to_grid(
       arithmetic: of requantization.
       dtype: that the network gives the value.
     """
-    qparams = signed(qparams)
     if isinstance(value, Codes) and value.key == key:
         return value
+    qparams = stored(qparams, key)
     if isinstance(value, Codes) and arithmetic.only_integers:
         codes = arithmetic.to_codes(value.centered, value.scale / qparams.scale, qparams)
     else:
@@ -205,7 +219,7 @@ def requantized(
       `Codes`; float32 in real units for a sum in an arithmetic that has sums in float32.
     """
     if outputs is not None and key is not None:
-        qparams = signed(outputs)
+        qparams = stored(outputs, key)
         multiplier = unit * qparams.inverse_scale if multiplier is None else multiplier
         codes = arithmetic.to_codes(acc, multiplier, qparams)
         return held(on_grid(codes, qparams, key), outputs, dtype, arithmetic)

@@ -8,7 +8,7 @@ import jax
 
 from qjax.formats.affine import QParams
 from qjax.graph.operation import Linear
-from qjax.integer.lowerings import Method, folded_bias, signed
+from qjax.integer.lowerings import Method, folded_bias
 from qjax.run.layer import QuantizedLayer, accumulator_scale
 
 
@@ -19,15 +19,11 @@ class Constants(NamedTuple):
       bias: int32[groups * channels], from `lowerings.folded_bias`.
       unit: float32[groups * channels], the real value of one unit of the accumulator.
       multiplier: float32[groups * channels], M = unit / s_y; None without one scale of the output.
-      inputs: the grid of its input, see `lowerings.signed`.
-      outputs: that of its output, where it is known.
     """
 
     bias: jax.Array
     unit: jax.Array
     multiplier: jax.Array | None
-    inputs: QParams
-    outputs: QParams | None
 
 
 class Spec(NamedTuple):
@@ -58,10 +54,7 @@ def constants_of(
 
 
 def _constants(spec: Spec, layer: QuantizedLayer) -> Constants:
-    assert layer.grid is not None
-    unit = accumulator_scale(spec.operation, layer)
-    outputs = signed(layer.outputs) if isinstance(layer.outputs, QParams) else None
-    multiplier = None
-    if outputs is not None and outputs.scale.ndim == 0:
-        multiplier = unit * outputs.inverse_scale
-    return Constants(folded_bias(layer, spec.method), unit, multiplier, signed(layer.grid), outputs)
+    unit, outputs = accumulator_scale(spec.operation, layer), layer.outputs
+    has_one_scale = isinstance(outputs, QParams) and outputs.scale.ndim == 0
+    multiplier = unit * outputs.inverse_scale if has_one_scale else None
+    return Constants(folded_bias(layer, spec.method), unit, multiplier)

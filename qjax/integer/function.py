@@ -44,6 +44,7 @@ from qjax.graph.matmuls import Matmul, find_matmuls
 from qjax.graph.schedule import Step
 from qjax.integer import lowerings
 from qjax.integer.accumulator import Accumulator, check_accumulator
+from qjax.integer.arguments import SMALL, Layout, packed
 from qjax.integer.codes import GridKey, grid_key
 from qjax.integer.constants import Constants, Spec, constants_of
 from qjax.integer.lowerings import LOWERINGS, Lowering, Method
@@ -271,10 +272,34 @@ class IntegerFunction:
 
     def _run(self, function: Callable[..., Any], params: Mapping[str, Any], x: Any) -> Any:
         network = self.function.network(x)
-        is_traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, x)))
+        plan, layout, arrays = self._prepared(network, params, _is_traced(x))
+        whole = partial(_of_arrays, function, network, plan, layout)
+        return network.program((function, plan, layout), whole)(arrays, x)
+
+    def _prepared(
+        self, network: Network, params: Mapping[str, Any], is_traced: bool
+    ) -> tuple[Plan, Layout, dict[str, jax.Array]]:
+        """What a program takes for params and their constants; remembered for the last params.
+
+        Args:
+          network: the network.
+          params: as in a call.
+          is_traced: whether the input is.
+        """
+        parts = (*params["layers"].values(), *jax.tree.leaves({**params, "layers": ()}))
+        key = tuple(map(id, parts))
+        are_known = key in self._found or not _is_traced(params)
+        is_traced = is_traced or not are_known
         plan = self._plan(network, is_traced)
-        program = network.program((function, plan), partial(function, network, plan))
-        return program(params, self._constants(network, plan, params), x)
+        if are_known and key not in self._found:
+            self._found.clear()
+            self._found[key] = parts, {}
+        prepared = self._found[key][1] if are_known else {}
+        if (plan, is_traced) not in prepared:
+            with jax.ensure_compile_time_eval() if are_known else contextlib.nullcontext():
+                tree = params, self._constants(network, plan, params)
+                prepared[plan, is_traced] = packed(tree, 0 if is_traced else SMALL)
+        return plan, *prepared[plan, is_traced]
 
     def _plan(self, network: Network, is_traced: bool = False) -> Plan:
         """What the programs of a network depend on; remembered as long as the network is.
@@ -319,29 +344,36 @@ class IntegerFunction:
     def _constants(
         self, network: Network, plan: Plan, params: Mapping[str, Any]
     ) -> dict[str, Constants]:
-        """The constants of the layers; remembered for the last params."""
+        """The constants of the layers."""
         layers: Mapping[str, QuantizedLayer] = params["layers"]
-        key = (plan, *map(id, layers.values()))
-        if key in self._found:
-            return self._found[key][1]
         operations = {site.layer.name: site.layer.operation for site in network.first_sites}
         specs = tuple(
             Spec(name, operations[name], planned.lowering_of_sum.method)
             for name, planned in plan.layers
             if planned.lowering_of_sum and layers[name].has_integer_accumulator
         )
-        is_known = not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(layers))
-        with jax.ensure_compile_time_eval() if is_known else contextlib.nullcontext():
-            found = constants_of(specs, layers)
-        if is_known:
-            self._found.clear()
-            self._found[key] = tuple(layers.values()), found
-        return found
+        return constants_of(specs, layers)
+
+
+def _is_traced(tree: Any) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 # ---- What a program returns
 
 Watch = Callable[[Step, Env], None]
+
+
+def _of_arrays(
+    function: Callable[..., Any],
+    network: Network,
+    plan: Plan,
+    layout: Layout,
+    arrays: Mapping[str, jax.Array],
+    x: Any,
+) -> Any:
+    params, constants = layout.unpacked(arrays)
+    return function(network, plan, params, constants, x)
 
 
 def _evaluated(

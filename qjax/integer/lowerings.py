@@ -4,7 +4,7 @@
 |---|---|---|
 | `int8` | the operation itself on int8 (int16 for wider codes), summed in int32 | always |
 | `dot` | patches of the input times the kernel matrix, int8 (int16), summed in int32 | always |
-| `uint8` | the same, codes of the input as uint8 | 8 bits, channels last, on a CPU |
+| `uint8` | the same, codes of the input as uint8 | 8 bits, on a CPU |
 | `float32` | the operation itself on integers in float32 | where Σ stays below 2^24 |
 
 The first two take q_x as it is stored, pad with z_x and fold −z_x·Σ q_w into the bias. `uint8` does
@@ -103,6 +103,7 @@ class Row(NamedTuple):
       multiple: what the numbers of input and output channels are multiples of.
       products: whether it is for products of matrices alone.
       is_pointwise: whether it is for layers that read one position at a time alone.
+      is_transposed: whether it is for layers whose output does not end with the channels alone.
       bits: the greatest width of the factors, codes of the input and weights less zero points.
       is_tried: whether it is for convolutions that this device computes right, see `are_exact`.
     """
@@ -113,6 +114,7 @@ class Row(NamedTuple):
     multiple: int = 1
     products: bool = False
     is_pointwise: bool = False
+    is_transposed: bool = False
     bits: float = math.inf
     is_tried: bool = False
 
@@ -127,6 +129,7 @@ class Row(NamedTuple):
             self.groups[0] <= groups <= self.groups[1]
             and self.patch[0] <= patch <= self.patch[1]
             and (patch == inputs or not self.is_pointwise)
+            and not (self.is_transposed and operation.ends_with_channels)
             and inputs % self.multiple == channels % self.multiple == 0
             and (operation.is_product or not self.products)
             and bits <= self.bits
@@ -366,25 +369,26 @@ def _multiply(operation: Linear, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     patches = operation.unfold(x)
     groups, patch, _ = kernel.shape
-    if groups == 1:
-        # Operands of two types stay as they are where the algorithm is given.
-        acc = lax.dot_general(
-            patches.reshape(*patches.shape[:-2], patch),
-            kernel[0],
-            (((patches.ndim - 2,), (0,)), ((), ())),
-            precision=lax.DotAlgorithmPreset.DEFAULT,
-            preferred_element_type=jnp.int32,
-        )
-        return from_positions(operation, jnp.expand_dims(acc, -2))
     last = patches.ndim - 1
+    if groups == 1:
+        factors = patches.reshape(*patches.shape[:-2], patch), kernel[0]
+        dimensions = ((last - 1,), (0,)), ((), ())
+    else:
+        factors = patches, kernel
+        dimensions = ((last,), (1,)), ((last - 1,), (0,))
+    # Operands of two types stay as they are where the algorithm is given.
     acc = lax.dot_general(
-        patches,
-        kernel,
-        (((last,), (1,)), ((last - 1,), (0,))),
+        *factors,
+        dimensions,
         precision=lax.DotAlgorithmPreset.DEFAULT,
         preferred_element_type=jnp.int32,
     )
-    return from_positions(operation, jnp.moveaxis(acc, 0, -2))
+    if patches.dtype != kernel.dtype and not operation.ends_with_channels:
+        # XLA rewrites a transposed product to that of transposed operands, which it cannot compute
+        # where the first is signed and the second is not.
+        acc = lax.optimization_barrier(acc)
+    acc = jnp.expand_dims(acc, -2) if groups == 1 else jnp.moveaxis(acc, 0, -2)
+    return from_positions(operation, acc)
 
 
 # ---- Products of unsigned codes and signed ones
@@ -393,15 +397,11 @@ _UNSIGNED = 128  # what makes stored codes of 8 bits unsigned
 
 
 def _lower_to_unsigned(operation: Linear, layer: QuantizedLayer) -> Lowering | None:
-    """The lowering to uint8; None also where the product would be transposed.
-
-    XLA rewrites the transposed product of two matrices to that of the transposed ones, which it
-    cannot compute where the first is signed and the second is not.
-    """
+    """The lowering to uint8, where all are bytes."""
     assert layer.weights is not None and layer.inputs is not None
     are_bytes = max(layer.weights.bits, layer.inputs.bits) <= 8 and layer.weights.is_signed
     is_cpu = jax.default_backend() == "cpu"
-    return Lowering(UINT8) if are_bytes and is_cpu and operation.ends_with_channels else None
+    return Lowering(UINT8) if are_bytes and is_cpu else None
 
 
 def _kernel_operands(operation: Linear, layer: QuantizedLayer, folded: jax.Array) -> Operands:
@@ -457,8 +457,7 @@ DOT = _integer_method("dot", _matrix, _multiply, cuts_patches=True)
 UINT8 = Method(
     "uint8",
     True,
-    "it takes a CPU, outputs whose last axis is that of the channels, codes of at most 8 bits, and "
-    "signed ones of the weights",
+    "it takes a CPU, codes of at most 8 bits, and signed ones of the weights",
     _lower_to_unsigned,
     _kernel_operands,
     _accumulate_unsigned,
@@ -484,6 +483,8 @@ FASTEST: dict[str, tuple[Row, ...]] = {
     # Zen 4
     "cpu with int8 dot instructions": (
         Row(UINT8, groups=(1, 1)),
+        Row(DOT, groups=(1, 1), bits=8, products=True),
+        Row(DOT, groups=(1, 1), bits=8, is_transposed=True),
         Row(INT8, groups=(1, 1), bits=8, multiple=32),
         Row(FLOAT32),
     ),
@@ -492,6 +493,7 @@ FASTEST: dict[str, tuple[Row, ...]] = {
         Row(DOT, groups=(1, 1), bits=8, products=True),
         Row(DOT, groups=(1, 1), bits=8, patch=(1, 32)),
         Row(DOT, groups=(1, 1), bits=8, is_pointwise=True),
+        Row(DOT, groups=(1, 1), bits=8, is_transposed=True),
         Row(INT8, groups=(1, 1), bits=8, multiple=32),
         Row(FLOAT32),
     ),

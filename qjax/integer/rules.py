@@ -46,6 +46,7 @@ from qjax.integer.codes import (
     real_value,
     requantized,
     rescaled,
+    stored,
     to_grid,
     wide_scale,
 )
@@ -141,8 +142,9 @@ def integer_rules(
             y = _sum_dynamic_codes(site, layer, planned.lowering, real_value(value, site.input))
             return _real_output(site, layer, planned, y, arithmetic)
         assert planned.inputs is not None
+        assert layer.grid is not None
         found, dtype = constants[name], jaxpr.dtype(site.input)
-        x = to_grid(value, found.inputs, planned.inputs, arithmetic, dtype)
+        x = to_grid(value, layer.grid, planned.inputs, arithmetic, dtype)
 
         def accumulated(codes: jax.Array) -> jax.Array:
             acc = _accumulate(site, layer, planned, found.bias, x.replace(codes))
@@ -257,6 +259,7 @@ def _output(
 ) -> Codes | jax.Array:
     """Requantizes the accumulator of an input to the layer's output: codes, or a sum."""
     operation, dtype = site.layer.operation, site.movement.dtype
+    outputs = layer.outputs if isinstance(layer.outputs, QParams) else None
     assert plan.lowering_of_sum is not None
     size = chunk_size(operation, plan.lowering_of_sum, x)
 
@@ -268,7 +271,7 @@ def _output(
         return requantized(
             acc,
             along(constants.unit, acc),
-            constants.outputs,
+            outputs,
             plan.outputs,
             plan.limit,
             dtype,
@@ -281,9 +284,10 @@ def _output(
         assert isinstance(found, Codes)
         return found.codes
 
-    if constants.outputs is not None and plan.outputs is not None:
+    if outputs is not None and plan.outputs is not None:
         codes = by_chunks(codes_of, x, size)
-        return on_grid(site.movement.of_codes(codes), constants.outputs, plan.outputs)
+        grid = stored(outputs, plan.outputs)
+        return on_grid(site.movement.of_codes(codes), grid, plan.outputs)
     acc = by_chunks(accumulated, x, size)
     if isinstance(layer.outputs, Dynamic):
         y = acc.astype(jnp.float32) * along(constants.unit, acc)

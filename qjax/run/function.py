@@ -20,6 +20,11 @@ from qjax.run.fake import FAKE
 from qjax.run.interpreter import Rules, evaluate
 
 
+def _type_of(leaf: Any) -> Any:
+    """The type of an input; `jnp.result_type` takes longer, and every call asks."""
+    return leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedFunction:
     """A network with its layers replaced: call it with quantized params and an input.
@@ -90,8 +95,8 @@ class QuantizedFunction:
         leaves, structure = jax.tree.flatten(x)
         key = (
             structure,
-            jnp.result_type(float),
-            *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves),
+            jax.dtypes.canonicalize_dtype(float),
+            *((jnp.shape(leaf), _type_of(leaf)) for leaf in leaves),
         )
         if key in self._networks:
             return self._networks[key]

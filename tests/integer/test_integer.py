@@ -77,8 +77,7 @@ def test_accumulators_equal_int64(case: operations.Case, seed: int, bits: tuple[
     expected = in_int64(operation, layer, codes - zero_point)
     x = jnp.asarray(codes, stored.dtype)
     found = [method.lower(operation, layer) for method in LOWERINGS.values()]
-    is_unsigned = max(bits) <= 8 and operation.ends_with_channels
-    assert [lowering is not None for lowering in found] == [True, True, is_unsigned, True]
+    assert [lowering is not None for lowering in found] == [True, True, max(bits) <= 8, True]
     for lowering in filter(None, found):
         folded = lowerings.folded_bias(layer, lowering.method)
         given = lowerings.operands(operation, layer, folded, lowering)

@@ -86,3 +86,19 @@ def test_a_trace_from_outside_has_no_products_of_two_types(monkeypatch: pytest.M
     assert ":u8[" in found["asked"] and ":u8[" not in found["default"]
     chosen = qjax.integer(q).lowerings(x).values()
     assert lowerings.UINT8 in [lowering.method for lowering in chosen]
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_with_channels_first_convolutions_are_products(monkeypatch: pytest.MonkeyPatch, has: bool):
+    """XLA's convolutions of int8 take ten times as long there."""
+    monkeypatch.setattr(lowerings, "has_dot_instructions", lambda: has)
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.float32(rng.normal(size=(32, 32, 3, 3)))}
+    x = jnp.float32(rng.normal(size=(4, 32, 6, 6)))
+
+    def apply_fn(params: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.conv(x, params["w"], (1, 1), "SAME")
+
+    run = qjax.integer(q := qjax.quantize(apply_fn, params, x, qjax.Recipe().naive()))
+    assert run.lowerings(x)["w"].method is (lowerings.UINT8 if has else lowerings.DOT)
+    np.testing.assert_array_equal(run(q.params, x), q.apply_fn(q.params, x))
