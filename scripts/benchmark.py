@@ -12,6 +12,7 @@ python scripts/benchmark.py startup --against ../older-checkout
 """
 
 import argparse
+import logging
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,8 @@ def main() -> None:
     benchmark_zoo.add_zoo(commands)
     benchmark_startup.add_startup(commands)
     arguments = parser.parse_args()
+    # Random images are unlike all others, and speed does not depend on it.
+    logging.getLogger("qjax.fit.suitability").setLevel(logging.ERROR)
     arguments.run(arguments)
 
 
