@@ -28,7 +28,8 @@ def load(name: str, split: str) -> Images:
     Args:
       name: of an `.npz` file with x_train, y_train, x_test and y_test, images uint8[N, H, W] or
         [N, H, W, C] and labels [N]; or of a folder with folders `train` and `test` (or `val`), each
-        with a folder of images for every class. Classes are numbered in the order of their names.
+        with a folder of images for every class. Where all of them are named by numbers, these are
+        the classes; else they are numbered in the order of their names.
       split: `train` or `test`.
 
     Raises:
@@ -66,9 +67,10 @@ def _read_folder(path: Path, split: str) -> Images:
             f"{path} must hold a folder {' or '.join(names)} with a folder for every class."
         )
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    are_numbers = all(entry.name.isdecimal() for entry in classes)
     files = [
-        (file, label)
-        for label, entry in enumerate(classes)
+        (file, int(entry.name) if are_numbers else position)
+        for position, entry in enumerate(classes)
         for file in sorted(entry.iterdir())
         if file.suffix.lower() in ENDINGS
     ]

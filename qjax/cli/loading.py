@@ -68,7 +68,10 @@ def load(
         test = _split("--dataset", name, "test")
     else:
         test = _split("--test-dataset", test_dataset_name, "test")
-        _check_test(test, images.shape[1:], logits.shape[-1], model.name)
+        _check_shape(test, images.shape[1:], model.name)
+    if isinstance(logits, jax.ShapeDtypeStruct):  # of networks with several outputs it is a tree
+        option = "--dataset" if test_dataset_name is None else "--test-dataset"
+        _check_labels(option, test, logits.shape[-1], model.name)
     progress("", 3, 3)
     return Loaded(model, calibration, test)
 
@@ -126,15 +129,19 @@ def _split(option: str, name: str, split: str) -> datasets.Dataset:
         raise ValueError(f"`{option}` {name}: {error}") from error
 
 
-def _check_test(test: datasets.Dataset, shape: tuple[int, ...], classes: int, model: str) -> None:
-    """Refuses a test set that a model trained on another dataset has no answers for."""
+def _check_shape(test: datasets.Dataset, shape: tuple[int, ...], model: str) -> None:
+    """Refuses test images that a model was not calibrated on."""
     if test.images.shape[1:] != shape:
         raise ValueError(
             f"`--test-dataset` {test.name} has images of shape {test.images.shape[1:]}; the model "
             f"{model} is calibrated on images of shape {shape}. Name a dataset of such images."
         )
+
+
+def _check_labels(option: str, test: datasets.Dataset, classes: int, model: str) -> None:
+    """Refuses a test set that a model has no answers for."""
     if test.labels.max() >= classes:
         raise ValueError(
-            f"`--test-dataset` {test.name} has labels up to {test.labels.max()}; the model {model} "
-            f"has {classes} classes, 0 to {classes - 1}. Name a dataset of these classes."
+            f"`{option}` {test.name} has labels up to {test.labels.max()}; the model {model} has "
+            f"{classes} classes, 0 to {classes - 1}. Name a dataset of these classes."
         )

@@ -58,6 +58,14 @@ def test_a_model_and_images_of_ones_own(capsys: pytest.CaptureFixture[str]):
     assert "9 test images of own.npz" in capsys.readouterr().out
 
 
+def test_labels_that_the_model_has_no_class_for_are_refused(capsys: pytest.CaptureFixture[str]):
+    with np.load("own.npz") as arrays:
+        np.savez("other.npz", **{**arrays, "y_test": arrays["y_test"] + 90})
+    own = ["--model", "traced_network:make", "--dataset", "other.npz"]
+    assert main(["quantize", *own]) == 2
+    assert "`--dataset` other.npz has labels up to 92; the model" in capsys.readouterr().err
+
+
 OWN = ["--model", "traced_network:attention", "--dataset", "own.npz"]
 
 

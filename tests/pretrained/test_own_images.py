@@ -30,6 +30,12 @@ def test_a_folder_by_class(tmp_path: Path):
     np.testing.assert_array_equal(datasets.load(str(tmp_path), "test").images, PIXELS[3:])
 
 
+def test_folders_that_are_named_by_numbers_are_these_classes(tmp_path: Path):
+    for label in ("0007", "0002", "0010"):
+        save(tmp_path / "train" / label, PIXELS[:1])
+    assert datasets.load(str(tmp_path), "train").labels.tolist() == [2, 7, 10]
+
+
 def test_grey_images_have_one_channel(tmp_path: Path):
     save(tmp_path / "train" / "cat", PIXELS[..., 0])
     found = datasets.load(str(tmp_path), "train")
