@@ -286,7 +286,7 @@ class IntegerFunction:
           params: as in a call.
           is_traced: whether the input is.
         """
-        parts = (*params["layers"].values(), *jax.tree.leaves({**params, "layers": ()}))
+        parts = [part for named in params.values() for part in named.values()]
         key = tuple(map(id, parts))
         are_known = key in self._found or not _is_traced(params)
         is_traced = is_traced or not are_known
