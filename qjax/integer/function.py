@@ -288,13 +288,15 @@ class IntegerFunction:
         """
         parts = [part for named in params.values() for part in named.values()]
         key = tuple(map(id, parts))
-        are_known = key in self._found or not _is_traced(params)
+        kept = self._found.get(key)
+        are_known = kept is not None or not _is_traced(params)
+        if kept is None:
+            kept = parts, {}
+            if are_known:
+                self._found.clear()
+                self._found[key] = kept
         is_traced = is_traced or not are_known
-        plan = self._plan(network, is_traced)
-        if are_known and key not in self._found:
-            self._found.clear()
-            self._found[key] = parts, {}
-        prepared = self._found[key][1] if are_known else {}
+        plan, prepared = self._plan(network, is_traced), kept[1]
         if (plan, is_traced) not in prepared:
             with jax.ensure_compile_time_eval() if are_known else contextlib.nullcontext():
                 tree = params, self._constants(network, plan, params)
