@@ -4,6 +4,7 @@ Kernels are as each framework draws them. Batch norms get statistics, scales and
 so that folding them changes something.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from functools import partial
@@ -220,6 +221,35 @@ def in_nnx(family: str, module: Callable[..., nnx.Module]) -> Network:
 
 
 # ---- Equinox
+
+
+def resnet_channels_first() -> tuple[Function, Any]:
+    """Residual blocks on images whose channels come first, from Equinox."""
+    import equinox as eqx
+
+    keys = iter(jax.random.split(KEY, 8))
+    convolution = partial(eqx.nn.Conv2d, kernel_size=3, padding=1)
+    widths = (16, 32, 64)
+    model = {
+        "stem": convolution(3, 16, key=next(keys)),
+        "narrowing": [
+            convolution(before, after, stride=2, key=next(keys))
+            for before, after in itertools.pairwise(widths)
+        ],
+        "residual": [convolution(width, width, key=next(keys)) for width in widths],
+        "head": eqx.nn.Linear(64, CLASSES, key=next(keys)),
+    }
+
+    def forward(model: Any, image: jax.Array) -> jax.Array:
+        x = jax.nn.relu(model["stem"](image.transpose(2, 0, 1)))
+        x = jax.nn.relu(x + model["residual"][0](x))
+        for narrowing, residual in zip(model["narrowing"], model["residual"][1:], strict=True):
+            x = jax.nn.relu(narrowing(x))
+            x = jax.nn.relu(x + residual(x))
+        return model["head"](x.mean((1, 2)))
+
+    params, static = eqx.partition(model, eqx.is_array)
+    return lambda params, x: jax.vmap(partial(forward, eqx.combine(params, static)))(x), params
 
 
 def mlp_mixer() -> tuple[Function, Any]:
@@ -447,6 +477,9 @@ NETWORKS: dict[str, Network] = {
     "efficientnet-lite": linen("EfficientNet-Lite", mobilenet(5, True)),
     "mobilenetv3": in_nnx("MobileNetV3", MobileNetV3),
     "convnext": in_nnx("ConvNeXt", ConvNeXt),
+    "resnet-channels-first": Network(
+        "ResNet, channels first", "Equinox", IMAGE, resnet_channels_first
+    ),
     "mixer": Network("MLP-Mixer", "Equinox", IMAGE, mlp_mixer),
     "vit": Network("ViT", "Equinox", IMAGE, vision_transformer),
     "unet": Network("U-Net", "Haiku", IMAGE, u_net),
