@@ -12,7 +12,6 @@ python scripts/benchmark.py startup --against ../older-checkout
 """
 
 import argparse
-import logging
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,7 @@ import benchmark_search
 import benchmark_startup
 import benchmark_zoo
 import evaluate
+from measure import expect_random_images
 
 
 def main() -> None:
@@ -43,8 +43,7 @@ def main() -> None:
     benchmark_zoo.add_zoo(commands)
     benchmark_startup.add_startup(commands)
     arguments = parser.parse_args()
-    # Random images are unlike all others, and speed does not depend on it.
-    logging.getLogger("qjax.fit.suitability").setLevel(logging.ERROR)
+    expect_random_images()
     arguments.run(arguments)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import concurrent.futures
+import logging
 import math
 import multiprocessing
 import platform
@@ -57,7 +58,13 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def expect_random_images() -> None:
+    """Silences that calibration images are unlike those of training, as random ones are."""
+    logging.getLogger("qjax.fit.suitability").setLevel(logging.ERROR)
+
+
 def _with_peak(measure: Callable[..., Any], arguments: argparse.Namespace) -> Measured:
+    expect_random_images()
     first, steady, losses = measure(arguments)
     peak = peak_bytes()
     return Measured(first, steady, peak, losses)
