@@ -64,13 +64,12 @@ def load(
             f"{model.name} does not take{own or f': {error}'}"
         ) from error
     progress("test images", 2, 3)
-    if test_dataset_name is None:
-        test = _split("--dataset", name, "test")
-    else:
-        test = _split("--test-dataset", test_dataset_name, "test")
+    is_other = test_dataset_name is not None
+    option, test_name = ("--test-dataset", test_dataset_name) if is_other else ("--dataset", name)
+    test = _split(option, test_name, "test")
+    if is_other:
         _check_shape(test, images.shape[1:], model.name)
     if isinstance(logits, jax.ShapeDtypeStruct):  # of networks with several outputs it is a tree
-        option = "--dataset" if test_dataset_name is None else "--test-dataset"
         _check_labels(option, test, logits.shape[-1], model.name)
     progress("", 3, 3)
     return Loaded(model, calibration, test)
