@@ -122,7 +122,7 @@ def _run(
         outputs = layer.outputs if isinstance(layer.outputs, QParams) else None
 
         def output(x: jax.Array) -> jax.Array:
-            given = operands(operation, layer, found.bias, lowering)
+            given = operands(operation, layer, found.bias, lowering, found.kernel)
             acc = accumulate(operation, given, x, zero_point, lowering)
             unit = along_channels(operation, found.unit, acc.ndim)
             y = requantized(acc, unit, outputs, key, 0, jnp.float32, FLOAT)

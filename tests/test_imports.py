@@ -83,6 +83,7 @@ ORDER = (
         "integer.requantize",
         "integer.processor",
         "integer.trial",
+        "integer.pairs",
         "integer.lowerings",
     ),
     *(

@@ -19,11 +19,13 @@ class Constants(NamedTuple):
       bias: int32[groups * channels], from `lowerings.folded_bias`.
       unit: float32[groups * channels], the real value of one unit of the accumulator.
       multiplier: float32[groups * channels], M = unit / s_y; None without one scale of the output.
+      kernel: as the method takes it, see `Method.lays_out`; None where it takes the layer's.
     """
 
     bias: jax.Array
     unit: jax.Array
     multiplier: jax.Array | None
+    kernel: jax.Array | None
 
 
 class Spec(NamedTuple):
@@ -57,4 +59,6 @@ def _constants(spec: Spec, layer: QuantizedLayer) -> Constants:
     unit, outputs = accumulator_scale(spec.operation, layer), layer.outputs
     has_one_scale = isinstance(outputs, QParams) and outputs.scale.ndim == 0
     multiplier = unit * outputs.inverse_scale if has_one_scale else None
-    return Constants(folded_bias(layer, spec.method), unit, multiplier)
+    method, bias = spec.method, folded_bias(layer, spec.method)
+    kernel = method.operands(spec.operation, layer, bias).kernel if method.lays_out else None
+    return Constants(bias, unit, multiplier, kernel)

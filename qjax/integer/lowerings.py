@@ -5,14 +5,15 @@
 | `int8` | the operation itself on int8 (int16 for wider codes), summed in int32 | always |
 | `dot` | patches of the input times the kernel matrix, int8 (int16), summed in int32 | always |
 | `uint8` | the same, codes of the input as uint8 | 8 bits, on a CPU |
+| `pairs` | the same, two columns of the output at a time | of convolutions whose columns overlap |
 | `float32` | the operation itself on integers in float32 | where Σ stays below 2^24 |
 
-The first two take q_x as it is stored, pad with z_x and fold −z_x·Σ q_w into the bias. `uint8` does
-so with q_x + 128 and z_x + 128: the int8 dot instructions of x86-64 (VNNI, AMX) multiply unsigned
-bytes by signed ones, and XLA uses them where the operands are of these types. `float32` subtracts
-z_x first. It cuts the input channels into as many slices as it takes for the sum
-over each, in any order, to stay below 2^24, where float32 holds every integer; slices are added in
-int32. So all of them give the same accumulator, bit for bit.
+The first two take q_x as it is stored, pad with z_x and fold −z_x·Σ q_w into the bias. `uint8` and
+`pairs` do so with q_x + 128 and z_x + 128: the int8 dot instructions of x86-64 (VNNI, AMX) multiply
+unsigned bytes by signed ones, and XLA uses them where the operands are of these types. `pairs` is
+told in `qjax.integer.pairs`. `float32` subtracts z_x first. It cuts the input channels into as many
+slices as it takes for the sum over each, in any order, to stay below 2^24, where float32 holds
+every integer; slices are added in int32. So all of them give the same accumulator, bit for bit.
 """
 
 import math
@@ -27,6 +28,7 @@ from jax import lax
 from qjax.formats.affine import QParams
 from qjax.formats.dynamic import ActivationFormat, Dynamic
 from qjax.graph.operation import Linear, along_channels, from_positions
+from qjax.integer.pairs import has_pairs, kernel_of_pairs, multiply_pairs
 from qjax.integer.processor import has_dot_instructions
 from qjax.integer.trial import are_exact
 from qjax.run.layer import QuantizedLayer
@@ -40,8 +42,8 @@ class Operands(NamedTuple):
     """What a lowering takes of a layer's parameters.
 
     Attributes:
-      kernel: integers q_w − z_w, int8 where they fit, in the operation's own layout; for `dot`
-        [groups, patch, channels].
+      kernel: integers q_w − z_w, int8 where they fit, in the operation's own layout; a matrix
+        [groups, patch, channels] where patches are cut.
       bias: int32[groups * channels], the zero-point correction folded in where there is one.
     """
 
@@ -62,6 +64,7 @@ class Method(NamedTuple):
       accumulate: of (operation, operands, input codes, their code of 0, lowering).
       offset: what it adds to the stored codes of the input.
       cuts_patches: whether it holds the patches of an input.
+      lays_out: whether its kernel is worth laying out once per params.
       is_portable: whether all that read StableHLO compute it as XLA does.
     """
 
@@ -73,6 +76,7 @@ class Method(NamedTuple):
     accumulate: Callable[[Linear, Operands, jax.Array, jax.Array, "Lowering"], jax.Array]
     offset: int = 0
     cuts_patches: bool = False
+    lays_out: bool = False
     is_portable: bool = True
 
     def __repr__(self) -> str:
@@ -101,6 +105,7 @@ class Row(NamedTuple):
       groups: the least and the greatest number of groups.
       patch: the least and the greatest number of elements of a patch.
       multiple: what the numbers of input and output channels are multiples of.
+      most_channels: the greatest number of input and of output channels.
       products: whether it is for products of matrices alone.
       is_pointwise: whether it is for layers that read one position at a time alone.
       is_transposed: whether it is for layers whose output does not end with the channels alone.
@@ -112,6 +117,7 @@ class Row(NamedTuple):
     groups: tuple[float, float] = (1, math.inf)
     patch: tuple[float, float] = (1, math.inf)
     multiple: int = 1
+    most_channels: float = math.inf
     products: bool = False
     is_pointwise: bool = False
     is_transposed: bool = False
@@ -131,6 +137,7 @@ class Row(NamedTuple):
             and (patch == inputs or not self.is_pointwise)
             and not (self.is_transposed and operation.ends_with_channels)
             and inputs % self.multiple == channels % self.multiple == 0
+            and max(inputs, channels) <= self.most_channels
             and (operation.is_product or not self.products)
             and bits <= self.bits
             and (operation.is_product or not self.is_tried or are_exact(groups > 1))
@@ -280,7 +287,11 @@ def folded_bias(layer: QuantizedLayer, method: Method) -> jax.Array:
 
 
 def operands(
-    operation: Linear, layer: QuantizedLayer, folded: jax.Array, lowering: Lowering
+    operation: Linear,
+    layer: QuantizedLayer,
+    folded: jax.Array,
+    lowering: Lowering,
+    kernel: jax.Array | None = None,
 ) -> Operands:
     """What a lowering takes of a layer's parameters.
 
@@ -289,7 +300,10 @@ def operands(
       layer: its parameters.
       folded: from `folded_bias`, of the lowering's method.
       lowering: how the accumulator is computed.
+      kernel: as the method takes it, where it was laid out before.
     """
+    if kernel is not None:
+        return Operands(kernel, folded)
     return lowering.method.operands(operation, layer, folded)
 
 
@@ -411,10 +425,33 @@ def _kernel_operands(operation: Linear, layer: QuantizedLayer, folded: jax.Array
 def _accumulate_unsigned(
     operation: Linear, given: Operands, x: jax.Array, zero_point: jax.Array, lowering: Lowering
 ) -> jax.Array:
-    unsigned = lax.bitcast_convert_type(x, jnp.uint8) + jnp.uint8(_UNSIGNED)
-    unpadded, unsigned = operation.padded(unsigned, zero_point + _UNSIGNED)
+    unpadded, unsigned = operation.padded(_unsigned(x), zero_point + _UNSIGNED)
     acc = _multiply(unpadded, unsigned, given.kernel)
     return acc + along_channels(unpadded, given.bias, acc.ndim)
+
+
+def _unsigned(codes: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(codes, jnp.uint8) + jnp.uint8(_UNSIGNED)
+
+
+def _lower_to_pairs(operation: Linear, layer: QuantizedLayer) -> Lowering | None:
+    """The lowering to pairs, where `uint8` computes the layer and it has some."""
+    has_some = has_pairs(operation) and _lower_to_unsigned(operation, layer) is not None
+    return Lowering(PAIRS) if has_some else None
+
+
+def _pairs_operands(operation: Linear, layer: QuantizedLayer, folded: jax.Array) -> Operands:
+    assert has_pairs(operation)
+    return Operands(kernel_of_pairs(operation, layer.kernel), folded)
+
+
+def _accumulate_pairs(
+    operation: Linear, given: Operands, x: jax.Array, zero_point: jax.Array, lowering: Lowering
+) -> jax.Array:
+    assert has_pairs(operation)
+    zero = zero_point + _UNSIGNED
+    acc = multiply_pairs(operation, _unsigned(x), zero, given.kernel, _multiply)
+    return acc + along_channels(operation, given.bias, acc.ndim)
 
 
 def output_shape(operation: Linear, x: jax.Array) -> tuple[int, ...]:
@@ -465,6 +502,18 @@ UINT8 = Method(
     cuts_patches=True,
     is_portable=False,  # IREE takes unsigned operands of products for signed ones
 )
+PAIRS = Method(
+    "pairs",
+    True,
+    "it takes what `uint8` takes, and a convolution of one group, without strides along columns",
+    _lower_to_pairs,
+    _pairs_operands,
+    _accumulate_pairs,
+    offset=_UNSIGNED,
+    cuts_patches=True,
+    lays_out=True,
+    is_portable=False,
+)
 FLOAT32 = Method(
     "float32",
     False,
@@ -474,7 +523,9 @@ FLOAT32 = Method(
     _accumulate_float,
 )
 
-LOWERINGS: dict[str, Method] = {method.name: method for method in (INT8, DOT, UINT8, FLOAT32)}
+LOWERINGS: dict[str, Method] = {
+    method.name: method for method in (INT8, DOT, UINT8, PAIRS, FLOAT32)
+}
 
 ALWAYS = (Row(INT8, is_tried=True), Row(DOT))
 
@@ -482,6 +533,7 @@ ALWAYS = (Row(INT8, is_tried=True), Row(DOT))
 FASTEST: dict[str, tuple[Row, ...]] = {
     # Zen 4
     "cpu with int8 dot instructions": (
+        Row(PAIRS, most_channels=64),
         Row(UINT8, groups=(1, 1)),
         Row(DOT, groups=(1, 1), bits=8, products=True),
         Row(DOT, groups=(1, 1), bits=8, is_transposed=True),

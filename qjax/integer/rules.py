@@ -147,7 +147,7 @@ def integer_rules(
         x = to_grid(value, layer.grid, planned.inputs, arithmetic, dtype)
 
         def accumulated(codes: jax.Array) -> jax.Array:
-            acc = _accumulate(site, layer, planned, found.bias, x.replace(codes))
+            acc = _accumulate(site, layer, planned, found, x.replace(codes))
             return acc.astype(jnp.int32) if arithmetic.only_integers else acc
 
         if record is not None:
@@ -222,15 +222,15 @@ def _sum_dynamic_codes(
 
 
 def _accumulate(
-    site: Site, layer: QuantizedLayer, plan: LayerPlan, bias: jax.Array, x: Codes
+    site: Site, layer: QuantizedLayer, plan: LayerPlan, constants: Constants, x: Codes
 ) -> jax.Array:
     """Computes a layer's accumulator, as wide as planned, in the layout of its operation."""
     lowering, narrow = plan.lowering_of_sum, plan.accumulator
     assert lowering is not None
     if narrow is not None and not is_sum_enough(narrow):
-        return _accumulate_term_by_term(site, layer, bias, x, narrow)
+        return _accumulate_term_by_term(site, layer, constants.bias, x, narrow)
     operation = site.layer.operation
-    operands = lowerings.operands(operation, layer, bias, lowering)
+    operands = lowerings.operands(operation, layer, constants.bias, lowering, constants.kernel)
     acc = lowerings.accumulate(operation, operands, x.codes, x.zero_point, lowering)
     return acc if narrow is None else fit(acc, narrow)
 

@@ -21,6 +21,7 @@ from qjax.graph.layers import find_layers, shapes_of
 from qjax.graph.operation import Linear
 from qjax.integer import chunks, lowerings
 from qjax.integer.lowerings import DOT, LOWERINGS, Lowering
+from qjax.integer.pairs import has_pairs
 from qjax.integer.requantize import ARITHMETICS
 from qjax.run.layer import QuantizedLayer
 
@@ -77,7 +78,9 @@ def test_accumulators_equal_int64(case: operations.Case, seed: int, bits: tuple[
     expected = in_int64(operation, layer, codes - zero_point)
     x = jnp.asarray(codes, stored.dtype)
     found = [method.lower(operation, layer) for method in LOWERINGS.values()]
-    assert [lowering is not None for lowering in found] == [True, True, max(bits) <= 8, True]
+    are_bytes = max(bits) <= 8
+    expected_of = [True, True, are_bytes, are_bytes and has_pairs(operation), True]
+    assert [lowering is not None for lowering in found] == expected_of
     for lowering in filter(None, found):
         folded = lowerings.folded_bias(layer, lowering.method)
         given = lowerings.operands(operation, layer, folded, lowering)
@@ -167,7 +170,20 @@ def test_fixed_point_is_as_good(id: str):
 def test_the_lowering_does_not_change_the_result(lowering: Any):
     q, x = quantized("linen_resnet"), CASES["linen_resnet"].x
     y = qjax.integer(q)(q.params, x)
-    np.testing.assert_array_equal(qjax.integer(q, lowering=lowering)(q.params, x), y)
+    run = qjax.integer(q, lowering=where_it_can(lowering, q, x))
+    np.testing.assert_array_equal(run(q.params, x), y)
+
+
+def where_it_can(lowering: str, q: qjax.Quantized, x: Any) -> dict[str, str]:
+    """A lowering, by name of the layers that it computes."""
+    method, layers = LOWERINGS[lowering], q.params["layers"]
+    found = {
+        site.layer.name: lowering
+        for site in q.apply_fn.network(x).first_sites
+        if method.lower(site.layer.operation, layers[site.layer.name]) is not None
+    }
+    assert len(found) > 1
+    return found
 
 
 @pytest.mark.parametrize("arithmetic", ["shift", "floor", "divide"])
@@ -204,7 +220,7 @@ def test_unsigned_codes_of_weights_meet_signed_ones_of_inputs():
         qjax.integer(q, lowering="uint8")(q.params, case.x)
 
 
-@pytest.mark.parametrize("lowering", ["dot", "uint8"])
+@pytest.mark.parametrize("lowering", ["dot", "uint8", "pairs"])
 @pytest.mark.parametrize("batch", [1, 6, 7])
 def test_chunks_of_a_batch_give_what_the_batch_gives(
     lowering: str, batch: int, monkeypatch: pytest.MonkeyPatch
@@ -213,7 +229,7 @@ def test_chunks_of_a_batch_give_what_the_batch_gives(
     x = jnp.concatenate([x + i for i in range(batch)])
     expected = q.apply_fn.codes(q.params, x)
     monkeypatch.setattr(chunks, "_BYTES", 2**14)
-    run = qjax.integer(q, lowering=lowering)
+    run = qjax.integer(q, lowering=where_it_can(lowering, q, x))
     text = jax.jit(run.codes).lower(q.params, x).as_text()
     assert ("while" in text) == (batch > 1)
     chex.assert_trees_all_equal(jax.jit(run.codes)(q.params, x), expected, strict=True)
@@ -250,7 +266,10 @@ def test_layers_in_float_stay_in_float():
             {"arithmetic": "double"},
             "`arithmetic` must be one of float, fixed_point, .*; got 'double'",
         ),
-        ({"lowering": "fpga"}, "`lowering` must be one of int8, dot, uint8, float32; got 'fpga'"),
+        (
+            {"lowering": "fpga"},
+            "`lowering` must be one of int8, dot, uint8, pairs, float32; got 'fpga'",
+        ),
         ({"lowering": {"nowhere": "int8"}}, "`lowering` names 'nowhere', which is no layer"),
     ],
 )

@@ -100,5 +100,5 @@ def test_with_channels_first_convolutions_are_products(monkeypatch: pytest.Monke
         return jax.lax.conv(x, params["w"], (1, 1), "SAME")
 
     run = qjax.integer(q := qjax.quantize(apply_fn, params, x, qjax.Recipe().naive()))
-    assert run.lowerings(x)["w"].method is (lowerings.UINT8 if has else lowerings.DOT)
+    assert run.lowerings(x)["w"].method is (lowerings.PAIRS if has else lowerings.DOT)
     np.testing.assert_array_equal(run(q.params, x), q.apply_fn(q.params, x))

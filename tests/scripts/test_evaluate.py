@@ -4,7 +4,7 @@ import argparse
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -89,27 +89,34 @@ def test_what_is_kept_is_not_measured_again(
     assert "90.50" in (tmp_path / "kept.md").read_text()
 
 
+def stub(evaluate: Any, monkeypatch: pytest.MonkeyPatch, used: int = 1024) -> Any:
+    """Puts what only notes the ways that it is asked to measure in the place of `Measuring`."""
+
+    class Stub:
+        asked: ClassVar[list[tuple[Any, int, str]]] = []
+
+        def __init__(self, *_: Any) -> None:
+            self.used = used
+
+        def of(self, way: Any, seed: int, error: str) -> dict[str, Any]:
+            self.asked.append((way, seed, error))
+            images = way.images or used
+            return {"top1": 80.0, "error": 0.5, "calibration_images": images, "test_images": 100}
+
+    monkeypatch.setattr(evaluate, "Measuring", Stub)
+    return Stub
+
+
 def test_what_is_missing_is_measured_and_appended(
     tmp_path: Path, evaluate: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    asked = []
-
-    class Measuring:
-        used = 1024
-
-        def __init__(self, *_: Any) -> None:
-            pass
-
-        def of(self, way: Any, seed: int, error: str) -> dict[str, Any]:
-            asked.append((way.recipe.weights.bits, seed, error))
-            return {"top1": 80.0, "error": 0.5, "calibration_images": 1024, "test_images": 100}
-
-    monkeypatch.setattr(evaluate, "Measuring", Measuring)
+    measuring = stub(evaluate, monkeypatch)
     path = tmp_path / "kept.jsonl"
     write(path, LINES)
     given = ["--models", "a", "--rows", "weights", "--columns", "8 bits", "4 bits"]
     evaluate.run("widths", options(evaluate, *given, "--seeds", "1", "--results", str(path)))
-    assert asked == [(4, 1, "error")]
+    [(way, *others)] = measuring.asked
+    assert (way.recipe.weights.bits, *others) == (4, 1, "error")
     assert evaluate.read(path)[:-1] == LINES
     assert evaluate.read(path)[-1]["column"] == "4 bits"
 
@@ -117,27 +124,15 @@ def test_what_is_missing_is_measured_and_appended(
 def test_a_way_may_have_a_number_of_images_of_its_own(
     tmp_path: Path, evaluate: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    asked = []
-
-    class Measuring:
-        used = 1024
-
-        def __init__(self, *_: Any) -> None:
-            pass
-
-        def of(self, way: Any, seed: int, error: str) -> dict[str, Any]:
-            asked.append(way.images)
-            return {"top1": 80.0, "error": 0.5, "calibration_images": way.images}
-
-    monkeypatch.setattr(evaluate, "Measuring", Measuring)
+    measuring = stub(evaluate, monkeypatch)
     path = tmp_path / "kept.jsonl"
     write(path, [FLOAT | {"test_images": 100}])
     given = ["--models", "a", "--rows", "4 bits, default", "--columns", "16", "256"]
     arguments = options(evaluate, *given, "--results", str(path))
     evaluate.run("calibration", arguments)
-    assert asked == [16, 256]
+    assert [way.images for way, *_ in measuring.asked] == [16, 256]
     evaluate.run("calibration", arguments)
-    assert asked == [16, 256]
+    assert len(measuring.asked) == 2
     assert "16 or 256 calibration images" in path.with_suffix(".md").read_text()
 
 
@@ -166,13 +161,7 @@ def test_measurements_are_forgotten_by_model_draw_row_and_column(tmp_path: Path,
 def test_another_number_of_images_is_refused(
     tmp_path: Path, evaluate: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    class Measuring:
-        used = 512
-
-        def __init__(self, *_: Any) -> None:
-            pass
-
-    monkeypatch.setattr(evaluate, "Measuring", Measuring)
+    stub(evaluate, monkeypatch, used=512)
     path = tmp_path / "kept.jsonl"
     write(path, LINES)
     given = ["--models", "a", "--calibration-size", "512", "--results", str(path)]
