@@ -94,7 +94,8 @@ def _time(site: Site, layer: QuantizedLayer, lowerings: Sequence[Lowering]) -> l
     """The least seconds that each lowering of a layer takes, in turns."""
     assert layer.grid is not None
     grid = signed(layer.grid)
-    shape, limits = site.layer.input_shape, (int(grid.qmin), int(grid.qmax))
+    own, limits = site.layer.input_shape, (int(grid.qmin), int(grid.qmax))
+    shape = [own[axis] for axis in site.layer.operation.input_order(len(own))]
     codes = np.random.default_rng(0).integers(*limits, shape, endpoint=True)
     x = jnp.asarray(codes, grid.dtype)
     runs = [_run(site, layer, lowering, x) for lowering in lowerings]
@@ -110,7 +111,7 @@ def _run(
     site: Site, layer: QuantizedLayer, lowering: Lowering, x: jax.Array
 ) -> Callable[[], jax.Array]:
     """A layer, compiled: from codes to codes, or to real values where its output has no grid."""
-    operation = site.layer.operation
+    operation = site.layer.operation.channels_last
     spec = Spec(site.layer.name, operation, lowering.method)
     found = constants_of((spec,), {site.layer.name: layer})[site.layer.name]
     inputs_key, key = grid_key(layer.grid), grid_key(layer.outputs)

@@ -119,6 +119,15 @@ class Linear(Protocol):
         """Whether the axes of an output are the positions as in `unfold`, then the channels."""
         ...
 
+    @property
+    def channels_last(self) -> "Linear":
+        """The same convolution of examples, then space, then channels; a product as it is."""
+        ...
+
+    def input_order(self, rank: int) -> list[int]:
+        """The axes of an input in the order of those of `channels_last`."""
+        ...
+
     def padded(self, x: jax.Array, zero: jax.Array) -> tuple["Linear", jax.Array]:
         """Pads and dilates an input with `zero`: (what is left to do, the new input)."""
         ...
@@ -320,6 +329,24 @@ class Convolution:
         rank = len(self.kernel_shape)
         return self.output_order(rank) == list(range(rank))
 
+    @property
+    def channels_last(self) -> "Convolution":
+        """The same operation, its layout NHWC and HWIO, or that of another number of axes."""
+        rank = len(self.kernel_shape)
+        last, spatial = rank - 1, range(1, rank - 1)
+        layout, kernel = (0, last, *spatial), (last, last - 1, *range(rank - 2))
+        out, into, *window = self.dimension_numbers.rhs_spec
+        return dataclasses.replace(
+            self,
+            dimension_numbers=lax.ConvDimensionNumbers(layout, kernel, layout),
+            kernel_shape=tuple(self.kernel_shape[axis] for axis in (*window, into, out)),
+        )
+
+    def input_order(self, rank: int) -> list[int]:
+        """The axes of the examples, of space and of the channels."""
+        batch, feature, *spatial = self.dimension_numbers.lhs_spec
+        return [batch, *spatial, feature]
+
     def padded(self, x: jax.Array, zero: jax.Array) -> tuple["Convolution", jax.Array]:
         """Pads and dilates an input with `zero`: (what is left to do, the new input)."""
         edges = [
@@ -496,6 +523,15 @@ class DotProduct:
         inputs = jnp.moveaxis(x, self.batch[0], range(len(self.batch[0])))
         return one, inputs.reshape(-1, *inputs.shape[len(self.batch[0]) :])
 
+    @property
+    def channels_last(self) -> "DotProduct":
+        """Itself."""
+        return self
+
+    def input_order(self, rank: int) -> list[int]:
+        """The axes as they are."""
+        return [*range(rank)]
+
     def padded(self, x: jax.Array, zero: jax.Array) -> tuple["DotProduct", jax.Array]:
         """Nothing is padded."""
         return self, x
@@ -578,6 +614,14 @@ def from_positions(operation: Linear, y: jax.Array) -> jax.Array:
     y = y.reshape(*y.shape[:-2], *operation.channel_sizes)
     order = operation.output_order(y.ndim)
     return y.transpose(sorted(range(len(order)), key=order.__getitem__))
+
+
+def from_channels_last(operation: Linear, y: jax.Array) -> jax.Array:
+    """Brings an output of `operation.channels_last` to the layout of the operation's own."""
+    if operation.is_product:
+        return y
+    order = operation.output_order(y.ndim)
+    return y.transpose(sorted(range(y.ndim), key=order.__getitem__))
 
 
 def from_output_matrix(

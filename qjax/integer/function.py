@@ -337,9 +337,10 @@ class IntegerFunction:
     def _lowering(self, site: Site, is_traced: bool) -> Lowering:
         name, only_integers = site.layer.name, self.arithmetic.only_integers
         layer, method = self.layers[name], self.methods.get(name)
+        operation = site.layer.operation.channels_last
         table = lowerings.fastest_on(jax.default_backend(), only_portable=is_traced)
         try:
-            return lowerings.choose(site.layer.operation, layer, method, table, only_integers)
+            return lowerings.choose(operation, layer, method, table, only_integers)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}.") from error
 
@@ -348,7 +349,8 @@ class IntegerFunction:
     ) -> dict[str, Constants]:
         """The constants of the layers."""
         layers: Mapping[str, QuantizedLayer] = params["layers"]
-        operations = {site.layer.name: site.layer.operation for site in network.first_sites}
+        layouts = ((site.layer.name, site.layer.operation) for site in network.first_sites)
+        operations = {name: operation.channels_last for name, operation in layouts}
         specs = tuple(
             Spec(name, operations[name], planned.lowering_of_sum.method)
             for name, planned in plan.layers

@@ -108,7 +108,6 @@ class Row(NamedTuple):
       most_channels: the greatest number of input and of output channels.
       products: whether it is for products of matrices alone.
       is_pointwise: whether it is for layers that read one position at a time alone.
-      is_transposed: whether it is for layers whose output does not end with the channels alone.
       bits: the greatest width of the factors, codes of the input and weights less zero points.
       is_tried: whether it is for convolutions that this device computes right, see `are_exact`.
     """
@@ -120,7 +119,6 @@ class Row(NamedTuple):
     most_channels: float = math.inf
     products: bool = False
     is_pointwise: bool = False
-    is_transposed: bool = False
     bits: float = math.inf
     is_tried: bool = False
 
@@ -135,7 +133,6 @@ class Row(NamedTuple):
             self.groups[0] <= groups <= self.groups[1]
             and self.patch[0] <= patch <= self.patch[1]
             and (patch == inputs or not self.is_pointwise)
-            and not (self.is_transposed and operation.ends_with_channels)
             and inputs % self.multiple == channels % self.multiple == 0
             and max(inputs, channels) <= self.most_channels
             and (operation.is_product or not self.products)
@@ -536,7 +533,6 @@ FASTEST: dict[str, tuple[Row, ...]] = {
         Row(PAIRS, most_channels=64),
         Row(UINT8, groups=(1, 1)),
         Row(DOT, groups=(1, 1), bits=8, products=True),
-        Row(DOT, groups=(1, 1), bits=8, is_transposed=True),
         Row(INT8, groups=(1, 1), bits=8, multiple=32),
         Row(FLOAT32),
     ),
@@ -545,7 +541,6 @@ FASTEST: dict[str, tuple[Row, ...]] = {
         Row(DOT, groups=(1, 1), bits=8, products=True),
         Row(DOT, groups=(1, 1), bits=8, patch=(1, 32)),
         Row(DOT, groups=(1, 1), bits=8, is_pointwise=True),
-        Row(DOT, groups=(1, 1), bits=8, is_transposed=True),
         Row(INT8, groups=(1, 1), bits=8, multiple=32),
         Row(FLOAT32),
     ),

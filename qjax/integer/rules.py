@@ -31,7 +31,7 @@ from qjax.graph.activation import clip_bounds
 from qjax.graph.junctions import Junction
 from qjax.graph.layers import Site
 from qjax.graph.matmuls import Matmul
-from qjax.graph.operation import along_channels, from_output_matrix
+from qjax.graph.operation import Linear, along_channels, from_channels_last, from_output_matrix
 from qjax.integer import lowerings
 from qjax.integer.accumulator import Accumulator, fit, is_sum_enough, sum_term_by_term
 from qjax.integer.chunks import by_chunks, chunk_size
@@ -146,13 +146,16 @@ def integer_rules(
         found, dtype = constants[name], jaxpr.dtype(site.input)
         x = to_grid(value, layer.grid, planned.inputs, arithmetic, dtype)
 
+        own = site.layer.operation
+        operation, codes = own.channels_last, x.codes.transpose(own.input_order(x.codes.ndim))
+
         def accumulated(codes: jax.Array) -> jax.Array:
-            acc = _accumulate(site, layer, planned, found, x.replace(codes))
+            acc = _accumulate(operation, layer, planned, found, x.replace(codes))
             return acc.astype(jnp.int32) if arithmetic.only_integers else acc
 
         if record is not None:
-            record(name, accumulated(x.codes))
-        return _output(site, layer, planned, found, accumulated, x.codes, arithmetic)
+            record(name, from_channels_last(own, accumulated(codes)))
+        return _output(site, layer, planned, found, accumulated, codes, arithmetic)
 
     def activated_rule(site: Site, layer: QuantizedLayer, value: Any) -> Any:
         key = plans[site.layer.name].activated
@@ -222,23 +225,21 @@ def _sum_dynamic_codes(
 
 
 def _accumulate(
-    site: Site, layer: QuantizedLayer, plan: LayerPlan, constants: Constants, x: Codes
+    operation: Linear, layer: QuantizedLayer, plan: LayerPlan, constants: Constants, x: Codes
 ) -> jax.Array:
-    """Computes a layer's accumulator, as wide as planned, in the layout of its operation."""
+    """Computes the accumulator of an operation, as wide as planned, in its layout."""
     lowering, narrow = plan.lowering_of_sum, plan.accumulator
     assert lowering is not None
     if narrow is not None and not is_sum_enough(narrow):
-        return _accumulate_term_by_term(site, layer, constants.bias, x, narrow)
-    operation = site.layer.operation
+        return _accumulate_term_by_term(operation, layer, constants.bias, x, narrow)
     operands = lowerings.operands(operation, layer, constants.bias, lowering, constants.kernel)
     acc = lowerings.accumulate(operation, operands, x.codes, x.zero_point, lowering)
     return acc if narrow is None else fit(acc, narrow)
 
 
 def _accumulate_term_by_term(
-    site: Site, layer: QuantizedLayer, bias: jax.Array, x: Codes, narrow: Accumulator
+    operation: Linear, layer: QuantizedLayer, bias: jax.Array, x: Codes, narrow: Accumulator
 ) -> jax.Array:
-    operation = site.layer.operation
     lowering = Lowering(lowerings.DOT)
     kernel = lowerings.operands(operation, layer, bias, lowering).kernel.astype(jnp.int32)
     groups, _, channels = kernel.shape
@@ -258,7 +259,8 @@ def _output(
     arithmetic: Arithmetic,
 ) -> Codes | jax.Array:
     """Requantizes the accumulator of an input to the layer's output: codes, or a sum."""
-    operation, dtype = site.layer.operation, site.movement.dtype
+    own, dtype = site.layer.operation, site.movement.dtype
+    operation = own.channels_last
     outputs = layer.outputs if isinstance(layer.outputs, QParams) else None
     assert plan.lowering_of_sum is not None
     size = chunk_size(operation, plan.lowering_of_sum, x)
@@ -285,17 +287,17 @@ def _output(
         return found.codes
 
     if outputs is not None and plan.outputs is not None:
-        codes = by_chunks(codes_of, x, size)
+        codes = from_channels_last(own, by_chunks(codes_of, x, size))
         grid = stored(outputs, plan.outputs)
         return on_grid(site.movement.of_codes(codes), grid, plan.outputs)
     acc = by_chunks(accumulated, x, size)
     if isinstance(layer.outputs, Dynamic):
         y = acc.astype(jnp.float32) * along(constants.unit, acc)
-        return site.movement(layer.outputs.project(y))
+        return site.movement(from_channels_last(own, layer.outputs.project(y)))
     found = scaled(acc)
     if isinstance(found, Codes):
-        return found.replace(site.movement.of_codes(found.codes))
-    return site.movement(found)
+        return found.replace(site.movement.of_codes(from_channels_last(own, found.codes)))
+    return site.movement(from_channels_last(own, found))
 
 
 # ---- Equations between layers

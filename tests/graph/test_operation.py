@@ -10,7 +10,7 @@ import operations
 import pytest
 from operations import by_channel
 
-from qjax.graph.operation import along_channels
+from qjax.graph.operation import along_channels, from_channels_last
 
 each_operation = pytest.mark.parametrize("case", operations.CASES, ids=lambda case: case.id)
 
@@ -59,3 +59,14 @@ def test_along_channels_broadcasts_against_the_output(case: operations.Case):
     spread = np.broadcast_to(along_channels(operation, vector, len(shape)), shape)
     rows = by_channel(operation, spread)
     np.testing.assert_array_equal(rows, np.broadcast_to(vector.reshape(groups, -1), rows.shape))
+
+
+@each_operation
+def test_channels_last_is_the_same_operation(case: operations.Case):
+    operation, last = case.operation, case.operation.channels_last
+    kernel = last.from_matrix(operation.to_matrix(case.kernel))
+    x = case.x.transpose(operation.input_order(case.x.ndim))
+    y = from_channels_last(operation, last.apply(x, kernel))
+    np.testing.assert_allclose(y, operation.apply(case.x, case.kernel), rtol=1e-5, atol=1e-4)
+    assert last.is_product or last.ends_with_channels
+    assert last.channels_last == last

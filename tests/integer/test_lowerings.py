@@ -89,8 +89,8 @@ def test_a_trace_from_outside_has_no_products_of_two_types(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("has", [False, True])
-def test_with_channels_first_convolutions_are_products(monkeypatch: pytest.MonkeyPatch, has: bool):
-    """XLA's convolutions of int8 take ten times as long there."""
+def test_channels_first_are_lowered_as_channels_last(monkeypatch: pytest.MonkeyPatch, has: bool):
+    """XLA's products and convolutions of int8 take ten times as long with other layouts."""
     monkeypatch.setattr(lowerings, "has_dot_instructions", lambda: has)
     rng = np.random.default_rng(0)
     params = {"w": jnp.float32(rng.normal(size=(32, 32, 3, 3)))}
@@ -100,5 +100,7 @@ def test_with_channels_first_convolutions_are_products(monkeypatch: pytest.Monke
         return jax.lax.conv(x, params["w"], (1, 1), "SAME")
 
     run = qjax.integer(q := qjax.quantize(apply_fn, params, x, qjax.Recipe().naive()))
-    assert run.lowerings(x)["w"].method is (lowerings.PAIRS if has else lowerings.DOT)
+    assert run.lowerings(x)["w"].method is (lowerings.PAIRS if has else lowerings.INT8)
+    text = jax.jit(run).lower(q.params, x).as_text()
+    assert "x[0, 1, i, o]->[b, 0, 1, f]" in text and "[b, f, 0, 1]" not in text
     np.testing.assert_array_equal(run(q.params, x), q.apply_fn(q.params, x))
