@@ -77,7 +77,7 @@ def test_a_device_that_does_not_gets_products_of_matrices(monkeypatch: Any, capl
 
 def test_a_trace_from_outside_has_no_products_of_two_types(monkeypatch: pytest.MonkeyPatch):
     """Other compilers may take unsigned operands for signed ones: `uint8` has to be asked for."""
-    monkeypatch.setattr(lowerings, "has_dot_instructions", lambda: True)
+    monkeypatch.setattr(lowerings, "dot_extension", lambda: "VNNI")
     q, x = small.quantized(), small.images(5)
     found = {
         name: str(jax.make_jaxpr(qjax.integer(q, lowering=given))(q.params, x))
@@ -88,10 +88,12 @@ def test_a_trace_from_outside_has_no_products_of_two_types(monkeypatch: pytest.M
     assert lowerings.UINT8 in [lowering.method for lowering in chosen]
 
 
-@pytest.mark.parametrize("has", [False, True])
-def test_channels_first_are_lowered_as_channels_last(monkeypatch: pytest.MonkeyPatch, has: bool):
+@pytest.mark.parametrize("extension", [None, "VNNI", "AMX"])
+def test_channels_first_are_lowered_as_channels_last(
+    monkeypatch: pytest.MonkeyPatch, extension: str | None
+):
     """XLA's products and convolutions of int8 take ten times as long with other layouts."""
-    monkeypatch.setattr(lowerings, "has_dot_instructions", lambda: has)
+    monkeypatch.setattr(lowerings, "dot_extension", lambda: extension)
     rng = np.random.default_rng(0)
     params = {"w": jnp.float32(rng.normal(size=(32, 32, 3, 3)))}
     x = jnp.float32(rng.normal(size=(4, 32, 6, 6)))
@@ -100,7 +102,7 @@ def test_channels_first_are_lowered_as_channels_last(monkeypatch: pytest.MonkeyP
         return jax.lax.conv(x, params["w"], (1, 1), "SAME")
 
     run = qjax.integer(q := qjax.quantize(apply_fn, params, x, qjax.Recipe().naive()))
-    assert run.lowerings(x)["w"].method is (lowerings.PAIRS if has else lowerings.INT8)
+    assert run.lowerings(x)["w"].method is (lowerings.PAIRS if extension else lowerings.INT8)
     text = jax.jit(run).lower(q.params, x).as_text()
     assert "x[0, 1, i, o]->[b, 0, 1, f]" in text and "[b, f, 0, 1]" not in text
     np.testing.assert_array_equal(run(q.params, x), q.apply_fn(q.params, x))
