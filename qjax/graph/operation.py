@@ -264,8 +264,7 @@ class Convolution:
     def unfold(self, x: jax.Array) -> jax.Array:
         """Joins the shifted slices of an input along its channels: [*positions, groups, patch]."""
         left, x = self.padded(x, jnp.zeros((), x.dtype))
-        batch, feature, *spatial = self.dimension_numbers.lhs_spec
-        x = x.transpose(batch, *spatial, feature)
+        x = x.transpose(self.input_order(x.ndim))
         joined = _joined(list(left._shifted(x, range(1, x.ndim - 1))))
         groups, patch, _ = self.matrix_shape
         positions = joined.shape[:-1]
@@ -378,8 +377,7 @@ class Convolution:
         Returns:
           float[positions, groups, patch].
         """
-        batch, feature, *spatial = self.dimension_numbers.lhs_spec
-        x = x.transpose(batch, *spatial, feature)
+        x = x.transpose(self.input_order(x.ndim))
         edges = [
             (low, high, dilation - 1)
             for (low, high), dilation in zip(self.padding, self.lhs_dilation, strict=True)

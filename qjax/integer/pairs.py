@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.graph.operation import Convolution, Linear, from_positions
+from qjax.graph.operation import Convolution, Linear, from_channels_last
 
 Multiply = Callable[[Linear, jax.Array, jax.Array], jax.Array]
 
@@ -64,26 +64,25 @@ def multiply_pairs(
     Returns:
       The output of the operation.
     """
-    batch, feature, *spatial = operation.dimension_numbers.lhs_spec
     *outer, extent = _window(operation)
-    (low, high), inner = operation.padding[-1], (x.shape[spatial[-1]] - 1)
-    width = inner * operation.lhs_dilation[-1] + 1 + low + high
+    width = _padded_width(operation, x)
     columns = width - extent + 1
     pairs, reach = (columns + 1) // 2, _pairs_of(extent)
     # The columns that are added meet zeros, or give the last column of an odd number of them.
-    high += 2 * (pairs + reach - 1) - width
-    padding = (*operation.padding[:-1], (low, high))
+    low, high = operation.padding[-1]
+    padding = (*operation.padding[:-1], (low, high + 2 * (pairs + reach - 1) - width))
     left, x = dataclasses.replace(operation, padding=padding).padded(x, zero)
-    x = x.transpose(batch, *spatial, feature)
+    x = x.transpose(left.input_order(x.ndim))
     folded = x.reshape(*x.shape[:-2], -1, 2 * x.shape[-1])
     joined = jnp.concatenate(
         [lax.slice_in_dim(folded, at, at + pairs, axis=-2) for at in range(reach)], axis=-1
     )
-    y = multiply(_of_pairs(left, outer, joined.shape[-1], kernel.shape[-1]), joined, kernel)
+    shape = (*outer, 1, joined.shape[-1], kernel.shape[-1])
+    y = multiply(dataclasses.replace(left.channels_last, kernel_shape=shape), joined, kernel)
     y = y.reshape(*y.shape[:-2], 2 * pairs, -1)
     if 2 * pairs > columns:
         y = lax.slice_in_dim(y, 0, columns, axis=-2)
-    return from_positions(operation, jnp.expand_dims(y, -2))
+    return from_channels_last(operation, y)
 
 
 def _window(operation: Convolution) -> list[int]:
@@ -96,12 +95,7 @@ def _pairs_of(extent: int) -> int:
     return (extent + 2) // 2
 
 
-def _of_pairs(operation: Convolution, outer: list[int], inputs: int, channels: int) -> Convolution:
-    """The convolution of pairs that are joined already, channels last."""
-    rank = len(outer) + 3
-    last, *inner = rank - 1, *range(1, rank - 1)
-    layout = (0, last, *inner)
-    numbers = lax.ConvDimensionNumbers(layout, (last, last - 1, *range(rank - 2)), layout)
-    return dataclasses.replace(
-        operation, dimension_numbers=numbers, kernel_shape=(*outer, 1, inputs, channels)
-    )
+def _padded_width(operation: Convolution, x: jax.Array) -> int:
+    """The columns of an input, padded and dilated."""
+    columns = x.shape[operation.input_order(x.ndim)[-2]]
+    return (columns - 1) * operation.lhs_dilation[-1] + 1 + sum(operation.padding[-1])

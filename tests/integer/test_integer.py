@@ -235,9 +235,10 @@ def test_chunks_of_a_batch_give_what_the_batch_gives(
     chex.assert_trees_all_equal(jax.jit(run.codes)(q.params, x), expected, strict=True)
 
 
-def test_a_batch_of_any_size():
+@pytest.mark.parametrize("lowering", ["uint8", "pairs"])
+def test_a_batch_of_any_size(lowering: str):
     q, x = quantized("linen_resnet"), CASES["linen_resnet"].x
-    run = qjax.integer(q, lowering="uint8")
+    run = qjax.integer(q, lowering=where_it_can(lowering, q, x))
     (batch,) = jax.export.symbolic_shape("batch")
     shape = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
     exported = jax.export.export(jax.jit(lambda x: run(q.params, x)))(shape)
