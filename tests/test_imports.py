@@ -83,6 +83,7 @@ ORDER = (
         "integer.requantize",
         "integer.processor",
         "integer.trial",
+        "integer.products",
         "integer.pairs",
         "integer.lowerings",
     ),

@@ -614,6 +614,12 @@ def from_positions(operation: Linear, y: jax.Array) -> jax.Array:
     return y.transpose(sorted(range(len(order)), key=order.__getitem__))
 
 
+def shape_of_output(operation: Linear, x_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of an operation's output, of that of its input."""
+    given = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (x_shape, operation.kernel_shape))
+    return jax.eval_shape(operation.apply, *given).shape
+
+
 def from_channels_last(operation: Linear, y: jax.Array) -> jax.Array:
     """Brings an output of `operation.channels_last` to the layout of the operation's own."""
     if operation.is_product:

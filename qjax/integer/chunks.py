@@ -6,8 +6,8 @@ from collections.abc import Callable
 import jax
 from jax import lax
 
-from qjax.graph.operation import Linear
-from qjax.integer.lowerings import Lowering, output_shape
+from qjax.graph.operation import Linear, shape_of_output
+from qjax.integer.lowerings import Lowering
 
 _BYTES = 2**21  # of the patches and accumulators of a chunk
 _POSITIONS = 256  # of an output that make a chunk worth its loop
@@ -34,7 +34,7 @@ def chunk_size(operation: Linear, lowering: Lowering, x: jax.Array) -> int | Non
     if not is_cut or first != (0, 0) or not isinstance(x.shape[0], int):
         return None
     groups, patch, channels = operation.matrix_shape
-    outputs = math.prod(output_shape(operation, x)[1:])
+    outputs = math.prod(shape_of_output(operation, x.shape)[1:])
     bytes_of_one = outputs // channels * patch * x.dtype.itemsize + outputs * _ACCUMULATOR_BYTES
     is_halved = outputs // channels * len(x) >= 2 * _POSITIONS
     most = min(_BYTES // max(bytes_of_one, 1), len(x) // 2 if is_halved else len(x))

@@ -27,9 +27,10 @@ from jax import lax
 
 from qjax.formats.affine import QParams
 from qjax.formats.dynamic import ActivationFormat, Dynamic
-from qjax.graph.operation import Linear, along_channels, from_positions
+from qjax.graph.operation import Linear, along_channels
 from qjax.integer.pairs import has_pairs, kernel_of_pairs, multiply_pairs
 from qjax.integer.processor import dot_extension
+from qjax.integer.products import multiply
 from qjax.integer.trial import are_exact
 from qjax.run.layer import QuantizedLayer
 
@@ -370,38 +371,6 @@ def _matrix(operation: Linear, kernel: jax.Array) -> jax.Array:
     return kernel
 
 
-def _multiply(operation: Linear, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The operation as one product of matrices per group.
-
-    Args:
-      operation: without padding.
-      x: its input.
-      kernel: [groups, patch, channels].
-    """
-    patches = operation.unfold(x)
-    groups, patch, _ = kernel.shape
-    last = patches.ndim - 1
-    if groups == 1:
-        factors = patches.reshape(*patches.shape[:-2], patch), kernel[0]
-        dimensions = ((last - 1,), (0,)), ((), ())
-    else:
-        factors = patches, kernel
-        dimensions = ((last,), (1,)), ((last - 1,), (0,))
-    # Operands of two types stay as they are where the algorithm is given.
-    acc = lax.dot_general(
-        *factors,
-        dimensions,
-        precision=lax.DotAlgorithmPreset.DEFAULT,
-        preferred_element_type=jnp.int32,
-    )
-    if patches.dtype != kernel.dtype and not operation.ends_with_channels:
-        # XLA rewrites a transposed product to that of transposed operands, which it cannot compute
-        # where the first is signed and the second is not.
-        acc = lax.optimization_barrier(acc)
-    acc = jnp.expand_dims(acc, -2) if groups == 1 else jnp.moveaxis(acc, 0, -2)
-    return from_positions(operation, acc)
-
-
 # ---- Products of unsigned codes and signed ones
 
 _UNSIGNED = 128  # what makes stored codes of 8 bits unsigned
@@ -423,7 +392,7 @@ def _accumulate_unsigned(
     operation: Linear, given: Operands, x: jax.Array, zero_point: jax.Array, lowering: Lowering
 ) -> jax.Array:
     unpadded, unsigned = operation.padded(_unsigned(x), zero_point + _UNSIGNED)
-    acc = _multiply(unpadded, unsigned, given.kernel)
+    acc = multiply(unpadded, unsigned, given.kernel)
     return acc + along_channels(unpadded, given.bias, acc.ndim)
 
 
@@ -447,14 +416,8 @@ def _accumulate_pairs(
 ) -> jax.Array:
     assert has_pairs(operation)
     zero = zero_point + _UNSIGNED
-    acc = multiply_pairs(operation, _unsigned(x), zero, given.kernel, _multiply)
+    acc = multiply_pairs(operation, _unsigned(x), zero, given.kernel)
     return acc + along_channels(operation, given.bias, acc.ndim)
-
-
-def output_shape(operation: Linear, x: jax.Array) -> tuple[int, ...]:
-    """The shape of an operation's output, of an input."""
-    given = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (x.shape, operation.kernel_shape))
-    return jax.eval_shape(operation.apply, *given).shape
 
 
 # ---- The operation itself, in float32
@@ -487,7 +450,7 @@ def _accumulate_float(
 
 
 INT8 = _integer_method("int8", _from_matrix, _apply)
-DOT = _integer_method("dot", _matrix, _multiply, cuts_patches=True)
+DOT = _integer_method("dot", _matrix, multiply, cuts_patches=True)
 UINT8 = Method(
     "uint8",
     True,

@@ -7,16 +7,14 @@ a kernel matrix that holds the kernel twice, shifted by a column, and zeros.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.graph.operation import Convolution, Linear, from_channels_last
-
-Multiply = Callable[[Linear, jax.Array, jax.Array], jax.Array]
+from qjax.graph.operation import Convolution, Linear, from_channels_last, shape_of_output
+from qjax.integer.products import multiply
 
 
 def has_pairs(operation: Linear) -> TypeGuard[Convolution]:
@@ -50,7 +48,7 @@ def kernel_of_pairs(operation: Convolution, kernel: jax.Array) -> jax.Array:
 
 
 def multiply_pairs(
-    operation: Convolution, x: jax.Array, zero: jax.Array, kernel: jax.Array, multiply: Multiply
+    operation: Convolution, x: jax.Array, zero: jax.Array, kernel: jax.Array
 ) -> jax.Array:
     """Convolves by products of matrices, two columns of the output at a time.
 
@@ -59,14 +57,13 @@ def multiply_pairs(
       x: its input.
       zero: what pads it.
       kernel: from `kernel_of_pairs`.
-      multiply: of (an operation that ends with its channels, its input, kernel matrix): its output.
 
     Returns:
       The output of the operation.
     """
     *outer, extent = _window(operation)
-    width = _padded_width(operation, x)
-    columns = width - extent + 1
+    columns = shape_of_output(operation, x.shape)[operation.output_order(x.ndim)[-2]]
+    width = columns + extent - 1
     pairs, reach = (columns + 1) // 2, _pairs_of(extent)
     # The columns that are added meet zeros, or give the last column of an odd number of them.
     low, high = operation.padding[-1]
@@ -93,9 +90,3 @@ def _window(operation: Convolution) -> list[int]:
 def _pairs_of(extent: int) -> int:
     """How many pairs of columns two columns of the output read."""
     return (extent + 2) // 2
-
-
-def _padded_width(operation: Convolution, x: jax.Array) -> int:
-    """The columns of an input, padded and dilated."""
-    columns = x.shape[operation.input_order(x.ndim)[-2]]
-    return (columns - 1) * operation.lhs_dilation[-1] + 1 + sum(operation.padding[-1])

@@ -31,7 +31,13 @@ from qjax.graph.activation import clip_bounds
 from qjax.graph.junctions import Junction
 from qjax.graph.layers import Site
 from qjax.graph.matmuls import Matmul
-from qjax.graph.operation import Linear, along_channels, from_channels_last, from_output_matrix
+from qjax.graph.operation import (
+    Linear,
+    along_channels,
+    from_channels_last,
+    from_output_matrix,
+    shape_of_output,
+)
 from qjax.integer import lowerings
 from qjax.integer.accumulator import Accumulator, fit, is_sum_enough, sum_term_by_term
 from qjax.integer.chunks import by_chunks, chunk_size
@@ -208,7 +214,8 @@ def _sum_dynamic_codes(
     acc = Σ q_w·(q_x − z_x) in int32 and y = s_w·s_x·(acc + q_b), the integers q_b in float32, as
     fake quantization computes it: see `qjax.run.layer.at_input`.
     """
-    operation = site.layer.operation
+    own = site.layer.operation
+    operation = own.channels_last
 
     def outputs(at: QuantizedLayer, x: jax.Array) -> jax.Array:
         assert isinstance(at.inputs, QParams)
@@ -216,12 +223,13 @@ def _sum_dynamic_codes(
         without_bias = dataclasses.replace(at, bias=jnp.zeros(at.bias.shape, jnp.int32))
         folded = lowerings.folded_bias(without_bias, lowering.method)
         operands = lowerings.operands(operation, without_bias, folded, lowering)
-        codes = quantize_array(x, inputs)
+        codes = quantize_array(x, inputs).transpose(own.input_order(x.ndim))
         acc = lowerings.accumulate(operation, operands, codes, inputs.zero_point, lowering)
         acc = acc.astype(jnp.float32) + along_channels(operation, at.bias, acc.ndim)
-        return acc * along_channels(operation, accumulator_scale(operation, at), acc.ndim)
+        y = acc * along_channels(operation, accumulator_scale(operation, at), acc.ndim)
+        return from_channels_last(own, y)
 
-    return by_example(operation, layer, outputs, x)
+    return by_example(own, layer, outputs, x)
 
 
 def _accumulate(
@@ -245,7 +253,7 @@ def _accumulate_term_by_term(
     groups, _, channels = kernel.shape
     own_bias = layer.bias.reshape(groups, channels)
     acc = sum_term_by_term(operation.patches(x.centered), kernel, own_bias, narrow)
-    shape = lowerings.output_shape(operation, x.centered)
+    shape = shape_of_output(operation, x.codes.shape)
     return from_output_matrix(operation, acc, shape)
 
 

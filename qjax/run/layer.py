@@ -17,6 +17,7 @@ from qjax.graph.operation import (
     along_channels,
     by_channel,
     scale_input_channels,
+    shape_of_output,
 )
 from qjax.pytree import pytree
 from qjax.run.signs import SumOfSigns, center, magnitudes, sum_of_signs
@@ -249,14 +250,11 @@ def by_example(
 
 def _output_axis(operation: Linear, axis: int, x: jax.Array) -> int:
     """Where an axis of the input stands in the output: what grows with it."""
-
-    def output_shape(size: int) -> tuple[int, ...]:
-        shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-        given = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, operation.kernel_shape))
-        return jax.eval_shape(operation.apply, *given).shape
-
-    grown = zip(output_shape(1), output_shape(2), strict=True)
-    [found] = (position for position, (one, two) in enumerate(grown) if one != two)
+    one, two = (
+        shape_of_output(operation, (*x.shape[:axis], size, *x.shape[axis + 1 :])) for size in (1, 2)
+    )
+    grown = enumerate(zip(one, two, strict=True))
+    [found] = (position for position, (before, after) in grown if before != after)
     return found
 
 

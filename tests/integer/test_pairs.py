@@ -10,7 +10,6 @@ from jax import lax
 
 from qjax.graph.operation import Convolution
 from qjax.integer import pairs
-from qjax.integer.lowerings import _multiply
 
 LAYOUTS = {
     ("NHWC", "HWIO", "NHWC"): (2, 9, 8, 3),
@@ -53,7 +52,7 @@ def test_pairs_of_columns_give_the_convolution(layout: Any, extent: int):
         kernel = jnp.asarray(rng.integers(-127, 127, operation.kernel_shape), jnp.int8)
         assert pairs.has_pairs(operation)
         twice = pairs.kernel_of_pairs(operation, operation.to_matrix(kernel))
-        y = pairs.multiply_pairs(operation, x, zero, twice, _multiply)
+        y = pairs.multiply_pairs(operation, x, zero, twice)
         left, padded = operation.padded(x.astype(jnp.int32), zero)
         np.testing.assert_array_equal(y, left.apply(padded, kernel.astype(jnp.int32)))
 
