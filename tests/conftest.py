@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import pytest
 
 from qjax import programs
 
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event, once a program
 _PROGRAMS = "QJAX_TEST_PROGRAMS"  # names the folder to the workers
 _MAPS = Path("/proc/self/maps")
 
@@ -118,6 +120,25 @@ def room_for_programs() -> Iterator[None]:
         gc.unfreeze()
         gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def programs_compiled() -> Iterator[list[str]]:
+    """The thread that compiled each program, by name, in a test that begins with none compiled.
+
+    JAX holds a few thousand programs: with those of the tests before, it may let go of one that
+    is counted.
+    """
+    found: list[str] = []
+
+    def note(event: str, _seconds: float, **_: Any) -> None:
+        if event == COMPILED:
+            found.append(threading.current_thread().name)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(note)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,22 +16,6 @@ from qjax.fit import layerwise
 from qjax.programs import program
 from qjax.threads import compiled_from_both_ends, side_by_side
 
-COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-@pytest.fixture
-def threads() -> Iterator[list[str]]:
-    """The names of the threads that compiled something, one by program."""
-    found: list[str] = []
-
-    def note(event: str, _duration: float, **_: Any) -> None:
-        if event == COMPILED:
-            found.append(threading.current_thread().name)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    yield found
-    jax.monitoring.clear_event_listeners()
-
 
 @program(static_argnums=0)
 def _power(exponent: int, x: jax.Array) -> jax.Array:
@@ -45,10 +28,10 @@ def powers(x: Any) -> Any:
     return x
 
 
-def test_each_program_is_compiled_once_whichever_thread_does_it(threads: list[str]):
+def test_each_program_is_compiled_once_whichever_thread_does_it(programs_compiled: list[str]):
     powers(jnp.ones(3))  # tries the options of the compiler
     x = jnp.ones(17)
-    threads.clear()
+    programs_compiled.clear()
     rehearsed = threading.Event()
 
     def rehearse() -> None:
@@ -58,7 +41,7 @@ def test_each_program_is_compiled_once_whichever_thread_does_it(threads: list[st
     with compiled_from_both_ends(rehearse):
         rehearsed.wait()
         found = powers(x)
-    assert len(threads) == 6
+    assert len(programs_compiled) == 6
     np.testing.assert_array_equal(found, np.ones(17))
 
 
@@ -87,27 +70,27 @@ def test_an_error_ends_the_other_thread():
 
 
 def test_one_core_and_two_give_the_same_codes_by_the_same_programs(
-    threads: list[str], monkeypatch: pytest.MonkeyPatch
+    programs_compiled: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     found = {}
     for cores in (1, 2):
         jax.clear_caches()
         monkeypatch.setattr(layerwise, "cores", lambda cores=cores: cores)
-        threads.clear()
+        programs_compiled.clear()
         q = qjax.quantize(small.apply_fn, small.make_params(), small.images(), bits=4)
-        found[cores] = q, Counter(threads)
+        found[cores] = q, Counter(programs_compiled)
     (alone, by_one), (helped, by_two) = found[1], found[2]
     assert by_one.keys() == {"MainThread"} and by_two["compiling"] > 0
     assert by_one.total() == by_two.total()
     jax.tree.map(np.testing.assert_array_equal, alone.params, helped.params)
 
 
-def test_functions_side_by_side_compile_no_program_twice(threads: list[str]):
+def test_functions_side_by_side_compile_no_program_twice(programs_compiled: list[str]):
     powers(jnp.ones(3))  # tries the options of the compiler
     x = jnp.ones(19)
-    threads.clear()
+    programs_compiled.clear()
     found = side_by_side([partial(powers, x)] * 4)
-    assert len(threads) == 6
+    assert len(programs_compiled) == 6
     for each in found:
         np.testing.assert_array_equal(each, np.ones(19))
 
@@ -129,11 +112,11 @@ def test_a_program_that_calls_another_on_constants_is_compiled_ahead():
     np.testing.assert_array_equal(found, [0, 1, 4])
 
 
-def test_contexts_of_the_first_thread_leave_the_second_idle(threads: list[str]):
+def test_contexts_of_the_first_thread_leave_the_second_idle(programs_compiled: list[str]):
     with jax.enable_x64(True):
         x = jnp.ones(20, jnp.float64)
         shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        threads.clear()
+        programs_compiled.clear()
         with compiled_from_both_ends(lambda: powers(shape)):
             found = powers(x)
-    assert found.dtype == np.float64 and set(threads) == {"MainThread"}
+    assert found.dtype == np.float64 and set(programs_compiled) == {"MainThread"}
