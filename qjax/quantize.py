@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from qjax import hosts
 from qjax.calibration import Fitted, Job, fit_on_images, fit_without_images
 from qjax.checks import check_arguments, is_shape
+from qjax.fit import ends
 from qjax.fit.draws import EXAMPLES
-from qjax.fit.ends import search_ends
 from qjax.fit.images import Cut, check_finite
+from qjax.fit.kept_state import KeptState
 from qjax.fit.layer import Fit
 from qjax.fit.memory import batch_of
 from qjax.fit.noise import noise_of
@@ -154,8 +155,12 @@ def quantize(
             fitted = fit_on_images(job, images, cut, mesh, memory, checkpoint)
         _warn_of_raised_scales(fitted.layers)
         quantized, report = _params_of(job, fitted), _report_of(job, fitted)
-        if recipe.end_search:
-            quantized, report = _searched_by_the_end(job, fitted, cut, quantized, report)
+        if images is not None and recipe.end_search:
+            kept = None
+            if checkpoint is not None:
+                about = network, params, quantized, images.digest, recipe.end_search
+                kept = KeptState(checkpoint, ends.FILE, *about)
+            quantized, report = _searched_by_the_end(job, fitted, cut, quantized, report, kept)
     kernel_shapes = {site.layer.name: site.layer.kernel_shape for site in network.first_sites}
     function = QuantizedFunction(apply_fn, shapes_of(params), kernel_shapes, input=shapes)
     return Quantized(function, quantized, report)
@@ -203,12 +208,17 @@ def _report_of(job: Job, fitted: Fitted) -> Report:
 
 
 def _searched_by_the_end(
-    job: Job, fitted: Fitted, cut: Cut, before: dict[str, Any], report: Report
+    job: Job,
+    fitted: Fitted,
+    cut: Cut,
+    before: dict[str, Any],
+    report: Report,
+    kept: KeptState | None,
 ) -> tuple[dict[str, Any], Report]:
     """Params and report after the search of ranges by the output of the whole network."""
     floats = float_layers(job.network, job.params, fitted.folded)
-    given = (fitted.placed, job.recipe.end_search, job.progress)
-    after = search_ends(job.network, floats, before, *given)
+    given = (fitted.placed, job.recipe.end_search, job.progress, kept)
+    after = ends.search_ends(job.network, floats, before, *given)
     batches = (batch_of(fitted.placed, number) for number in range(cut.count))
     noise = noise_of(job.network, floats, after, batches)
     return after, rescaled(report, before, after, noise)

@@ -75,7 +75,7 @@ ORDER = (
         "fit.equalize",
     ),
     *("fit.layerwise", "fit.draws", "fit.data_free"),
-    *("fit.blends", "fit.scales", "fit.noise", "fit.ends"),
+    *("fit.blends", "fit.scales", "fit.noise", "fit.kept_state", "fit.ends"),
     *("placing", "calibration"),
     *("charts", "report", "rescaled", "checks", "quantize", "directory", "artifact"),
     *(
@@ -98,7 +98,7 @@ ORDER = (
     *("export.blocks", "export.nodes", "export.sizes", "export.writer", "export.primitives"),
     *("export.layers", "export.model", "export.function", "export.tflite"),
     *("qat.steps", "qat.kernels", "qat.methods", "qat.function", "qat.prepare", "qat.finish"),
-    *("tuning.adam", "tuning.views", "tuning.checkpoint", "tuning.held_out", "tuning.tune"),
+    *("tuning.adam", "tuning.views", "tuning.held_out", "tuning.tune"),
     "study.check",
     *("study.accuracy", "study.quality", "study.cost", "study.sensitivity", "study.allocate"),
     *("study.curves", "study.layer_trace", "study.explain", "study.accumulators"),

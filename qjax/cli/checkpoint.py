@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from qjax.cli.loading import Loaded
-from qjax.fit.checkpoint import FILE
+from qjax.fit import checkpoint as layers
+from qjax.fit import ends
 from qjax.graph.fingerprint import digest
 from qjax.kept import Kept
 from qjax.recipe import Recipe
-from qjax.tuning import checkpoint as tuning
+from qjax.tuning import tune
 from qjax.versions import versions
 
 ROWS = "rows.jsonl"
@@ -56,7 +57,7 @@ def removed_at_end(arguments: argparse.Namespace) -> Iterator[None]:
     yield
     if arguments.checkpoint is not None:
         folder = Path(arguments.checkpoint)
-        for name in (FILE, ROWS, tuning.FILE):
+        for name in (layers.FILE, ends.FILE, tune.FILE, ROWS):
             (folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()

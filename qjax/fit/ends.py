@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.fit.blends import blended_in_pairs
+from qjax.fit.kept_state import KeptState
 from qjax.fit.scales import Frame, Moving, Place, frame_of, key_of, moved, start
 from qjax.fit.search import map_candidates
 from qjax.graph.junctions import Junction
@@ -39,6 +40,7 @@ from qjax.run.matmul import QuantizedMatmul
 FACTORS = (0.6, 0.66, 0.72, 0.78, 0.84, 0.89, 0.94, 1.0, 1.06, 1.12)
 TRIED = 0.84  # the factor that tells how much the other layers matter
 TEMPERATURE = 4.0
+FILE = "ends.safetensors"  # in the folder of a checkpoint
 EXAMPLES = 512  # images, and as many blends of them
 
 
@@ -61,6 +63,7 @@ def search_ends(
     batches: Sequence[Any],
     count: int,
     progress: Progress,
+    kept: KeptState | None = None,
 ) -> dict[str, Any]:
     """Searches the scales of the activations of some layers again.
 
@@ -71,6 +74,7 @@ def search_ends(
       batches: the leaves of an input, each to be read batch by batch.
       count: of layers: the first one, the last one, then those that matter most.
       progress: called with (what is searched, how many are done, how many there are).
+      kept: the file of the scales that are searched; None for none.
 
     Returns:
       The params with other scales.
@@ -90,7 +94,10 @@ def search_ends(
     wanted = set(order[:count])
     steps, _ = steps_of(network, params)
     places = [place for place in _in_order(steps, frame) if place[0] in wanted]
-    for done, place in enumerate(places):
+    first = 0
+    if kept is not None:
+        first, moving = kept.restore(moving)
+    for done, place in list(enumerate(places))[first:]:
         progress(f"range of {' of '.join(filter(None, reversed(place)))}", done, len(places))
         position = _position(steps, frame, place)
         search = partial(_divergences, network, frame, position, place)
@@ -100,6 +107,8 @@ def search_ends(
         key = key_of(place)
         change = jnp.float32(factors[_choice(np.concatenate(losses, axis=1))])
         moving = moving._replace(grids={**moving.grids, key: moving.grids[key] + change})
+        if kept is not None:
+            kept.write(done + 1, moving, done + 1 == len(places))
     finish = network.program(("moved", frame.key), partial(moved, frame, is_final=True))
     return finish(params, moving)
 

@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.fit.images import check_finite, gather
+from qjax.fit.kept_state import KeptState
 from qjax.fit.noise import noise_of
 from qjax.fit.scales import Frame, Moving, frame_of, moved, start
 from qjax.formats.scales import FREE
-from qjax.graph.fingerprint import digest, fingerprint
+from qjax.graph.fingerprint import digest
 from qjax.graph.frameworks import check_network
 from qjax.graph.layers import Network, shapes_of
 from qjax.objectives.divergence import divergence_of_classes
@@ -37,12 +38,11 @@ from qjax.run.fake import FAKE
 from qjax.run.function import outputs
 from qjax.run.tap import float_layers
 from qjax.tuning import adam, views
-from qjax.tuning.checkpoint import Checkpoint
 from qjax.tuning.held_out import EVALUATED, Divergences, HeldOut, rises
-from qjax.versions import versions
 
 _logger = logging.getLogger(__name__)
 
+FILE = "tuning.safetensors"  # in the folder of a checkpoint
 STEPS = 400
 BATCH = 32
 TEMPERATURE = 4.0
@@ -176,15 +176,8 @@ def run_tuning(
     rate = _default_rate(q) if rate is None else rate
     kept = None
     if checkpoint is not None:
-        about = {
-            "function": fingerprint(network.flat),
-            "params": digest(params),
-            "quantized params": digest(q.params),
-            "images": digest(images),
-            "settings": list(settings),
-            "versions": versions(),
-        }
-        kept = Checkpoint(checkpoint, about)
+        about = network, params, q.params, digest(images), list(settings)
+        kept = KeptState(checkpoint, FILE, *about)
     with reporter(progress, "tuning") as report:
         measured = HeldOut(apply_fn, params, held_out).divergences
         before = measured(q)

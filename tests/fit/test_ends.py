@@ -122,6 +122,26 @@ def test_the_layers_of_a_checkpoint_do_not_depend_on_it(tmp_path: Path):
     chex.assert_trees_all_equal(q.params, quantized(SEARCHED).params, strict=True)
 
 
+def test_a_search_that_was_killed_goes_on(tmp_path: Path):
+    seen: list[str] = []
+
+    def stop(item: str, done: int, total: int) -> None:
+        seen.append(item)
+        if item.startswith("range of outputs"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantized(SEARCHED, checkpoint=tmp_path, progress=stop)
+    before = [item for item in seen if item.startswith("range of")]
+    again: list[str] = []
+    q = quantized(SEARCHED, checkpoint=tmp_path, progress=lambda item, *_: again.append(item))
+    ranges = [item for item in again if item.startswith("range of")]
+    assert before[-1] == ranges[0] and len(before) > 1 and not set(before[:-1]) & set(ranges)
+    chex.assert_trees_all_equal(q.params, quantized(SEARCHED).params, strict=True)
+    with pytest.raises(ValueError, match="is of another run: different settings"):
+        quantized(dataclasses.replace(SEARCHED, end_search=1), checkpoint=tmp_path)
+
+
 def of_vectors(params: Any, x: jax.Array) -> jax.Array:
     return small.apply_fn(params, x)[:, 0]
 
