@@ -5,16 +5,15 @@ import concurrent.futures
 import logging
 import math
 import multiprocessing
-import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from qjax.integer.processor import dot_extension, name_of_processor
 from qjax.threads import cores
 
 
@@ -128,9 +127,5 @@ def device() -> str:
     kind = jax.devices()[0].device_kind
     if kind != "cpu":
         return kind
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return f"cpu ({platform.machine()})"
-    has_dot = "avx512_vnni" in flags or "avx_vnni" in flags
-    return f"{cores()} cores of a CPU {'with' if has_dot else 'without'} int8 dot instructions"
+    count, extension = cores(), dot_extension() or "no int8 dot instructions"
+    return f"{count} core{'s' * (count > 1)} of {name_of_processor()} with {extension}"

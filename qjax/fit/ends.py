@@ -29,7 +29,7 @@ from qjax.graph.junctions import Junction
 from qjax.graph.layers import Network, Site
 from qjax.graph.matmuls import Matmul
 from qjax.graph.schedule import Activated, Step
-from qjax.objectives.divergence import divergence_of_classes
+from qjax.objectives.divergence import TEMPERATURE, divergence_of_classes
 from qjax.programs import FAST_TO_COMPILE
 from qjax.progress import Progress
 from qjax.run.fake import FAKE
@@ -39,7 +39,6 @@ from qjax.run.matmul import QuantizedMatmul
 
 FACTORS = (0.6, 0.66, 0.72, 0.78, 0.84, 0.89, 0.94, 1.0, 1.06, 1.12)
 TRIED = 0.84  # the factor that tells how much the other layers matter
-TEMPERATURE = 4.0
 FILE = "ends.safetensors"  # in the folder of a checkpoint
 EXAMPLES = 512  # images, and as many blends of them
 

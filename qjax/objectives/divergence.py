@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from qjax.objectives.base import Objective, Sample
 
 HISTOGRAM_BINS = 2048  # of the distributions that are compared
+TEMPERATURE = 4.0  # of logits, where networks are fitted to each other
 
 
 def without_spike_at_zero(counts: jax.Array, edges: jax.Array) -> tuple[jax.Array, jax.Array]:

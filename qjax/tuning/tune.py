@@ -29,7 +29,7 @@ from qjax.formats.scales import FREE
 from qjax.graph.fingerprint import digest
 from qjax.graph.frameworks import check_network
 from qjax.graph.layers import Network, shapes_of
-from qjax.objectives.divergence import divergence_of_classes
+from qjax.objectives.divergence import TEMPERATURE, divergence_of_classes
 from qjax.progress import Progress
 from qjax.quantize import Quantized, reporter
 from qjax.report import Report
@@ -45,7 +45,6 @@ _logger = logging.getLogger(__name__)
 FILE = "tuning.safetensors"  # in the folder of a checkpoint
 STEPS = 400
 BATCH = 32
-TEMPERATURE = 4.0
 RATE, RATE_OF_FEW_BITS = 2e-3, 3e-3  # above 3 bits; at most 3 bits
 FEW_BITS = 3
 WARMUP = 20  # steps, at most a tenth of them all
