@@ -98,8 +98,9 @@ import json, os
 import jax, qjax, pretrained
 from pretrained import datasets
 counts = []
+compiled = "/jax/core/compile/backend_compile_duration"
 jax.monitoring.register_event_duration_secs_listener(
-    lambda event, seconds, **_: counts.append(event) if "backend_compile" in event else None
+    lambda event, seconds, **_: counts.append(event) if event == compiled else None
 )
 model = pretrained.load("resnet20-digits")
 images = model.preprocess(datasets.load(model.dataset, "train").images[:64])

@@ -93,10 +93,8 @@ def search_ends(
     wanted = set(order[:count])
     steps, _ = steps_of(network, params)
     places = [place for place in _in_order(steps, frame) if place[0] in wanted]
-    first = 0
-    if kept is not None:
-        first, moving = kept.restore(moving)
-    for done, place in list(enumerate(places))[first:]:
+    first, moving = (0, moving) if kept is None else kept.restore(moving)
+    for done, place in enumerate(places[first:], first):
         progress(f"range of {' of '.join(filter(None, reversed(place)))}", done, len(places))
         position = _position(steps, frame, place)
         search = partial(_divergences, network, frame, position, place)
